@@ -55,8 +55,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
+import transformers
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -66,9 +67,9 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message is one line that says what would have worked."""
 
 
-# -----------------------------------------------------------------------------
-# 1. What can be run: a model, a dataset or a method is a row of a table. What a model's row does not say is as
-# in TRAINING, which holds the values of the authors' code (its config.ini) [1].
+# --------------------------------------------------------------------------------------------------
+# 1. What can be run: a model, a dataset or a method is a row of a table. What a model's row does
+# not say is as in TRAINING, which holds the values of the authors' code (its config.ini) [1].
 
 TRAINING = dict(
     r=2, alpha=32, dropout=0.05,    # LoRA on every linear of the backbone; scaling = alpha / r [3]
@@ -105,10 +106,10 @@ METHODS = {name + suffix: Method(head, suffix == "_p", shots)
            for suffix in ("", "_p")}
 
 
-# -----------------------------------------------------------------------------
-# 2. Annotations and splits. One row is one person's judgement of one text. Splits are by text, so that no text is
-# in two of them, and every user of validation and test is seen in training: the model has met the reader, never
-# the text [1]. The same rows serve every method and every seed.
+# --------------------------------------------------------------------------------------------------
+# 2. Annotations and splits. One row is one person's judgement of one text. Splits are by text, so
+# that no text is in two of them, and every user of validation and test is seen in training: the
+# model has met the reader, never the text [1]. The same rows serve every method and every seed.
 
 class Annotation(NamedTuple):
     text: str
@@ -238,12 +239,13 @@ def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
     return Dataset(name, list(labels), **split, notes=notes)
 
 
-# -----------------------------------------------------------------------------
-# 3. Prompts. Three parts, the constant one first: the shared instruction with the list of labels, the text, the
-# user. The paper puts the user ID before the text; the hidden state behind the last token sees the same facts
-# either way, and in this order section 7 can compute what prompts have in common once. Each piece is tokenized
-# by itself and the ids are put together, so that the same piece always has the same ids, a cut can only ever
-# shorten the text, and nothing inside a text can end the prompt: special tokens written there are plain letters.
+# --------------------------------------------------------------------------------------------------
+# 3. Prompts. Three parts, the constant one first: the shared instruction with the list of labels,
+# the text, the user. The paper puts the user ID before the text; the hidden state behind the last
+# token sees the same facts either way, and in this order section 7 can compute what prompts have in
+# common once. Each piece is tokenized by itself and the ids are put together, so that the same
+# piece always has the same ids, a cut can only ever shorten the text, and nothing inside a text can
+# end the prompt: special tokens written there are plain letters.
 
 ASK = ("Which of the labels fit the text? Answer with labels from the list, separated by commas.",
        "Which of the labels would this user choose for the text? Answer with labels from the list, separated by commas.")
@@ -308,13 +310,14 @@ def encode(tokenizer, method, labels, annotations, max_text=384):
     return rows, len(cut)
 
 
-# -----------------------------------------------------------------------------
-# 4. NF4: frozen weights in 4 bits. Weights of a trained layer are close to normally distributed, so the 16 values
-# of NF4 are quantiles of the normal distribution [2]: a block of 64 weights is divided by its largest magnitude
-# (absmax) and each weight becomes the index of the nearest of the 16. Two indices make a byte, the first one in
-# the high half. The absmax themselves are stored in 8 bits ("double quantization"): blocks of 256 of them, minus
-# their mean, by the same idea with the 256 values of the dynamic map [5]. That is 4 + 8/64 + 32/(64*256) = 4.127
-# bits a weight, byte for byte what bitsandbytes stores [4].
+# --------------------------------------------------------------------------------------------------
+# 4. NF4: frozen weights in 4 bits. Weights of a trained layer are close to normally distributed, so
+# the 16 values of NF4 are quantiles of the normal distribution [2]: a block of 64 weights is
+# divided by its largest magnitude (absmax) and each weight becomes the index of the nearest of the
+# 16. Two indices make a byte, the first one in the high half. The absmax themselves are stored in 8
+# bits ("double quantization"): blocks of 256 of them, minus their mean, by the same idea with the
+# 256 values of the dynamic map [5]. That is 4 + 8/64 + 32/(64*256) = 4.127 bits a weight, byte for
+# byte what bitsandbytes stores [4].
 
 NF4 = torch.tensor([  # quantiles of N(0, 1), scaled to [-1, 1]; a test computes them anew
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -412,10 +415,10 @@ class NF4Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-# -----------------------------------------------------------------------------
-# 5. LoRA: what is trained. A frozen W gets a low-rank companion: y = W x + (alpha / r) B A dropout(x), with A (r, K)
-# and B (N, r) in float32 [3]. B starts at zero, so that the model begins as it was. LoRALinear wraps the layer and
-# does not care how that keeps its weights.
+# --------------------------------------------------------------------------------------------------
+# 5. LoRA: what is trained. A frozen W gets a low-rank companion: y = W x + (alpha / r) B A
+# dropout(x), with A (r, K) and B (N, r) in float32 [3]. B starts at zero, so that the model begins
+# as it was. LoRALinear wraps the layer and does not care how that keeps its weights.
 
 class LoRAMatmul(torch.autograd.Function):
     """x (.., K), drop (.., K) bool or None -> scaling * (x without the dropped) A^T B^T, (.., N). Autograd would
@@ -484,14 +487,15 @@ def add_lora(module, r, alpha, dropout):
     return count
 
 
-# -----------------------------------------------------------------------------
-# 6. The prompt tree. The prompts of a batch begin alike: all with the shared part, then those of one text with that
-# text, and in training the answers of two readers with the same first labels. In a decoder the hidden state of a
-# token depends on nothing but the tokens before it, so every distinct prefix is computed once, in training as in
-# prediction, and loss and gradients stay the same numbers [6]. A batch is one flat sequence without padding: the
-# trunk (the shared part), then the nodes of each group (a text and its readers). Everything but attention works on
-# single tokens and does not see the difference; a node's position counts along its branch; and the attention below
-# lets it see the trunk and its own branch, one small rectangle a group.
+# --------------------------------------------------------------------------------------------------
+# 6. The prompt tree. The prompts of a batch begin alike: all with the shared part, then those of
+# one text with that text, and in training the answers of two readers with the same first labels. In
+# a decoder the hidden state of a token depends on nothing but the tokens before it, so every
+# distinct prefix is computed once, in training as in prediction, and loss and gradients stay the
+# same numbers [6]. A batch is one flat sequence without padding: the trunk (the shared part), then
+# the nodes of each group (a text and its readers). Everything but attention works on single tokens
+# and does not see the difference; a node's position counts along its branch; and the attention
+# below lets it see the trunk and its own branch, one small rectangle a group.
 
 class PromptTree:
     """Token ids as a tree under a trunk. `add` makes nodes, `step` hands out those not computed yet; when `cache`
@@ -592,12 +596,13 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
 AttentionInterface.register("tree", tree_attention)
 
 
-# -----------------------------------------------------------------------------
-# 7. The model and its two heads. The backbone is transformers' own module for the architecture, built without
-# weights; the checkpoint is read tensor by tensor, and each linear layer turns into an NF4Linear as soon as its
-# weights are there, so that no more than one layer is ever dense. Heads are neither quantized nor given LoRA: the
-# classification head (L, D) is trained whole, the language model's head (V, D) stays as it is. The backbone's own
-# dropout stays off. In an encoder-decoder the classification head reads the decoder's state at its start token.
+# --------------------------------------------------------------------------------------------------
+# 7. The model and its two heads. The backbone is transformers' own module for the architecture,
+# built without weights; the checkpoint is read tensor by tensor, and each linear layer turns into
+# an NF4Linear as soon as its weights are there, so that no more than one layer is ever dense. Heads
+# are neither quantized nor given LoRA: the classification head (L, D) is trained whole, the
+# language model's head (V, D) stays as it is. The backbone's own dropout stays off. In an encoder-
+# decoder the classification head reads the decoder's state at its start token.
 
 def model_folder(name):
     """The folder of a model: a row of MODELS, a folder, or a Hugging Face id (fetched, or found in the cache)."""
@@ -686,9 +691,13 @@ class PersonalizedLM(nn.Module):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
         width = lm.get_output_embeddings().weight.shape[1]
-        if head == "cls":
+        if head == "cls":  # trained whole, in float32
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
             nn.init.normal_(self.score.weight, std=0.02)
+
+    @property
+    def device(self):
+        return self.lm.device
 
     def trainable(self):
         """dict name -> parameter of everything that is trained: LoRA and the classification head."""
@@ -717,6 +726,20 @@ class PersonalizedLM(nn.Module):
         return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
 
 
+def keep_dense(model):
+    """Keeps a dense copy of the rounded weights where it takes less than a quarter of the memory
+    that is free: same numbers, no dequantizing. Returns whether it did."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    size = sum(m.N * m.K * m.dtype.itemsize for m in layers)
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for m in layers if size < free / 4 else ():
+        m.dense = m.dequantize()
+    return size < free / 4
+
+
 def load_model(name, head, n_labels, device, settings=TRAINING):
     """(PersonalizedLM, tokenizer), quantized, with LoRA unless the model is only asked."""
     folder = model_folder(name)
@@ -728,20 +751,500 @@ def load_model(name, head, n_labels, device, settings=TRAINING):
     return PersonalizedLM(lm, head, n_labels), tokenizer
 
 
+# --------------------------------------------------------------------------------------------------
+# 8. Batches. Rows become index tensors; what a head has to read and what it should say there is the
+# same four entries for both heads and both kinds of model: `inputs` of the backbone, `at` (P) the
+# positions that are read, `of` which of these each target belongs to (five readers of one prompt,
+# whose ID is not told, share one), `target` (R, L) labels or (tokens of the answers) ids.
+
 def tree_batch(rows, head, device, share=True):
-    """A batch for a decoder: inputs of the tree; `at` (P), the nodes a head reads; for every target which of these
-    it belongs to (`of`). Targets are (R, L) labels for the classification head, else the ids of the answers."""
+    """A batch for a decoder, see above. Without `share`, every row computes its whole prompt."""
     tree, at, of, target = PromptTree(rows[0].shared if share else ()), {}, [], []
     for i, row in enumerate(rows):
-        group, path = (row.text, row.text + row.user) if share else (i, row.shared + row.text + row.user)
-        node = tree.add(path, group)
+        group, path = (row.text, ()) if share else (i, row.shared)
+        node = tree.add(path + row.text + row.user, group)
         if head == "cls":
             of.append(at.setdefault(node, len(at)))
             target.append(row.labels)
-        for j, token in enumerate(row.answer if head == "lm" else ()):  # the state at a token predicts the next
-            node = tree.add(row.answer[j - 1:j], group, node)
-            of.append(at.setdefault(node, len(at)))
-            target.append(token)
-    return dict(inputs=tree.step(device), at=torch.tensor(list(at), device=device),
-                of=torch.tensor(of, device=device), target=torch.tensor(target, device=device),
-                tokens=tree.done)
+        else:
+            for j, token in enumerate(row.answer):  # the state at a token predicts the next one
+                node = tree.add(row.answer[max(j - 1, 0):j], group, node)
+                of.append(at.setdefault(node, len(at)))
+                target.append(token)
+    return batch_of(tree.step(device), list(at), of, target, device, tree.done)
+
+
+def pair_batch(rows, head, start, device, share=True):
+    """A batch for an encoder-decoder: equal prompts are encoded once, equal (prompt, answer) pairs
+    decoded once. The encoder reads both ways, so prompts that only begin alike have nothing equal."""
+    sources, pairs, at, of, target = {}, {}, {}, [], []
+    for i, row in enumerate(rows):
+        source = sources.setdefault((row.shared + row.text + row.user, share or i), len(sources))
+        answer = row.answer if head == "lm" else (None,)  # CLS reads the state at the start token
+        pair = pairs.setdefault((source, (start, *answer[:-1])), len(pairs))
+        of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
+        target += [row.labels] if head == "cls" else answer
+    input_ids, attention_mask = padded([ids for ids, _ in sources], device)
+    decoder_input_ids, _ = padded([ids for _, ids in pairs], device)
+    width = decoder_input_ids.shape[1]
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
+                  encoder_row=torch.tensor([source for source, _ in pairs], device=device))
+    tokens = sum(len(ids) for ids, _ in sources) + sum(len(ids) for _, ids in pairs)
+    return batch_of(inputs, [pair * width + j for pair, j in at], of, target, device, tokens)
+
+
+def padded(sequences, device):
+    """(ids (B, T), mask (B, T)) of sequences of ids, filled up on the right; the mask is by length."""
+    width = max(map(len, sequences))
+    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
+    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
+    return ids, mask
+
+
+def batch_of(inputs, at, of, target, device, tokens):
+    """The dict that PersonalizedLM reads; `tokens` is how many the backbone computes for it."""
+    at, of, target = (torch.tensor(x, device=device) for x in (at, of, target))
+    return dict(inputs=inputs, at=at, of=of, target=target, tokens=tokens)
+
+
+def make_batch(model, rows, share=True):
+    """The batch of some rows for this model."""
+    if model.seq2seq:
+        start = model.lm.config.decoder_start_token_id
+        return pair_batch(rows, model.head, start, model.device, share)
+    return tree_batch(rows, model.head, model.device, share)
+
+
+def in_batches(rows, size, rng=None):
+    """The rows in lists of `size`, all annotations of a text beside each other and texts of about
+    the same length together. With `rng`, in a random order: lengths are sorted in windows of 16
+    batches, and the batches are shuffled."""
+    texts = defaultdict(list)
+    for row in rows:
+        texts[row.text].append(row)
+    groups = list(texts.values())
+    if rng:
+        rng.shuffle(groups)
+    flat = [row for group in groups for row in group]
+    rank = {id(row): i for i, group in enumerate(groups) for row in group}
+    window = 16 * size if rng else max(len(flat), 1)
+    flat = [row for i in range(0, len(flat), window) for row in
+            sorted(flat[i:i + window], key=lambda row: (len(row.text), rank[id(row)]))]
+    batches = [flat[i:i + size] for i in range(0, len(flat), size)]
+    if rng:
+        rng.shuffle(batches)
+    return batches
+
+
+# --------------------------------------------------------------------------------------------------
+# 9. Training. Binary cross-entropy over all labels (CLS) or cross-entropy over the tokens of the
+# answer (LM), each the mean over everything in the batch of 32, however it was cut into pieces for
+# memory; AdamW in float32, a cosine schedule with warm-up, clipped gradients. After every epoch the
+# validation loss is taken, and the epoch where it was lowest is kept [1].
+
+def n_targets(rows, head):
+    """What the loss of these rows is divided by: their labels, or the tokens of their answers."""
+    return sum(len(row.labels) if head == "cls" else len(row.answer) for row in rows)
+
+
+def summed_loss(model, batch):
+    """() the loss of a batch, summed over its targets."""
+    out = model(batch)[batch["of"]]
+    if model.head == "cls":
+        return F.binary_cross_entropy_with_logits(out, batch["target"].float(), reduction="sum")
+    return F.cross_entropy(out, batch["target"], reduction="sum")
+
+
+def learning_rate(step, steps, lr, warmup):
+    """The rate of a step (from 0): a line up over the first `warmup` share, half a cosine down to 0."""
+    rise = max(math.ceil(warmup * steps), 1)
+    if step < rise:
+        return lr * (step + 1) / rise
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+
+
+@torch.no_grad()
+def mean_loss(model, rows, share=True):
+    """The validation loss: the mean over all targets of the rows."""
+    model.train(False)
+    bar = tqdm(in_batches(rows, 64), "validate", delay=2, unit=" batches", leave=False)
+    return sum(summed_loss(model, make_batch(model, part, share)).item() for part in bar) / n_targets(
+        rows, model.head)
+
+
+def train_step(model, rows, params, optimizer, clip, share=True, micro=0):
+    """(loss (), tokens computed) of one optimizer step; `micro` rows are computed at a time, or all."""
+    model.train(True)
+    loss, tokens, total = 0, 0, n_targets(rows, model.head)
+    for i in range(0, len(rows), micro or len(rows)):
+        batch = make_batch(model, rows[i:i + (micro or len(rows))], share)
+        part = summed_loss(model, batch) / total
+        part.backward()
+        loss, tokens = loss + part.detach(), tokens + batch["tokens"]
+    nn.utils.clip_grad_norm_(params, clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss, tokens
+
+
+def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, max_steps=0):
+    """Trains in place and keeps the best epoch; returns dict(seconds, rows, tokens, val_loss).
+    `log` is called with a dict for every step and every validation."""
+    params, rng = model.trainable(), random.Random(seed)
+    optimizer = torch.optim.AdamW(params.values(), lr=settings["lr"], weight_decay=0.0)
+    steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
+    steps = min(steps, max_steps or steps)
+    best, kept, step, done = math.inf, None, 0, Counter(seconds=0.0)
+    bar = tqdm(total=steps, desc="train", delay=2, unit=" steps", dynamic_ncols=True)
+    for epoch in range(settings["epochs"]):
+        for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps, settings["lr"], settings["warmup"])
+            loss, tokens = train_step(
+                model, part, params.values(), optimizer, settings["clip"], share, micro)
+            loss, step = loss.item(), step + 1
+            done.update(seconds=time.perf_counter() - start, rows=len(part), tokens=tokens)
+            log(dict(step=step, epoch=epoch + 1, loss=round(loss, 6), lr=group["lr"], rows=len(part),
+                     tokens=tokens, seconds=round(time.perf_counter() - start, 4)))
+            if not math.isfinite(loss):
+                ids = ", ".join(sorted({text_id(row.source.text) for row in part}))
+                raise BadInput(f"the loss is {loss} at step {step} (texts {ids}): try a lower --lr")
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+        val_loss = mean_loss(model, val_rows, share)
+        log(dict(step=step, epoch=epoch + 1, val_loss=round(val_loss, 6)))
+        if val_loss < best:
+            best, kept = val_loss, {name: p.detach().clone() for name, p in params.items()}
+        if step == steps:
+            break
+    bar.close()
+    with torch.no_grad():
+        for name, value in (kept or {}).items():
+            params[name].copy_(value)
+    return dict(done, val_loss=best, steps=step)
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in which
+# the prompts of a batch are a tree as before and every answer grows at its leaf, and the answer is
+# read back into labels.
+
+MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, which nobody ticks
+
+
+@torch.no_grad()
+def label_scores(model, rows, share=True):
+    """(R, L) scores of the classification head, in the order of the rows."""
+    model.train(False)
+    scores, bar = {}, tqdm(total=len(rows), desc="predict", delay=2, unit=" rows", leave=False)
+    for part in in_batches(rows, 64):
+        batch = make_batch(model, part, share)
+        scores.update(zip(map(id, part), model(batch)[batch["of"]].float().cpu().numpy()))
+        bar.update(len(part))
+    bar.close()
+    return np.array([scores[id(row)] for row in rows])
+
+
+def grow_answers(model, rows, end, limit, share=True):
+    """Greedy decoding with a decoder: the answer of each row as ids, without the end token."""
+    tree, group_of, ends = PromptTree(rows[0].shared if share else (), cache={}), {}, []
+    for i, row in enumerate(rows):
+        group, path = (row.text, ()) if share else (i, row.shared)
+        ends.append(tree.add(path + row.text + row.user, group))
+        group_of[ends[-1]] = group
+    answers, tips, first = {leaf: [] for leaf in ends}, {leaf: leaf for leaf in ends}, 0
+    for _ in range(limit):
+        hidden = model.lm.base_model(**tree.step(model.device), use_cache=False).last_hidden_state[0]
+        at = torch.tensor([tip - first for tip in tips.values()], device=model.device)
+        tokens = dict(zip(tips, model.token_logits(hidden[at]).argmax(1).tolist()))
+        tips = {leaf: tip for leaf, tip in tips.items() if tokens[leaf] != end}
+        if not tips:
+            break
+        first = tree.done
+        for leaf, tip in tips.items():
+            answers[leaf].append(tokens[leaf])
+            tips[leaf] = tree.add((tokens[leaf],), group_of[leaf], tip)
+    return [answers[leaf] for leaf in ends]
+
+
+def write_answers(model, rows, end, limit, share=True):
+    """Greedy decoding with an encoder-decoder: the answer of each row as ids."""
+    sources = {}
+    for i, row in enumerate(rows):
+        sources.setdefault((row.shared + row.text + row.user, share or i), len(sources))
+    ids, mask = padded([ids for ids, _ in sources], model.device)
+    out = model.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
+                            num_beams=1, eos_token_id=end, pad_token_id=end)[:, 1:].tolist()
+    out = [answer[:answer.index(end)] if end in answer else answer for answer in out]
+    return [out[sources[row.shared + row.text + row.user, share or i]] for i, row in enumerate(rows)]
+
+
+@torch.no_grad()
+def written_answers(model, tokenizer, rows, limit, share=True):
+    """The answer of each row as a string, in the order of the rows."""
+    model.train(False)
+    write = write_answers if model.seq2seq else grow_answers
+    answers, bar = {}, tqdm(total=len(rows), desc="predict", delay=2, unit=" rows", leave=False)
+    for part in in_batches(rows, 64):
+        ids = write(model, part, tokenizer.eos_token_id, limit, share)
+        answers.update(zip(map(id, part), tokenizer.batch_decode(ids, skip_special_tokens=True)))
+        bar.update(len(part))
+    bar.close()
+    return [answers[id(row)].strip() for row in rows]
+
+
+def words_of(text):
+    """The words of a text without case and punctuation."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def parse_answer(answer, labels):
+    """(0/1 tuple of L, number of words that belong to no label). Case, punctuation and order are
+    forgiven; where labels overlap ("unfair", "unfair generalisation") the longest is meant."""
+    names = sorted(((words_of(label), i) for i, label in enumerate(labels)), key=lambda n: -len(n[0]))
+    words, chosen, unknown = words_of(answer), [0] * len(labels), 0
+    while words:
+        match = next(((name, i) for name, i in names if words[:len(name)] == name), None)
+        if match:
+            chosen[match[1]] = 1
+        unknown += match is None
+        words = words[len(match[0]) if match else 1:]
+    return tuple(chosen), unknown
+
+
+# --------------------------------------------------------------------------------------------------
+# 11. Scores. The paper's: F1 of each label, and their plain mean.
+
+def f1_scores(gold, predicted):
+    """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): F1 = 2TP / (2TP + FP + FN), and 0
+    for a label that nobody chose and nothing predicted, as scikit-learn's f1_score(zero_division=0)."""
+    gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
+    hits, all_ = (gold & predicted).sum(0), gold.sum(0) + predicted.sum(0)  # (L), and 2TP + FP + FN
+    per_label = 2 * hits / np.maximum(all_, 1)
+    return dict(f1_macro=float(per_label.mean()), f1_micro=float(2 * hits.sum() / max(all_.sum(), 1)),
+                per_label=per_label.tolist())
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file appears under its name when it is
+# complete; whatever stood there before stays until then.
+
+@contextmanager
+def complete_file(path, mode="w"):
+    """An open file that takes the name `path` when the block ends well, and is gone if it does not."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    part = path + ".part"
+    try:
+        with open(part, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+def run_folder(out, data, model, method, seed):
+    """The folder of a run; a model given as a folder or a hub id goes by its last part."""
+    model = os.path.basename(os.path.abspath(model)) if model not in MODELS else model
+    return os.path.join(out, data, model, method, f"seed{seed}")
+
+
+def write_predictions(path, annotations, labels, predicted, scores=None, answers=None):
+    """predictions.csv: one line a test row, in the order of the test rows."""
+    with complete_file(path) as f:
+        writer = csv.writer(f)
+        writer.writerow(["text_id", "user", "gold", "predicted", *([] if scores is None else
+                         [f"score:{label}" for label in labels]), *([] if answers is None else ["answer"])])
+        for i, (a, chosen) in enumerate(zip(annotations, predicted)):
+            writer.writerow([
+                text_id(a.text), a.user, answer_text(labels, a.labels).strip(),
+                answer_text(labels, chosen).strip(), *([] if scores is None else
+                [f"{s:.5f}" for s in scores[i]]), *([] if answers is None else [answers[i]])])
+
+
+def peak_memory_mb(device):
+    """The most memory that was in use: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024))
+
+
+# --------------------------------------------------------------------------------------------------
+# 13. One experiment from end to end, and the table of all of them.
+
+def predict(model, tokenizer, labels, rows, share=True):
+    """dict(predicted (R, L), and scores (R, L) or answers (R), unknown_words, unreadable)"""
+    if model.head == "cls":
+        scores = label_scores(model, rows, share)
+        return dict(predicted=scores > 0, scores=scores)
+    limit = len(tokenize(tokenizer, answer_text(labels, [1] * len(labels)))) + 1
+    answers = written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share)
+    predicted, unknown = zip(*(parse_answer(answer, labels) for answer in answers))
+    return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
+                unreadable=sum(not any(p) for p in predicted))
+
+
+def parameter_counts(model):
+    """dict(total, trainable, packed_bytes): weights, those trained, bytes of the packed base."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    buffers = [b for m in layers for n, b in m.named_buffers() if n not in ("bias", "dense")]
+    return dict(total=sum(p.numel() for p in model.parameters()) + sum(m.N * m.K for m in layers),
+                trainable=sum(p.numel() for p in model.trainable().values()),
+                quantized=sum(m.N * m.K for m in layers),
+                packed_bytes=sum(b.numel() * b.element_size() for b in buffers))
+
+
+def run(method, args):
+    """Trains (unless the method only asks), predicts, scores, writes the run's files, prints them."""
+    start, kind = time.perf_counter(), METHODS[method]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = TRAINING | {k: v for k, v in MODELS.get(args.model, {}).items() if k in TRAINING}
+    settings |= {k: getattr(args, k) for k in TRAINING if getattr(args, k, None) is not None}
+    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
+    test, val = (rows[:args.max_eval or len(rows)] for rows in (data.test, data.val))
+    print(f"{method} on {data.name}: {len(data.train)} train, {len(val)} validation, {len(test)} "
+          f"test annotations, {len(data.labels)} labels, "
+          f"{len({a.user for a in data.train})} users", flush=True)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings)
+    dense = keep_dense(model)
+    counts = parameter_counts(model)
+    (train_rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
+        encode(tokenizer, kind, data.labels, part, args.max_text) for part in (data.train, val, test))
+    print(f"{args.model}: {counts['total'] / 1e6:.1f} M parameters, {counts['trainable']:,} trained; "
+          f"{counts['quantized'] / 1e6:.1f} M weights in {counts['packed_bytes'] / 1e6:.2f} MB of NF4"
+          f"{', a dense copy of the rounded weights kept for speed' * dense}; texts cut to "
+          f"{args.max_text} tokens: {cut + cut_val + cut_test}", flush=True)
+    folder = run_folder(args.out, data.name, args.model, method, args.seed)
+    with complete_file(os.path.join(folder, "log.jsonl")) as f:
+        def log(line):
+            f.write(json.dumps(line) + "\n")
+            f.flush()
+        done = train(model, train_rows, val_rows, settings, log, args.seed, not args.no_share,
+                     args.micro_batch, args.max_steps)
+    result = predict(model, tokenizer, data.labels, test_rows, not args.no_share)
+    gold = [a.labels for a in test]
+    unshared = sum(len(r.shared + r.text + r.user) + (len(r.answer) - 1) * (kind.head == "lm")
+                   for r in train_rows) / len(train_rows)
+    metrics = dict(
+        method=method, model=args.model, data=data.name, seed=args.seed,
+        **f1_scores(gold, result["predicted"]), labels=data.labels,
+        rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
+        seconds=round(time.perf_counter() - start, 1), train_seconds=round(done["seconds"], 2),
+        rows_per_second=round(done["rows"] / done["seconds"], 2), steps=done["steps"],
+        val_loss=done["val_loss"], tokens_computed=done["tokens"],
+        tokens_unshared=round(unshared * done["rows"]), peak_memory_mb=peak_memory_mb(device),
+        parameters=counts, texts_cut=cut + cut_val + cut_test,
+        **{k: result[k] for k in ("unknown_words", "unreadable") if k in result},
+        config=dict(settings, max_text=args.max_text, share=not args.no_share, dense_copy=dense,
+                    micro_batch=args.micro_batch, max_steps=args.max_steps, max_eval=args.max_eval,
+                    device=str(device)))
+    write_predictions(os.path.join(folder, "predictions.csv"), test, data.labels,
+                      result["predicted"], result.get("scores"), result.get("answers"))
+    with complete_file(os.path.join(folder, "adapter.safetensors"), "wb") as f:
+        f.write(safetensors_bytes({k: p.detach().cpu().contiguous() for k, p in model.trainable().items()}))
+    with complete_file(os.path.join(folder, "metrics.json")) as f:
+        json.dump(metrics, f, indent=1)
+    print_summary(metrics, folder)
+
+
+def print_summary(m, folder):
+    """What a run ends with, for people."""
+    print(f"""
+{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}
+  parameters  {m['parameters']['total']:,} in all, {m['parameters']['trainable']:,} trained, packed base {m['parameters']['packed_bytes']:,} bytes
+  time        {m['seconds']:.0f} s, {m['train_seconds']:.0f} s of it {m['steps']} training steps ({m['rows_per_second']:.1f} annotations/s), peak memory {m['peak_memory_mb']:,} MB
+  tokens      {m['tokens_computed']:,} computed in training; without sharing {m['tokens_unshared']:,}
+  F1-macro    {m['f1_macro']:.4f}   (micro {m['f1_micro']:.4f}, {m['rows']['test']} test annotations)""")
+    width = max(map(len, m["labels"]))
+    for label, f1 in zip(m["labels"], m["per_label"]):
+        print(f"    {label:{width}}  {f1:.4f}  {'#' * round(40 * f1)}")
+    print(f"  files       {folder}/")
+
+
+def finished_runs(out):
+    """The metrics of every finished run below a folder."""
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json"))):
+        with open(path, encoding="utf-8") as f:
+            yield json.load(f)
+
+
+def print_table(out):
+    """F1-macro (mean over seeds) of every finished run: methods in rows, models in columns, one
+    table a dataset, and behind each personalized value what it gains over its plain twin."""
+    f1 = defaultdict(list)
+    for m in finished_runs(out):
+        f1[m["data"], m["method"], m["model"]].append(m["f1_macro"])
+    if not f1:
+        raise BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
+    mean = {key: sum(values) / len(values) for key, values in f1.items()}
+    for data in sorted({data for data, *_ in mean}):
+        models = sorted({model for d, _, model in mean if d == data})
+        width = max(18, *(len(model) + 2 for model in models))
+        print(f"\n{data}: F1-macro\n{'':8}" + "".join(f"{model:>{width}}" for model in models))
+        for method in METHODS:
+            cells = []
+            for model in models:
+                value, plain = (mean.get((data, x, model)) for x in (method, method.removesuffix("_p")))
+                cells.append("" if value is None else f"{value:.4f}" if plain is None or plain is value
+                             else f"{value:.4f} ({value - plain:+.4f})")
+            if any(cells):
+                print(f"{method:8}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+
+# --------------------------------------------------------------------------------------------------
+# 14. The command line.
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        flags = " ".join(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+        raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
+
+
+def make_parser():
+    """The argparse parser; every default stands here or in the tables."""
+    p = Parser(prog="plm.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+               description=__doc__.split("\n\n")[0], epilog=f"models: {', '.join(MODELS)}\ndatasets: "
+               f"{', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}; a trailing _p is told the user ID")
+    p.add_argument("command", choices=[*METHODS, "table"], metavar="METHOD | table")
+    p.add_argument("--model", default="tiny", help="a name below, a folder or a Hugging Face id (tiny)")
+    p.add_argument("--data", default="sample", help="a name below or a CSV file (sample)")
+    p.add_argument("--data-dir", help="where the files of a named dataset are")
+    p.add_argument("--text-col", help="the CSV's column of texts (text)")
+    p.add_argument("--user-col", help="the CSV's column of users (user)")
+    p.add_argument("--labels", type=lambda s: s.split(","), help="a,b,c (all remaining 0/1 columns)")
+    p.add_argument("--seed", type=int, default=42, help="of everything random in training (42)")
+    p.add_argument("--out", default="out", help="the folder of all runs (out)")
+    for name, what in (("lr", "learning rate"), ("epochs", "passes over the training rows"),
+                       ("r", "rank of LoRA")):
+        kind = type(TRAINING[name])
+        p.add_argument(f"--{name}", type=kind, help=f"{what} (the model's row, else {TRAINING[name]})")
+    p.add_argument("--max-steps", type=int, default=0, help="stop training after N steps")
+    p.add_argument("--max-eval", type=int, default=0, help="validate and test on the first N rows")
+    p.add_argument("--max-text", type=int, default=384, help="tokens of a text that are read (384)")
+    p.add_argument("--micro-batch", type=int, default=0, help="annotations computed at once (32)")
+    p.add_argument("--no-share", action="store_true", help="compute every prompt by itself")
+    return p
+
+
+def main(argv=None):
+    """Runs one command; returns the exit status."""
+    transformers.logging.set_verbosity_error()
+    try:
+        args = make_parser().parse_args(argv)
+        if args.command == "table":
+            print_table(args.out)
+        else:
+            run(args.command, args)
+    except BadInput as e:
+        print(f"plm.py: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nplm.py: stopped; files of earlier runs are as they were", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
