@@ -1,37 +1,39 @@
 """plm.py: *Personalized Large Language Models* (arXiv 2402.09269) in one file.
 
-Two people read the same comment; one finds it funny, the other hostile. The paper puts the reader's user ID into
-the prompt of a language model, fine-tunes the model with QLoRA, and asks how much better it then predicts the
-labels that this reader chose. This file is that experiment from the CSV of annotations to the F1 score, with its
-own LoRA, its own NF4 quantization, its own prompts, heads, training loop and scores.
+Two people read the same comment; one finds it funny, the other hostile. The paper puts the reader's
+user ID into the prompt of a language model, fine-tunes the model with QLoRA, and asks how much
+better it then predicts the labels that this reader chose. This file is that experiment, from the
+CSV of annotations to the F1 score, with its own LoRA, NF4 quantization, prompts, heads, training
+loop and scores.
 
-    python plm.py cls_p                                     the default: tiny model, sample data, no network
-    python plm.py cls_p --model phi2 --data goemotions      the paper's own
+    python plm.py cls_p                                 the default: tiny model, sample data
+    python plm.py cls_p --model phi2 --data goemotions  the paper's own
     python plm.py lm --model DIR --data file.csv --text-col comment --user-col worker
-    python plm.py table                                     every finished run under out/ as a table
+    python plm.py table                                 every finished run as a table
 
-Row of the paper's table -> METHOD. A trailing _p is the personalized twin, which is told the user ID.
+Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
 
-    CLS, CLS-P           cls  cls_p       a classification head reads the hidden state at the end of the prompt
-    LM, LM-P             lm   lm_p        the language model writes the labels as words, "anger, joy"
-    Q-0S, Q-1S, Q-2S     q_0s q_1s q_2s   the untrained model is asked, with 0, 1 or 2 examples in the prompt
-    Q-0S-P, ...          q_0s_p ...       ... the examples are the user's own
+    CLS               cls               a classification head reads the end of the prompt
+    LM                lm                the language model writes the labels: "anger, joy"
+    Q-0S Q-1S Q-2S    q_0s q_1s q_2s    the model is asked untrained, with 0, 1 or 2 examples
+    ...-P             ..._p             (examples then are the user's own)
 
 Letters in the shapes below:
 
-    R annotations (rows)      L labels                 D width of the hidden state    V vocabulary
-    T tokens computed         S tokens of the trunk    G groups (texts) in a batch    P positions read by a head
-    N, K outputs and inputs of a linear layer          r rank of LoRA                 H, E heads and their width
+    R rows (annotations)         L labels                D width of a hidden state   V vocabulary
+    T tokens computed            S tokens of the trunk   G groups (texts)            r rank of LoRA
+    N, K out- and inputs of a linear layer               H, E attention heads and their width
+    P positions that a head reads
 
 References
     [1] Wozniak et al., Personalized Large Language Models, 2024. arXiv 2402.09269
     [2] Dettmers et al., QLoRA: Efficient Finetuning of Quantized LLMs, 2023. arXiv 2305.14314
     [3] Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, 2021. arXiv 2106.09685
-    [4] bitsandbytes 0.50, whose stored NF4 bytes section 4 reproduces: backends/default/ops.py, functional.py
-    [5] Dettmers et al., 8-bit Optimizers via Block-wise Quantization (the dynamic map), 2021. arXiv 2110.02861
-    [6] Prefix Grouper, 2025, arXiv 2506.05433, and Tree Training, 2025, arXiv 2511.00413 (shared prefixes)
+    [4] bitsandbytes 0.50, whose stored bytes section 4 reproduces: functional.py, csrc/cpu_ops.cpp
+    [5] Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021. arXiv 2110.02861
+    [6] shared prefixes: Prefix Grouper, arXiv 2506.05433; Tree Training, arXiv 2511.00413
 
-Left out: merging adapters into the base, other quantization formats than NF4, other adapters than LoRA.
+Left out: merging adapters into the base, quantization other than NF4, adapters other than LoRA.
 """
 import argparse
 import csv
@@ -49,33 +51,43 @@ from collections import Counter, defaultdict
 from contextlib import contextmanager
 from typing import NamedTuple
 
+# Threads that spin while they wait make a busy machine ten times slower. Torch reads it on import.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
-import transformers
-from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer)
+from transformers import AttentionInterface, AutoConfig, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line that says what would have worked."""
+    """What the user gave cannot be used; the message is one line that says what would have."""
+
+
+def progress(items=None, what="", unit="", total=None):
+    """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
+    return tqdm(items, what, total=total, unit=" " + unit, delay=2, leave=False,
+                dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
 # --------------------------------------------------------------------------------------------------
-# 1. What can be run: a model, a dataset or a method is a row of a table. What a model's row does
-# not say is as in TRAINING, which holds the values of the authors' code (its config.ini) [1].
+# 1. What can be run. A model, a dataset or a method is a row of a table. What a model's row does
+# not say is as in TRAINING, which holds the values of the authors' code [1].
 
 TRAINING = dict(
-    r=2, alpha=32, dropout=0.05,    # LoRA on every linear of the backbone; scaling = alpha / r [3]
-    lr=1e-4, epochs=10,             # cosine schedule; the epoch with the lowest validation loss is kept
-    warmup=0.05, clip=1.0,          # share of all steps; largest norm of the gradient
-    batch=32,                       # annotations a step
+    r=2, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone; scaled by alpha / r [3]
+    lr=1e-4, epochs=10,           # the epoch with the lowest validation loss is kept
+    warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
+    batch=32,                     # annotations a step
 )
 
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
@@ -85,25 +97,29 @@ MODELS = {  # name -> hub id or folder, and what differs from TRAINING
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3),
 }
 
-DATASETS = {  # name -> files, columns, where the official split is (None: split by a hash of the text)
+DATASETS = {  # name -> files, columns, official split files (none: split by a hash of the text)
     "sample": dict(dir=f"{HERE}/data/sample", files="annotations.csv", text="text", user="user"),
     "goemotions": dict(
         dir=f"{HERE}/data/goemotions", files="goemotions_*.csv", text="text", user="rater_id",
-        ignore=("id", "author", "subreddit", "link_id", "parent_id", "created_utc", "example_very_unclear"),
+        ignore=("id", "author", "subreddit", "link_id", "parent_id", "created_utc",
+                "example_very_unclear"),
         splits=dict(train="train.tsv", val="dev.tsv", test="test.tsv")),
 }
 
 
 class Method(NamedTuple):
-    head: str           # "cls": trained classification head, "lm": trained LM, "ask": the LM as it is
+    head: str           # "cls": trained classification head; "lm": trained LM; "ask": untrained LM
     personalized: bool  # is the user ID in the prompt?
     shots: int          # solved examples in the prompt
 
 
-METHODS = {name + suffix: Method(head, suffix == "_p", shots)
-           for name, head, shots in (("q_0s", "ask", 0), ("q_1s", "ask", 1), ("q_2s", "ask", 2),
-                                     ("cls", "cls", 0), ("lm", "lm", 0))
-           for suffix in ("", "_p")}
+METHODS = {
+    "q_0s": Method("ask", False, 0), "q_0s_p": Method("ask", True, 0),
+    "q_1s": Method("ask", False, 1), "q_1s_p": Method("ask", True, 1),
+    "q_2s": Method("ask", False, 2), "q_2s_p": Method("ask", True, 2),
+    "cls": Method("cls", False, 0), "cls_p": Method("cls", True, 0),
+    "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0),
+}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,46 +130,45 @@ METHODS = {name + suffix: Method(head, suffix == "_p", shots)
 class Annotation(NamedTuple):
     text: str
     user: str
-    labels: tuple  # of L zeros and ones
+    labels: tuple  # (L) of 0 and 1
 
 
 class Dataset(NamedTuple):
     name: str
-    labels: list   # of L names
+    labels: list   # (L) names
     train: list    # of Annotation, as are val and test
     val: list
     test: list
-    notes: dict    # how many rows each rule left, in order
+    notes: dict    # what each rule left over: how many annotations, in order
 
 
 def text_id(text):
-    """16 hex digits that stand for the text in files: equal but for case and white space, equal id."""
-    return hashlib.sha256(" ".join(text.lower().split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    """16 hex digits that stand for a text in files; case and white space make no difference."""
+    words = " ".join(text.lower().split())
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def split_of(text):
-    """'train' (70 %), 'val' (15 %) or 'test' (15 %), by a hash of the text: no seed, no order, no file."""
+    """'train' (70 %), 'val' (15 %) or 'test' (15 %) by a hash of the text: no seed, no file."""
     share = int(text_id(text)[:8], 16) / 16 ** 8
     return "train" if share < 0.70 else "val" if share < 0.85 else "test"
 
 
 def csv_rows(path):
-    """Yields (row number, dict of the row) of a CSV file; the first row after the header is row 1."""
-    csv.field_size_limit(1 << 30)
+    """Yields (row number, dict of the row) of a CSV file; the one below the header is row 1."""
+    csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
             for number, row in enumerate(reader, 1):
                 if None in row or None in row.values():
-                    raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have the "
-                                   f"{len(reader.fieldnames)} columns of the header")
+                    raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have "
+                                   f"the {len(reader.fieldnames)} columns of the header")
                 yield number, row
-    except FileNotFoundError:
-        raise BadInput(f"{path}: no such file") from None
-    except (IsADirectoryError, PermissionError) as e:
-        raise BadInput(f"{path}: {e.strerror}") from None
+    except OSError as e:
+        raise BadInput(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: not UTF-8 (byte {e.object[e.start]:#x}); save the file as UTF-8") from None
+        raise BadInput(f"{path}: not UTF-8 (byte {e.object[e.start]:#x}); save it so") from None
     except csv.Error as e:
         raise BadInput(f"{path}: not a CSV file ({e})") from None
 
@@ -161,42 +176,49 @@ def csv_rows(path):
 ZERO_ONE = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 
+def label_columns(path, row, text_col, user_col, labels, ignore):
+    """The names of the label columns: `labels`, or all that hold a 0 or 1 in the first row."""
+    for column in (text_col, user_col, *(labels or ())):
+        if column not in row:
+            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(row)}")
+    rest = [column for column in row if column not in (text_col, user_col, *ignore)]
+    labels = labels or [column for column in rest if row[column].strip() in ZERO_ONE]
+    if not labels:
+        raise BadInput(f"{path}: no label column (0 or 1) beside {text_col!r} and {user_col!r}")
+    for label in labels:
+        if "," in label or not words_of(label):
+            raise BadInput(f"{path}: label {label!r}: a comma-separated answer cannot hold it")
+    return labels
+
+
 def read_annotations(path, text_col, user_col, labels=None, ignore=()):
-    """(label names, list of Annotation). Without `labels`, every column that begins with a 0 or 1 is a label."""
+    """(label names, list of Annotation) of a CSV file."""
     rows = csv_rows(path)
     first = next(rows, None)
     if first is None:
         raise BadInput(f"{path}: no annotations in it")
-    columns = list(first[1])
-    for column in (text_col, user_col, *(labels or ())):
-        if column not in columns:
-            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(columns)}")
-    labels = labels or [c for c in columns if c not in (text_col, user_col, *ignore) and first[1][c].strip() in ZERO_ONE]
-    if not labels:
-        raise BadInput(f"{path}: no label column (all 0 or 1) besides {text_col!r} and {user_col!r}; name them: --labels")
-    for label in labels:
-        if "," in label or not label.strip():
-            raise BadInput(f"{path}: the label {label!r} cannot be told apart in a comma-separated answer; rename it")
+    labels = label_columns(path, first[1], text_col, user_col, labels, ignore)
     annotations = []
     for number, row in [first, *rows]:
         for column in (text_col, user_col):
             if not row[column].strip():
-                raise BadInput(f"{path}: row {number}: empty {column!r}")
-        chosen = [ZERO_ONE.get(row[label].strip()) for label in labels]
+                raise BadInput(f"{path}: row {number}: {column!r} is empty")
+        chosen = tuple(ZERO_ONE.get(row[label].strip()) for label in labels)
         if None in chosen:
             label = labels[chosen.index(None)]
-            raise BadInput(f"{path}: row {number}: {label!r} is {row[label][:40]!r}, not 0 or 1 (--labels names the labels)")
-        annotations.append(Annotation(row[text_col], row[user_col], tuple(chosen)))
+            raise BadInput(f"{path}: row {number}: label {label!r} is {row[label][:40]!r}, not 0 "
+                           "or 1 (--labels a,b,c says which columns are labels)")
+        annotations.append(Annotation(row[text_col], row[user_col], chosen))
     return labels, annotations
 
 
-def official_splits(folder, splits):
-    """dict text -> the one split it is in by the dataset's own files; texts that cross splits are left out."""
+def official_splits(folder, files):
+    """dict text_id -> split by the dataset's own files; texts that cross splits are left out."""
     seen = defaultdict(set)
-    for split, file in splits.items():
+    for split, file in files.items():
         path = os.path.join(folder, file)
         if not os.path.exists(path):
-            raise BadInput(f"{path}: no such file; the official split needs {', '.join(splits.values())}")
+            raise BadInput(f"{path}: no such file; the split needs {', '.join(files.values())}")
         with open(path, newline="", encoding="utf-8-sig") as f:
             for text, *_ in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE):
                 seen[text_id(text)].add(split)
@@ -204,19 +226,22 @@ def official_splits(folder, splits):
 
 
 def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
-    """The Dataset of a row of DATASETS or of a CSV file of the user's own."""
+    """The Dataset of a row of DATASETS, or of a CSV file of the user's own."""
     row = DATASETS.get(name)
     if row is None and not name.lower().endswith(".csv"):
-        raise BadInput(f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
+        raise BadInput(f"--data {name}: neither a .csv file nor one of {', '.join(DATASETS)}")
     if row is None:
-        row = dict(dir=os.path.dirname(name), files=os.path.basename(name), text="text", user="user")
+        row = dict(dir=os.path.dirname(name), files=glob.escape(os.path.basename(name)),
+                   text="text", user="user")
     folder = data_dir or row["dir"]
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), row["files"])))
     if not paths:
-        raise BadInput(f"{os.path.join(folder, row['files'])}: no such file (--data-dir DIR says where the files are)")
+        raise BadInput(f"{os.path.join(folder, row['files'])}: no such file (--data-dir DIR says "
+                       "where a dataset is)")
     annotations = []
     for path in paths:
-        labels, part = read_annotations(path, text_col or row["text"], user_col or row["user"], labels, row.get("ignore", ()))
+        labels, part = read_annotations(path, text_col or row["text"], user_col or row["user"],
+                                        labels, row.get("ignore", ()))
         annotations += part
     notes = {"annotations": len(annotations)}
     annotations = [a for a in annotations if any(a.labels)]
@@ -229,55 +254,105 @@ def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
             split[part].append(a)
     notes["in a split"] = sum(map(len, split.values()))
     known = {a.user for a in split["train"]}
-    for part in ("val", "test"):
-        split[part] = [a for a in split[part] if a.user in known]
+    split |= {part: [a for a in split[part] if a.user in known] for part in ("val", "test")}
     notes["of users seen in training"] = sum(map(len, split.values()))
     for part, rows in split.items():
         if not rows:
-            raise BadInput(f"--data {name}: no annotation is left for {part} ({notes}); more texts are needed")
+            raise BadInput(f"--data {name}: no annotation is left for {part} (of "
+                           f"{len(annotations)} with a label); more texts are needed")
     name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
     return Dataset(name, list(labels), **split, notes=notes)
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Prompts. Three parts, the constant one first: the shared instruction with the list of labels,
-# the text, the user. The paper puts the user ID before the text; the hidden state behind the last
-# token sees the same facts either way, and in this order section 7 can compute what prompts have in
-# common once. Each piece is tokenized by itself and the ids are put together, so that the same
-# piece always has the same ids, a cut can only ever shorten the text, and nothing inside a text can
-# end the prompt: special tokens written there are plain letters.
+# 3. Prompts. Three parts, the constant one first: the instruction with the list of labels, the
+# text, the user. The paper puts the user ID before the text; the last token sees the same facts
+# either way, and in this order section 6 computes what prompts have in common once. Each piece is
+# tokenized by itself and the ids are joined: the same piece always has the same ids, a cut can
+# only ever shorten the text, and nothing inside a text can end the prompt, since special tokens
+# written there are read as plain letters. An example comes with its own labels, before the text
+# that is asked about: the user's own for a personalized prompt, other people's for a plain one,
+# always from the training rows.
 
-ASK = ("Which of the labels fit the text? Answer with labels from the list, separated by commas.",
-       "Which of the labels would this user choose for the text? Answer with labels from the list, separated by commas.")
+ASK = {  # personalized? -> the instruction, and what it adds when there are examples
+    False: ("Which of the labels fit the text?", " First see how other people answered."),
+    True: ("Which of the labels would this user choose for the text?",
+           " First see how this user answered before."),
+}
 
 
-def prompt_parts(method, labels, text, user):
-    """The prompt of one annotation as (shared, text, user) parts, each a list of pieces to be tokenized."""
-    shared = [f"{ASK[method.personalized]}\n### Labels: {', '.join(labels)}\n### Text:"]
+def prompt_parts(method, labels, text, user, examples=()):
+    """The prompt as (shared, text, user) parts, each a list of pieces that are tokenized alone."""
+    ask, see = ASK[method.personalized]
+    shared = [f"{ask}{see if method.shots else ''} Answer with labels from the list, separated by "
+              f"commas.\n### Labels: {', '.join(labels)}"]
+    body = []
+    for example in examples:
+        body += ["\n### Text:", f" {example.text}", "\n### Response:",
+                 answer_text(labels, example.labels)]
+    if method.shots:
+        body += ["\n### Text:"]
+    else:
+        shared[0] += "\n### Text:"
+    body.append(f" {text}")
     if method.personalized:
-        return shared, [f" {text}", "\n### User ID:"], [f" {user}", "\n### Response:"]
-    return shared, [f" {text}"], ["\n### Response:"]
+        return shared, body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
+    return shared, body, ["\n### Response:"]
 
 
 def answer_text(labels, chosen):
-    """The answer that an LM is trained to give: ' anger, joy' for the chosen labels in the list's order."""
+    """The answer that an LM is trained to give, the chosen labels in the list's order: ' a, c'."""
     return " " + ", ".join(label for label, y in zip(labels, chosen) if y)
 
 
+def choose_examples(method, train):
+    """A function: annotation -> up to `shots` training rows, the same for every model and seed."""
+    by_user = defaultdict(list)
+    for a in train:
+        by_user[a.user].append(a)
+
+    def choose(annotation):
+        rng = random.Random(f"{text_id(annotation.text)} {annotation.user}")
+        own = by_user[annotation.user]
+        if method.personalized:
+            return rng.sample(own, min(method.shots, len(own)))
+        chosen = []
+        while len(chosen) < min(method.shots, len(train) - len(own)):
+            other = rng.choice(train)
+            if other.user != annotation.user and other not in chosen:
+                chosen.append(other)
+        return chosen
+
+    return choose
+
+
 def tokenize(tokenizer, piece):
-    """Token ids of a piece of a prompt, with every special token written inside it read as plain letters."""
-    ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    if special.intersection(ids):  # SentencePiece vocabularies hold "</s>" as a word too: take it apart
+    """Token ids of a piece of a prompt; special tokens written inside it are read as letters."""
+    def plain(piece):
+        return tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    ids, special = plain(piece), set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if special.intersection(ids):  # a SentencePiece vocabulary has "</s>" as a word: take it apart
         for token in tokenizer.all_special_tokens:
             piece = piece.replace(token, f"{token[0]} {token[1:]}")
-        ids = [i for i in tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
-               if i not in special]
+        ids = [i for i in plain(piece) if i not in special]
     return ids
 
 
+def frame(tokenizer, chat):
+    """(ids before, ids after) a prompt: <s> or </s> or, to be asked, the model's chat template."""
+    if chat and tokenizer.chat_template:
+        around = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False,
+                                               add_generation_prompt=True)
+        return [tuple(tokenizer(s, add_special_tokens=False).input_ids) for s in around.split("\0")]
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    framed = tokenizer("a").input_ids
+    start = next(i for i in range(len(framed)) if framed[i:i + len(alone)] == alone)
+    return tuple(framed[:start]), tuple(framed[start + len(alone):])
+
+
 class Row(NamedTuple):
-    """One annotation in token ids: the prompt in its three parts, and the answer with the end token."""
+    """An annotation in token ids: the prompt in its three parts, and the answer with its end."""
     shared: tuple
     text: tuple
     user: tuple
@@ -285,48 +360,66 @@ class Row(NamedTuple):
     labels: tuple
     source: Annotation
 
+    @property
+    def prompt(self):
+        return self.shared + self.text + self.user
 
-def encode(tokenizer, method, labels, annotations, max_text=384):
-    """(list of Row, how many texts were cut to max_text tokens)"""
-    known = {}
 
-    def ids(piece):
-        if piece not in known:
-            known[piece] = tuple(tokenize(tokenizer, piece))
-        return known[piece]
+def encode(tokenizer, method, labels, annotations, max_text=384, train=()):
+    """(list of Row, dict of counts: texts_cut to `max_text` tokens, too_few_examples in `train`)"""
+    known, cut, few, choose = {}, set(), 0, choose_examples(method, train)
+    before, after = frame(tokenizer, chat=method.head == "ask")
 
-    around = tokenizer("a").input_ids  # what this tokenizer wants around a text: <s> a, or a </s>
-    middle = tokenizer("a", add_special_tokens=False).input_ids
-    start = next(i for i in range(len(around)) if around[i:i + len(middle)] == middle)
-    before, after = tuple(around[:start]), tuple(around[start + len(middle):])
-    rows, cut = [], set()
+    def ids(pieces, texts=()):
+        for piece in pieces:
+            if piece not in known:
+                known[piece] = tuple(tokenize(tokenizer, piece))
+            if piece in texts and len(known[piece]) > max_text:
+                cut.add(piece)
+        return sum((known[p][:max_text] if p in texts else known[p] for p in pieces), ())
+
+    rows = []
     for a in annotations:
-        shared, (text, *marker), user = prompt_parts(method, labels, a.text, a.user)
-        if len(ids(text)) > max_text:
-            cut.add(text)
-        rows.append(Row(
-            before + sum(map(ids, shared), ()), ids(text)[:max_text] + sum(map(ids, marker), ()),
-            sum(map(ids, user), ()) + after, ids(answer_text(labels, a.labels)) + (tokenizer.eos_token_id,), a.labels, a))
-    return rows, len(cut)
+        examples = choose(a)
+        few += len(examples) < method.shots
+        shared, body, user = prompt_parts(method, labels, a.text, a.user, examples)
+        texts = {f" {x.text}" for x in (a, *examples)}
+        rows.append(Row(before + ids(shared), ids(body, texts), ids(user) + after,
+                        ids([answer_text(labels, a.labels)]) + (tokenizer.eos_token_id,),
+                        a.labels, a))
+    return rows, dict(texts_cut=len(cut), too_few_examples=few)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. NF4: frozen weights in 4 bits. Weights of a trained layer are close to normally distributed, so
-# the 16 values of NF4 are quantiles of the normal distribution [2]: a block of 64 weights is
-# divided by its largest magnitude (absmax) and each weight becomes the index of the nearest of the
-# 16. Two indices make a byte, the first one in the high half. The absmax themselves are stored in 8
-# bits ("double quantization"): blocks of 256 of them, minus their mean, by the same idea with the
-# 256 values of the dynamic map [5]. That is 4 + 8/64 + 32/(64*256) = 4.127 bits a weight, byte for
+# 4. NF4: frozen weights in 4 bits. Trained weights are close to normally distributed, so the 16
+# values of NF4 are quantiles of the normal distribution [2]. A block of 64 weights is divided by
+# its largest magnitude (absmax), and each weight becomes the index of the nearest of the 16. Two
+# indices make a byte, the first in the high half. The absmax in turn are stored in 8 bits ("double
+# quantization"): their mean is taken off, and blocks of 256 are rounded to the 256 values of the
+# dynamic map [5] in the same way. Together 4 + 8/64 + 32/(64*256) = 4.127 bits a weight, byte for
 # byte what bitsandbytes stores [4].
 
-NF4 = torch.tensor([  # quantiles of N(0, 1), scaled to [-1, 1]; a test computes them anew
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
+NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes them anew
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0])
+NF4_PAIRS = torch.cartesian_prod(NF4, NF4)  # byte -> its two values, (256, 2)
+
+
+def midpoints(code):
+    """The borders at which the nearest value of an ascending code changes."""
+    return (code[1:] + code[:-1]) / 2
+
+
+# [-1, 1] in cells of 1/16: no cell holds two borders of NF4, so the nearest index is the one at the
+# cell's left edge, or one more beyond the cell's border. Two lookups, no search.
+CELL_INDEX = torch.bucketize(torch.arange(-16, 17) / 16, midpoints(NF4)).to(torch.uint8)
+CELL_BORDER = torch.cat([midpoints(NF4), torch.tensor([2.0])])[CELL_INDEX.long()]
 
 
 def dynamic_map():
-    """The 256 values that absmax is rounded to, ascending: finer near 0, signed, 7 powers of ten (cf. [5], [4])."""
+    """(256) ascending: signed, in seven powers of ten, twice as fine with each one up [5]."""
     positive = []
     for i in range(7):
         edges = torch.linspace(0.1, 1, 2 ** i + 1)
@@ -336,22 +429,32 @@ def dynamic_map():
 
 
 DYNAMIC = dynamic_map()
-PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], 1)  # byte -> its two values, (256, 2)
 
 
-def midpoints(code):
-    """The borders at which the nearest value of a sorted code changes."""
-    return (code[1:] + code[:-1]) / 2
+def in_chunks(n, device):
+    """Slices of n weights; on a CPU of a size that stays in its cache, which is 5 times faster."""
+    size = 2 ** 18 if device.type == "cpu" else n
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def quantize_nf4(weight):
-    """(N, K) -> packed (N*K/2) uint8, absmax (blocks) float32."""
-    flat = weight.detach().flatten().float()
-    blocks = F.pad(flat, (0, -flat.numel() % 64)).view(-1, 64)
-    absmax = blocks.abs().amax(1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # times the inverse, as [4] does: other bits otherwise
-    index = torch.bucketize(scaled.view(-1), midpoints(NF4).to(flat.device), out_int32=True).to(torch.uint8)
-    return ((index[::2] << 4) | index[1::2])[:(flat.numel() + 1) // 2], absmax
+    """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; both rounded up."""
+    flat, device = weight.detach().flatten(), weight.device
+    index_of, border_of = CELL_INDEX.to(device), CELL_BORDER.to(device)
+    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=device)
+    absmax = torch.empty((flat.numel() + 63) // 64, device=device)
+    for chunk in in_chunks(flat.numel(), device):
+        part = flat[chunk].float()
+        blocks = F.pad(part, (0, -part.numel() % 64)).view(-1, 64)
+        largest = blocks.abs().amax(1)
+        # Times the inverse and not divided by it, as [4] does it: the last bit differs.
+        scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).view(-1)
+        cell = (scaled * 16 + 16).int()
+        index = index_of.index_select(0, cell) + (scaled > border_of.index_select(0, cell))
+        first, n = chunk.start // 2, (part.numel() + 1) // 2
+        packed[first:first + n] = ((index[::2] << 4) | index[1::2])[:n]
+        absmax[chunk.start // 64:chunk.start // 64 + len(largest)] = largest
+    return packed, absmax
 
 
 def quantize_absmax(absmax):
@@ -360,41 +463,43 @@ def quantize_absmax(absmax):
     blocks = F.pad(absmax - offset, (0, -absmax.numel() % 256)).view(-1, 256)
     scale = blocks.abs().amax(1)
     scaled = blocks * (1 / scale.clamp(min=1e-38))[:, None]
-    step = (((scaled + 1) * 0.5) * 65535 + 0.5).floor()  # [4] on a CPU rounds to 65,536 steps first
+    step = (((scaled + 1) * 0.5) * 65535 + 0.5).floor()  # [4] first rounds to 65,536 even steps
     code = torch.bucketize(step.view(-1) / 65535 * 2 - 1, midpoints(DYNAMIC).to(absmax.device))
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
 
 class NF4Matmul(torch.autograd.Function):
-    """x (T, K) -> x W^T (T, N) with W in NF4. `F.linear(x, W.dequantize())` would keep the dense W of every layer
-    alive until the backward pass; here the layer's packed bytes are all that is kept, and W is made again."""
+    """x (.., K) -> x W^T (.., N) with W in NF4. `F.linear(x, layer.dequantize())` would keep the
+    dense W of every layer alive until the backward pass. This keeps the layer, whose bytes are in
+    memory anyhow, and makes W again."""
 
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return F.linear(x, layer.dequantize())
+        return F.linear(x, layer.dequantize(), layer.bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ ctx.layer.dequantize(), None  # (T, N) @ (N, K) -> (T, K)
+        return grad @ ctx.layer.dequantize(), None  # (.., N) @ (N, K) -> (.., K)
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer (N, K) in NF4. Build it with `from_linear`."""
-    weight = None  # T5 looks at wo.weight to choose a dtype; there is no dense weight to look at
+    """A frozen linear layer (N, K) in NF4; build it with `from_linear`."""
+    weight = None  # T5 asks a layer's weight for its dtype; there is no dense weight to ask
 
     @classmethod
-    def from_linear(cls, linear, dtype=None):
-        """The NF4Linear of an nn.Linear; it computes in `dtype` (default: that of the linear's weight)."""
+    def from_linear(cls, linear):
+        """The NF4Linear of an nn.Linear. It computes in the dtype of the linear's weight."""
         self = cls()
-        self.N, self.K = linear.weight.shape
-        self.dtype = dtype or linear.weight.dtype
+        (self.N, self.K), self.dtype = linear.weight.shape, linear.weight.dtype
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
-        for name, value in dict(packed=packed, absmax_code=code, absmax_scale=scale, absmax_offset=offset).items():
-            self.register_buffer(name, value)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().to(self.dtype))
-        self.register_buffer("dense", None, persistent=False)
+        self.register_buffer("packed", packed)
+        self.register_buffer("absmax_code", code)
+        self.register_buffer("absmax_scale", scale)
+        self.register_buffer("absmax_offset", offset)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        self.register_buffer("dense", None, persistent=False)  # see keep_dense
         return self
 
     def absmax(self):
@@ -403,27 +508,34 @@ class NF4Linear(nn.Module):
         return DYNAMIC.to(scale.device)[self.absmax_code.int()] * scale + self.absmax_offset
 
     def dequantize(self):
-        """The rounded weights, (N, K) in self.dtype: products in float32, cast last."""
+        """(N, K) the rounded weights; products in float32, cast to the layer's dtype last."""
         if self.dense is not None:
             return self.dense
-        values = F.embedding(self.packed.int(), PAIRS.to(self.packed.device)).view(-1)
-        values = F.pad(values, (0, -values.numel() % 64)).view(-1, 64) * self.absmax()[:, None]
-        return values.view(-1)[:self.N * self.K].view(self.N, self.K).to(self.dtype)
+        n, device, absmax = self.N * self.K, self.packed.device, self.absmax()
+        weight = torch.empty(n, dtype=self.dtype, device=device)
+        pairs = NF4_PAIRS.view(torch.int64).view(-1).to(device)  # two floats moved as one word
+        for chunk in in_chunks(n, device):
+            bytes_ = self.packed[chunk.start // 2:(chunk.stop + 1) // 2]
+            values = pairs.index_select(0, bytes_.int()).view(torch.float32)
+            values = F.pad(values, (0, -values.numel() % 64)).view(-1, 64)
+            values *= absmax[chunk.start // 64:chunk.start // 64 + len(values), None]
+            weight[chunk] = values.view(-1)[:chunk.stop - chunk.start]
+        return weight.view(self.N, self.K)
 
     def forward(self, x):
-        y = NF4Matmul.apply(x, self)
-        return y if self.bias is None else y + self.bias
+        return NF4Matmul.apply(x, self)
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. LoRA: what is trained. A frozen W gets a low-rank companion: y = W x + (alpha / r) B A
-# dropout(x), with A (r, K) and B (N, r) in float32 [3]. B starts at zero, so that the model begins
-# as it was. LoRALinear wraps the layer and does not care how that keeps its weights.
+# 5. LoRA: what is trained. The frozen W gets a companion of low rank [3]:
+#     y = W x + (alpha / r) B A dropout(x),   A (r, K), B (N, r), both float32
+# A is drawn at random and B is zero, so that the model begins as it was. LoRALinear wraps a layer
+# and does not ask how that keeps its weights.
 
 class LoRAMatmul(torch.autograd.Function):
-    """x (.., K), drop (.., K) bool or None -> scaling * (x without the dropped) A^T B^T, (.., N). Autograd would
-    keep the thinned-out copy of x for every layer; here x, which the layers of a block share, and one byte an
-    entry are kept."""
+    """x (.., K), drop (.., K) bool or None -> scaling * dropout(x) A^T B^T (.., N). Autograd would
+    keep a thinned-out copy of x for every layer. This keeps x, which the query, key and value
+    layers have in common, and one byte an entry."""
 
     @staticmethod
     def forward(ctx, x, drop, lora_A, lora_B, scaling):
@@ -437,50 +549,51 @@ class LoRAMatmul(torch.autograd.Function):
     def backward(ctx, grad):
         x, drop, low, lora_A, lora_B = ctx.saved_tensors
         thin = x if drop is None else x.masked_fill(drop, 0)
-        grad_low = grad @ (ctx.scaling * lora_B).to(x.dtype)  # (.., N) @ (N, r) -> (.., r)
-        grad_x = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K) -> (.., K)
+        grad_low = grad @ (ctx.scaling * lora_B).to(x.dtype)  # (.., N) @ (N, r)
+        grad_x = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K)
         if drop is not None:
             grad_x.masked_fill_(drop, 0)
         grad_A = grad_low.flatten(0, -2).T @ thin.flatten(0, -2)
-        grad_B = grad.flatten(0, -2).T @ low.flatten(0, -2)
-        return grad_x, None, grad_A.to(lora_A.dtype), (ctx.scaling * grad_B).to(lora_B.dtype), None
+        grad_B = ctx.scaling * (grad.flatten(0, -2).T @ low.flatten(0, -2))
+        return grad_x, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
 
 
 def drop_mask(shape, p, device):
-    """A bool tensor that is True with probability p (rounded to 1/256). One random byte an entry, drawn eight at
-    a time: a third of the time that torch's bernoulli takes on a CPU."""
+    """(shape) bool, True with probability p to the nearest 1/256. One random byte an entry, eight
+    to a draw: on a CPU a third of the time of torch's own dropout."""
     n = math.prod(shape)
     words = torch.empty((n + 7) // 8, dtype=torch.int64, device=device).random_(-2 ** 63, None)
     return (words.view(torch.uint8)[:n] < round(256 * p)).view(shape)
 
 
 class LoRALinear(nn.Module):
-    """base(x) + scaling * B A dropout(x)."""
+    """base(x) + scaling * B A dropout(x)"""
     weight = None  # see NF4Linear
 
-    def __init__(self, base, K, N, r, alpha, dropout, device=None):
+    def __init__(self, base, r, alpha, dropout):
         super().__init__()
         self.base, self.scaling, self.dropout = base, alpha / r, dropout
-        self.lora_A = nn.Parameter(torch.empty(r, K, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(N, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3] and PEFT
+        device = base.packed.device
+        self.lora_A = nn.Parameter(torch.empty(r, base.K, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.N, r, device=device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
     def forward(self, x):
         drop, scaling = None, self.scaling
         if self.training and self.dropout:
             drop = drop_mask(x.shape, self.dropout, x.device)
-            scaling = scaling / (1 - round(256 * self.dropout) / 256)  # the expectation stays
+            scaling /= 1 - round(256 * self.dropout) / 256  # so that the expectation stays
         return self.base(x) + LoRAMatmul.apply(x, drop, self.lora_A, self.lora_B, scaling)
 
 
 def add_lora(module, r, alpha, dropout):
-    """Wraps every NF4Linear below module in a LoRALinear, in place; returns how many."""
+    """Wraps every NF4Linear below `module` in a LoRALinear, in place; returns how many."""
     count = 0
     for name, child in list(module.named_children()):
         if isinstance(child, LoRALinear):
             raise ValueError(f"{name} has LoRA already")
         if isinstance(child, NF4Linear):
-            setattr(module, name, LoRALinear(child, child.K, child.N, r, alpha, dropout, child.packed.device))
+            setattr(module, name, LoRALinear(child, r, alpha, dropout))
             count += 1
         else:
             count += add_lora(child, r, alpha, dropout)
@@ -488,109 +601,122 @@ def add_lora(module, r, alpha, dropout):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The prompt tree. The prompts of a batch begin alike: all with the shared part, then those of
-# one text with that text, and in training the answers of two readers with the same first labels. In
-# a decoder the hidden state of a token depends on nothing but the tokens before it, so every
-# distinct prefix is computed once, in training as in prediction, and loss and gradients stay the
-# same numbers [6]. A batch is one flat sequence without padding: the trunk (the shared part), then
-# the nodes of each group (a text and its readers). Everything but attention works on single tokens
-# and does not see the difference; a node's position counts along its branch; and the attention
-# below lets it see the trunk and its own branch, one small rectangle a group.
+# 6. The prompt tree. The prompts of a batch begin alike: all with the shared part, those of one
+# text with that text, and in training the answers of readers whose first labels agree. In a
+# decoder the hidden state of a token depends on the tokens before it and on nothing else, so every
+# distinct prefix need be computed only once, in training as in prediction, and loss and gradients
+# stay the same numbers [6]. A batch is one flat sequence without padding: the trunk (the shared
+# part), then the nodes of each group (a text and its readers). Everything but attention works on
+# single tokens and does not notice; a node's position counts along its branch; and attention,
+# below, lets it see the trunk and its own branch: one small rectangle a group.
 
 class PromptTree:
-    """Token ids as a tree under a trunk. `add` makes nodes, `step` hands out those not computed yet; when `cache`
-    is a dict, keys and values stay in it, and the tree can grow at its leaves, as greedy decoding does."""
+    """Token ids as a tree on a trunk. `add` makes nodes, `step` hands out those not computed yet.
+    Where `cache` is a dict, keys and values stay in it and the tree can grow on at its leaves."""
 
     def __init__(self, trunk, cache=None):
-        self.ids, self.depth = list(trunk), list(range(len(trunk)))
-        self.S, self.done, self.cache = len(trunk), 0, cache
+        self.ids, self.position, self.S = list(trunk), list(range(len(trunk))), len(trunk)
         self.children = {}               # (group, parent, token) -> node
-        self.sees = [0] * len(trunk)     # of each node: the ranks in its group that it attends to, as bits
         self.groups = defaultdict(list)  # group -> its nodes, by rank
+        self.sees = [0] * len(trunk)     # node -> which ranks of its group it sees, as bits
+        self.computed, self.cache = 0, cache
 
     def add(self, ids, group, parent=None):
-        """The node at the end of the path `ids` below `parent` (default: the trunk); only new nodes are made."""
+        """The node at the end of the path `ids` from `parent` (None: the trunk)."""
         for token in ids:
             node = self.children.get((group, parent, token))
             if node is None:
                 node = self.children[group, parent, token] = len(self.ids)
                 self.ids.append(token)
-                self.depth.append(self.S if parent is None else self.depth[parent] + 1)
-                self.sees.append((0 if parent is None else self.sees[parent]) | 1 << len(self.groups[group]))
+                self.position.append(self.S if parent is None else self.position[parent] + 1)
+                above = 0 if parent is None else self.sees[parent]
+                self.sees.append(above | 1 << len(self.groups[group]))
                 self.groups[group].append(node)
             parent = node
         return parent
 
     def step(self, device):
-        """Index tensors of the T nodes that are not computed yet: dict(input_ids, position_ids (1, T), tree=dict)."""
-        first, self.done = self.done, len(self.ids)
-        groups = [(nodes, [n for n in nodes if n >= first]) for nodes in self.groups.values() if nodes[-1] >= first]
-        groups.sort(key=lambda g: (len(g[0]), len(g[1])), reverse=True)
+        """What a model needs to compute the T new nodes: dict(input_ids (1, T), position_ids
+        (1, T), tree), where `tree` goes through to tree_attention."""
+        first, self.computed = self.computed, len(self.ids)
+        groups = [(nodes, [n for n in nodes if n >= first]) for nodes in self.groups.values()]
+        groups = sorted([g for g in groups if g[1]], key=lambda g: len(g[0]), reverse=True)
         buckets, slot, offset = [], {}, 0
-        while groups:  # groups of about the same size together, so that little is padding
-            size = next((i for i, g in enumerate(groups) if 1.5 * len(g[0]) < len(groups[0][0])), len(groups))
+        while groups:  # groups of about one size together, so that little is padding
+            size = sum(1.5 * len(nodes) >= len(groups[0][0]) for nodes, _ in groups)
             bucket, groups = groups[:size], groups[size:]
-            Lq, Lk = max(len(new) for _, new in bucket), len(bucket[0][0])
-            q = np.zeros((size, Lq), np.int64)  # which of the T nodes
-            k = np.zeros((size, Lk), np.int64)  # which of all nodes
-            mask = np.zeros((size, 1, Lq, self.S + Lk), bool)
-            mask[..., :self.S] = True
-            for g, (nodes, new) in enumerate(bucket):
-                k[g, :len(nodes)], q[g, :len(new)] = nodes, np.array(new) - first
-                bits = b"".join(self.sees[n].to_bytes((Lk + 7) // 8, "little") for n in new)
-                bits = np.unpackbits(np.frombuffer(bits, np.uint8).reshape(len(new), -1), axis=1, bitorder="little")
-                mask[g, 0, :len(new), self.S:] = bits[:, :Lk]
-                slot.update((n, offset + g * Lq + i) for i, n in enumerate(new))
-            offset += size * Lq
-            buckets.append(tuple(torch.from_numpy(a).to(device, non_blocking=True) for a in (q, k, mask)))
-        order = torch.tensor([slot[n] for n in range(max(first, self.S), self.done)], dtype=torch.int64)
-        return dict(
-            input_ids=torch.tensor([self.ids[first:]], device=device),
-            position_ids=torch.tensor([self.depth[first:]], device=device),
-            tree=dict(S=self.S, trunk=max(self.S - first, 0), buckets=buckets, order=order.to(device), cache=self.cache))
+            buckets.append([torch.from_numpy(a).to(device, non_blocking=True)
+                            for a in self.rectangles(bucket, first)])
+            wide = max(len(new) for _, new in bucket)
+            for g, (_, new) in enumerate(bucket):
+                slot.update((n, offset + g * wide + i) for i, n in enumerate(new))
+            offset += size * wide
+        order = torch.tensor([slot[n] for n in range(max(first, self.S), self.computed)],
+                             dtype=torch.int64)
+        return dict(input_ids=torch.tensor([self.ids[first:]], device=device),
+                    position_ids=torch.tensor([self.position[first:]], device=device),
+                    tree=dict(S=self.S, new_trunk=max(self.S - first, 0), buckets=buckets,
+                              order=order.to(device), cache=self.cache))
+
+    def rectangles(self, bucket, first):
+        """For some groups, padded to the largest: which of the T new nodes ask (G, Lq), which of
+        all nodes answer (G, Lk), and who sees whom, trunk first: (G, 1, Lq, S + Lk) bool."""
+        G, Lk = len(bucket), len(bucket[0][0])
+        Lq = max(len(new) for _, new in bucket)
+        q, k = np.zeros((G, Lq), np.int64), np.zeros((G, Lk), np.int64)
+        mask = np.zeros((G, 1, Lq, self.S + Lk), bool)
+        mask[..., :self.S] = True
+        mask[..., self.S] |= self.S == 0  # padding sees something, else its softmax were NaN
+        for g, (nodes, new) in enumerate(bucket):
+            k[g, :len(nodes)], q[g, :len(new)] = nodes, np.array(new) - first
+            bits = b"".join(self.sees[n].to_bytes((Lk + 7) // 8, "little") for n in new)
+            bits = np.frombuffer(bits, np.uint8).reshape(len(new), -1)
+            mask[g, 0, :len(new), self.S:] = np.unpackbits(
+                bits, axis=1, count=Lk, bitorder="little")
+        return q, k, mask
 
 
 def attend(q, k, v, mask, scaling):
-    """Attention of q (G, H, Lq, E) to k and v (G, H', Lk, E) where the bool mask (G, 1, Lq, Lk) is True. The query
-    heads that share a key head (grouped-query attention) are stacked as further queries of it."""
+    """(G, H, Lq, E): attention of q (G, H, Lq, E) to k, v (G, H', Lk, E) where the bool mask
+    (G, 1, Lq, Lk) is True. Query heads that share a key head are stacked as more queries of it."""
     G, H, Lq, E = q.shape
     share = H // k.shape[1]
-    q, mask = q.reshape(G, k.shape[1], share * Lq, E), mask.repeat(1, 1, share, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).reshape(G, H, Lq, -1)
+    q, mask = q.reshape(G, H // share, share * Lq, E), mask.repeat(1, 1, share, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return out.reshape(G, H, Lq, E)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *, tree, **kwargs):
-    """Attention over a PromptTree: query (1, H, T, E), key and value (1, H', T, E) -> (1, T, H, E), None. It is what
-    transformers calls in place of its own ("attn_implementation"); `tree` is handed through the model untouched."""
-    window = kwargs.get("sliding_window")
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None or (window and window < 4096):
-        raise BadInput(f"{type(module).__name__}: soft-capped, sink or short-window attention is not supported")
-    H, kv = query.shape[1], key.shape[1]
-    q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))  # (T, heads * E)
+def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
+                   tree=None, softcap=None, sliding_window=None, **kwargs):
+    """Attention over a PromptTree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
+    transformers calls it in place of its own and hands `tree` through."""
+    if tree is None or softcap or (sliding_window or math.inf) < 4096:
+        raise BadInput(f"{type(module).__name__}: attention of this kind (soft-capped, short "
+                       "windows or without keyword arguments) is not supported; take another model")
+    q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))  # (T, H * E)
     if tree["cache"] is not None:
         old = tree["cache"].get(module.layer_idx)
         k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
         tree["cache"][module.layer_idx] = k, v
+    E, S, out = query.shape[3], tree["S"], []
 
-    def heads(rows, G, n):  # (G * L, n * E) -> (G, n, L, E)
-        return rows.view(G, -1, n, rows.shape[-1] // n).transpose(1, 2)
+    def heads(rows, index):  # (all, H * E), (G, L) -> (G, H, L, E)
+        rows = rows.index_select(0, index.flatten())
+        return rows.view(*index.shape, -1, E).transpose(1, 2)
 
-    S, out = tree["S"], []
-    if tree["trunk"]:
-        causal = torch.ones(S, S, dtype=torch.bool, device=q.device).tril()[None, None]
-        trunk = attend(heads(q[:S], 1, H), heads(k[:S], 1, kv), heads(v[:S], 1, kv), causal, scaling)
-        out.append(trunk.transpose(1, 2).flatten(2)[0])
-    leaves = []
+    trunk = torch.arange(S, device=q.device)[None]
+    k_trunk, v_trunk = heads(k, trunk), heads(v, trunk)
+    if tree["new_trunk"]:
+        causal = torch.ones(1, 1, S, S, dtype=torch.bool, device=q.device).tril()
+        out.append(attend(heads(q, trunk), k_trunk, v_trunk, causal, scaling))
     for q_index, k_index, mask in tree["buckets"]:
         G = len(q_index)
-        ours = heads(q.index_select(0, q_index.view(-1)), G, H)
-        keys, values = (
-            torch.cat([heads(t[:S], 1, kv).expand(G, -1, -1, -1), heads(t.index_select(0, k_index.view(-1)), G, kv)], 2)
-            for t in (k, v))
-        leaves.append(attend(ours, keys, values, mask, scaling).transpose(1, 2).flatten(0, 1).flatten(1))
-    if leaves:
-        out.append(torch.cat(leaves).index_select(0, tree["order"]))
-    return torch.cat(out).view(1, query.shape[2], H, -1), None
+        keys = torch.cat([k_trunk.expand(G, -1, -1, -1), heads(k, k_index)], 2)
+        values = torch.cat([v_trunk.expand(G, -1, -1, -1), heads(v, k_index)], 2)
+        out.append(attend(heads(q, q_index), keys, values, mask, scaling))
+    out = [o.transpose(1, 2).flatten(0, 1) for o in out]  # each (G * Lq, H, E)
+    grown = torch.cat(out[1:] if tree["new_trunk"] else out).index_select(0, tree["order"])
+    return (torch.cat([out[0], grown]) if tree["new_trunk"] else grown)[None], None
 
 
 AttentionInterface.register("tree", tree_attention)
@@ -598,51 +724,52 @@ AttentionInterface.register("tree", tree_attention)
 
 # --------------------------------------------------------------------------------------------------
 # 7. The model and its two heads. The backbone is transformers' own module for the architecture,
-# built without weights; the checkpoint is read tensor by tensor, and each linear layer turns into
-# an NF4Linear as soon as its weights are there, so that no more than one layer is ever dense. Heads
-# are neither quantized nor given LoRA: the classification head (L, D) is trained whole, the
-# language model's head (V, D) stays as it is. The backbone's own dropout stays off. In an encoder-
-# decoder the classification head reads the decoder's state at its start token.
+# built without weights; the checkpoint is read tensor by tensor, and a linear layer turns into an
+# NF4Linear as soon as its weights are there, so that never more than one is dense. Heads are
+# neither quantized nor given LoRA: the classification head (L, D) is trained whole, the language
+# model's (V, D) stays as it is. The backbone's own dropout stays off. In an encoder-decoder the
+# classification head reads the decoder's state at its start token.
 
 def model_folder(name):
-    """The folder of a model: a row of MODELS, a folder, or a Hugging Face id (fetched, or found in the cache)."""
+    """The folder of a model: a row of MODELS, a folder or a Hugging Face id (fetched or cached)."""
     spec = MODELS[name]["id"] if name in MODELS else name
     if os.path.isdir(spec):
         if not os.path.exists(os.path.join(spec, "config.json")):
             raise BadInput(f"--model {name}: {spec} holds no config.json of a Hugging Face model")
         return spec
-    known = f"names: {', '.join(MODELS)}; else a folder or a Hugging Face id"
+    known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
     if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise BadInput(f"--model {name}: no such folder ({known})")
+        raise BadInput(f"--model {name}: no such model ({known})")
+    wanted = ["*.json", "*.txt", "*.model"]
     try:
-        folder = snapshot_download(spec, allow_patterns=["*.json", "*.txt", "*.model", "*.safetensors"])
+        folder = snapshot_download(spec, allow_patterns=[*wanted, "*.safetensors"])
         if not glob.glob(os.path.join(folder, "*.safetensors")):
-            folder = snapshot_download(spec, allow_patterns=["*.json", "*.txt", "*.model", "*.bin"])
+            folder = snapshot_download(spec, allow_patterns=[*wanted, "*.bin"])
         return folder
-    except Exception as e:  # the hub's client raises errors of four packages; what the user can do is the same
-        raise BadInput(f"--model {name}: cannot fetch {spec} from the Hugging Face hub ({type(e).__name__}); "
-                       f"with a network run once, or give a folder: --model DIR ({known})") from None
+    except Exception as e:  # the hub's client raises errors of four packages; the remedy is one
+        raise BadInput(f"--model {name}: cannot fetch {spec} from the Hugging Face hub "
+                       f"({type(e).__name__}); run it once with a network, or give a folder that "
+                       f"holds the model: --model DIR ({known})") from None
 
 
 def checkpoint_tensors(folder):
-    """Yields (name, tensor) for every weight in a model folder, one tensor in memory at a time."""
+    """Yields (name, tensor) of every weight in a model folder, one at a time in memory."""
     files = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
     for path in files:
         with safe_open(path, "pt") as f:
             for name in f.keys():
                 yield name, f.get_tensor(name)
-    if not files:
-        for path in sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin"))):
-            yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
+    for path in [] if files else sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin"))):
+        yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
 
 
 @contextmanager
 def parameters_on_meta():
-    """Modules built inside get parameters without memory, and real buffers (rotary frequencies, for one)."""
+    """Modules built inside have parameters without memory, and real buffers (rotary tables)."""
     register = nn.Module.register_parameter
 
     def on_meta(module, name, param):
-        if param is not None and not param.is_meta:  # one that is, is tied: it stays the same object
+        if param is not None and not param.is_meta:  # if it is, it is tied: keep the object
             param = nn.Parameter(param.to("meta"), requires_grad=False)
         register(module, name, param)
 
@@ -653,34 +780,41 @@ def parameters_on_meta():
         nn.Module.register_parameter = register
 
 
+def put(model, name, value):
+    """Sets the parameter, buffer or module `name` ("a.b.c") of a model."""
+    path, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(path), leaf, value)
+
+
 def load_quantized(folder, device, dtype):
-    """The transformers model in a folder, its backbone's linear layers in NF4, frozen."""
+    """The transformers model in a folder, frozen, the linear layers of its backbone in NF4."""
     config = AutoConfig.from_pretrained(folder)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    attention = "sdpa" if config.is_encoder_decoder else "tree"
     with parameters_on_meta():
-        lm = kind.from_config(config, attn_implementation=attention)
-    for name, buffer in lm.named_buffers():
+        lm = kind.from_config(
+            config, attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
+    for buffer in lm.buffers():
         buffer.data = buffer.to(device)
-    holders = dict(lm.named_parameters(remove_duplicate=False))  # tied weights under each of their names
+    empty = dict(lm.named_parameters(remove_duplicate=False))  # a tied one under each of its names
     given, head, prefix = {}, lm.get_output_embeddings(), lm.base_model_prefix + "."
-    for name, tensor in tqdm(checkpoint_tensors(folder), "quantize", delay=2, unit=" tensors", leave=False):
-        name = next((n for n in (name, prefix + name, name.removeprefix(prefix)) if n in holders), None)
+    for name, tensor in progress(checkpoint_tensors(folder), "quantize", "tensors"):
+        names = (name, prefix + name, name.removeprefix(prefix))
+        name = next((n for n in names if n in empty), None)
         if name is None:
-            continue  # buffers of older versions of transformers
-        path, _, leaf = name.rpartition(".")
-        module = lm.get_submodule(path)
-        setattr(module, leaf, nn.Parameter(tensor.to(device, dtype), requires_grad=False))
-        given[id(holders[name])] = getattr(module, leaf)
-        if isinstance(module, nn.Linear) and module is not head and not any(p.is_meta for p in module.parameters()):
-            parent, _, child = path.rpartition(".")
-            setattr(lm.get_submodule(parent), child, NF4Linear.from_linear(module))
+            continue  # buffers that older versions of transformers stored
+        param = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+        put(lm, name, param)
+        given[id(empty[name])] = param
+        path = name.rpartition(".")[0]
+        layer = lm.get_submodule(path)
+        if isinstance(layer, nn.Linear) and layer is not head:
+            if not any(p.is_meta for p in layer.parameters()):
+                put(lm, path, NF4Linear.from_linear(layer))
     for name, param in list(lm.named_parameters(remove_duplicate=False)):
         if param.is_meta:
             if id(param) not in given:
                 raise BadInput(f"{folder}: the checkpoint has no weights for {name}")
-            path, _, leaf = name.rpartition(".")
-            setattr(lm.get_submodule(path), leaf, given[id(param)])
+            put(lm, name, given[id(param)])  # tied to one that had weights
     return lm.eval()
 
 
@@ -690,8 +824,8 @@ class PersonalizedLM(nn.Module):
     def __init__(self, lm, head, n_labels):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
-        width = lm.get_output_embeddings().weight.shape[1]
-        if head == "cls":  # trained whole, in float32
+        if head == "cls":
+            width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
             nn.init.normal_(self.score.weight, std=0.02)
 
@@ -700,109 +834,125 @@ class PersonalizedLM(nn.Module):
         return self.lm.device
 
     def trainable(self):
-        """dict name -> parameter of everything that is trained: LoRA and the classification head."""
+        """dict name -> parameter of all that is trained: LoRA and the classification head."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def hidden(self, batch):
-        """(P, D): the hidden state at each position that the head reads."""
+        """(P, D) the hidden states that the head reads."""
+        inputs = dict(batch["inputs"])
         if not self.seq2seq:
-            return self.lm.base_model(**batch["inputs"], use_cache=False).last_hidden_state[0, batch["at"]]
-        encoder, inputs = self.lm.get_encoder(), batch["inputs"]
-        memory = encoder(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
-        of = inputs["encoder_row"]
-        out = self.lm.get_decoder()(input_ids=inputs["decoder_input_ids"], encoder_hidden_states=memory[of],
-                                    encoder_attention_mask=inputs["attention_mask"][of], use_cache=False)
+            out = self.lm.base_model(**inputs, use_cache=False)
+            return out.last_hidden_state[0, batch["at"]]
+        row, mask = inputs.pop("encoder_row"), inputs["attention_mask"]
+        decoder_input_ids = inputs.pop("decoder_input_ids")
+        memory = self.lm.get_encoder()(**inputs).last_hidden_state
+        out = self.lm.get_decoder()(
+            input_ids=decoder_input_ids, encoder_hidden_states=memory[row],
+            encoder_attention_mask=mask[row], use_cache=False)
         return out.last_hidden_state.flatten(0, 1)[batch["at"]]
 
     def token_logits(self, hidden):
         """(P, D) -> (P, V) float32"""
-        if getattr(self.lm.config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+        if getattr(self.lm.config, "scale_decoder_outputs", False):  # a T5 of tied embeddings
             hidden = hidden * self.lm.model_dim ** -0.5
         return self.lm.get_output_embeddings()(hidden).float()
 
     def forward(self, batch):
-        """(P, L) label scores or (P, V) token logits, float32."""
+        """(P, L) scores of the labels, or (P, V) logits of the next token; float32."""
         hidden = self.hidden(batch)
         return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
 
 
 def keep_dense(model):
-    """Keeps a dense copy of the rounded weights where it takes less than a quarter of the memory
-    that is free: same numbers, no dequantizing. Returns whether it did."""
+    """Keeps a dense copy of the rounded weights if that takes less than a quarter of the free
+    memory: the same numbers without dequantizing. Returns whether it did."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     size = sum(m.N * m.K * m.dtype.itemsize for m in layers)
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info()[0]
     else:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for m in layers if size < free / 4 else ():
-        m.dense = m.dequantize()
+    for layer in layers if size < free / 4 else ():
+        layer.dense = layer.dequantize()
     return size < free / 4
 
 
 def load_model(name, head, n_labels, device, settings=TRAINING):
-    """(PersonalizedLM, tokenizer), quantized, with LoRA unless the model is only asked."""
+    """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked."""
     folder = model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    dtype = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
-    lm = load_quantized(folder, device, dtype)
+    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    lm = load_quantized(folder, device, torch.bfloat16 if bf16 else torch.float32)
     if head != "ask":
         add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
     return PersonalizedLM(lm, head, n_labels), tokenizer
 
 
+def parameter_counts(model):
+    """dict(total, trained, quantized) numbers of weights, and packed_bytes of the quantized."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    quantized = sum(m.N * m.K for m in layers)
+    buffers = [b for m in layers
+               for b in (m.packed, m.absmax_code, m.absmax_scale, m.absmax_offset)]
+    biases = sum(m.bias.numel() for m in layers if m.bias is not None)
+    return dict(total=sum(p.numel() for p in model.parameters()) + biases + quantized,
+                trained=sum(p.numel() for p in model.trainable().values()), quantized=quantized,
+                packed_bytes=sum(b.numel() * b.element_size() for b in buffers))
+
+
 # --------------------------------------------------------------------------------------------------
-# 8. Batches. Rows become index tensors; what a head has to read and what it should say there is the
-# same four entries for both heads and both kinds of model: `inputs` of the backbone, `at` (P) the
-# positions that are read, `of` which of these each target belongs to (five readers of one prompt,
-# whose ID is not told, share one), `target` (R, L) labels or (tokens of the answers) ids.
+# 8. Batches. What a head reads and what it should say there are the same four entries for both
+# heads and both kinds of model: `inputs` of the backbone; `at` (P), the positions that are read;
+# `of`, which of these each target belongs to (the readers of one text share one where their ID is
+# not told); `target`, labels (R, L) or the ids of all answers.
 
 def tree_batch(rows, head, device, share=True):
-    """A batch for a decoder, see above. Without `share`, every row computes its whole prompt."""
+    """A batch for a decoder. Without `share`, every row computes its whole prompt."""
     tree, at, of, target = PromptTree(rows[0].shared if share else ()), {}, [], []
     for i, row in enumerate(rows):
-        group, path = (row.text, ()) if share else (i, row.shared)
-        node = tree.add(path + row.text + row.user, group)
+        group = row.text if share else i
+        node = tree.add(row.text + row.user if share else row.prompt, group)
         if head == "cls":
             of.append(at.setdefault(node, len(at)))
             target.append(row.labels)
-        else:
-            for j, token in enumerate(row.answer):  # the state at a token predicts the next one
-                node = tree.add(row.answer[max(j - 1, 0):j], group, node)
-                of.append(at.setdefault(node, len(at)))
-                target.append(token)
-    return batch_of(tree.step(device), list(at), of, target, device, tree.done)
+            continue
+        for j, token in enumerate(row.answer):  # the state at a token predicts the next one
+            node = tree.add(row.answer[max(j - 1, 0):j], group, node)
+            of.append(at.setdefault(node, len(at)))
+            target.append(token)
+    return as_batch(tree.step(device), list(at), of, target, device, tree.computed)
 
 
 def pair_batch(rows, head, start, device, share=True):
     """A batch for an encoder-decoder: equal prompts are encoded once, equal (prompt, answer) pairs
-    decoded once. The encoder reads both ways, so prompts that only begin alike have nothing equal."""
-    sources, pairs, at, of, target = {}, {}, {}, [], []
+    decoded once. Its encoder reads both ways: prompts that only begin alike share nothing."""
+    prompts, pairs, at, of, target = {}, {}, {}, [], []
     for i, row in enumerate(rows):
-        source = sources.setdefault((row.shared + row.text + row.user, share or i), len(sources))
+        prompt = prompts.setdefault((row.prompt, share or i), len(prompts))
         answer = row.answer if head == "lm" else (None,)  # CLS reads the state at the start token
-        pair = pairs.setdefault((source, (start, *answer[:-1])), len(pairs))
+        pair = pairs.setdefault((prompt, (start, *answer[:-1])), len(pairs))
         of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
         target += [row.labels] if head == "cls" else answer
-    input_ids, attention_mask = padded([ids for ids, _ in sources], device)
+    input_ids, attention_mask = padded([ids for ids, _ in prompts], device)
     decoder_input_ids, _ = padded([ids for _, ids in pairs], device)
-    width = decoder_input_ids.shape[1]
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=decoder_input_ids,
-                  encoder_row=torch.tensor([source for source, _ in pairs], device=device))
-    tokens = sum(len(ids) for ids, _ in sources) + sum(len(ids) for _, ids in pairs)
-    return batch_of(inputs, [pair * width + j for pair, j in at], of, target, device, tokens)
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask,
+                  decoder_input_ids=decoder_input_ids,
+                  encoder_row=torch.tensor([prompt for prompt, _ in pairs], device=device))
+    at = [pair * decoder_input_ids.shape[1] + j for pair, j in at]
+    tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
+    return as_batch(inputs, at, of, target, device, tokens)
 
 
 def padded(sequences, device):
-    """(ids (B, T), mask (B, T)) of sequences of ids, filled up on the right; the mask is by length."""
-    width = max(map(len, sequences))
-    ids = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=device)
-    mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=device)
-    return ids, mask
+    """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
+    lengths = torch.tensor([len(s) for s in sequences])
+    ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids.to(device), mask.long().to(device)
 
 
-def batch_of(inputs, at, of, target, device, tokens):
-    """The dict that PersonalizedLM reads; `tokens` is how many the backbone computes for it."""
+def as_batch(inputs, at, of, target, device, tokens):
+    """The dict that PersonalizedLM takes; `tokens` is how many are computed for it."""
     at, of, target = (torch.tensor(x, device=device) for x in (at, of, target))
     return dict(inputs=inputs, at=at, of=of, target=target, tokens=tokens)
 
@@ -816,20 +966,20 @@ def make_batch(model, rows, share=True):
 
 
 def in_batches(rows, size, rng=None):
-    """The rows in lists of `size`, all annotations of a text beside each other and texts of about
-    the same length together. With `rng`, in a random order: lengths are sorted in windows of 16
-    batches, and the batches are shuffled."""
-    texts = defaultdict(list)
+    """The rows in lists of `size`, all of a text side by side, texts of a length together. With
+    `rng` in random order: texts sorted by length in windows of 16 batches, batches shuffled."""
+    by_text = defaultdict(list)
     for row in rows:
-        texts[row.text].append(row)
-    groups = list(texts.values())
+        by_text[row.text].append(row)
+    texts = list(by_text)
     if rng:
-        rng.shuffle(groups)
-    flat = [row for group in groups for row in group]
-    rank = {id(row): i for i, group in enumerate(groups) for row in group}
-    window = 16 * size if rng else max(len(flat), 1)
-    flat = [row for i in range(0, len(flat), window) for row in
-            sorted(flat[i:i + window], key=lambda row: (len(row.text), rank[id(row)]))]
+        rng.shuffle(texts)
+    windows, count = defaultdict(list), 0
+    for text in texts:
+        windows[count // (16 * size) if rng else 0].append(text)
+        count += len(by_text[text])
+    flat = [row for window in windows.values() for text in sorted(window, key=len)
+            for row in by_text[text]]
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     if rng:
         rng.shuffle(batches)
@@ -837,14 +987,14 @@ def in_batches(rows, size, rng=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Training. Binary cross-entropy over all labels (CLS) or cross-entropy over the tokens of the
-# answer (LM), each the mean over everything in the batch of 32, however it was cut into pieces for
-# memory; AdamW in float32, a cosine schedule with warm-up, clipped gradients. After every epoch the
-# validation loss is taken, and the epoch where it was lowest is kept [1].
+# 9. Training. Binary cross-entropy over the labels (CLS) or cross-entropy over the tokens of the
+# answer (LM): the mean over all targets of the 32 rows of a step, however these are cut into
+# pieces for memory. AdamW in float32, a cosine schedule with warm-up, clipped gradients. The
+# validation loss is taken after every epoch, and the epoch where it was lowest is kept [1].
 
 def n_targets(rows, head):
-    """What the loss of these rows is divided by: their labels, or the tokens of their answers."""
-    return sum(len(row.labels) if head == "cls" else len(row.answer) for row in rows)
+    """How many targets the rows have: labels, or tokens of answers."""
+    return sum(len(row.labels if head == "cls" else row.answer) for row in rows)
 
 
 def summed_loss(model, batch):
@@ -856,7 +1006,7 @@ def summed_loss(model, batch):
 
 
 def learning_rate(step, steps, lr, warmup):
-    """The rate of a step (from 0): a line up over the first `warmup` share, half a cosine down to 0."""
+    """The rate of a step (from 0): a line up, then half a cosine down to nearly 0."""
     rise = max(math.ceil(warmup * steps), 1)
     if step < rise:
         return lr * (step + 1) / rise
@@ -865,70 +1015,68 @@ def learning_rate(step, steps, lr, warmup):
 
 @torch.no_grad()
 def mean_loss(model, rows, share=True):
-    """The validation loss: the mean over all targets of the rows."""
+    """The mean loss over all targets of some rows, without dropout."""
     model.train(False)
-    bar = tqdm(in_batches(rows, 64), "validate", delay=2, unit=" batches", leave=False)
-    return sum(summed_loss(model, make_batch(model, part, share)).item() for part in bar) / n_targets(
-        rows, model.head)
+    parts = progress(in_batches(rows, 64), "validate", "batches")
+    total = sum(summed_loss(model, make_batch(model, part, share)).item() for part in parts)
+    return total / n_targets(rows, model.head)
 
 
-def train_step(model, rows, params, optimizer, clip, share=True, micro=0):
-    """(loss (), tokens computed) of one optimizer step; `micro` rows are computed at a time, or all."""
+def train_step(model, rows, optimizer, clip, share=True, micro=0):
+    """(loss (), tokens computed) of one optimizer step; `micro` rows at a time (0: all)."""
     model.train(True)
-    loss, tokens, total = 0, 0, n_targets(rows, model.head)
-    for i in range(0, len(rows), micro or len(rows)):
-        batch = make_batch(model, rows[i:i + (micro or len(rows))], share)
+    loss, tokens, total, micro = 0, 0, n_targets(rows, model.head), micro or len(rows)
+    for i in range(0, len(rows), micro):
+        batch = make_batch(model, rows[i:i + micro], share)
         part = summed_loss(model, batch) / total
         part.backward()
         loss, tokens = loss + part.detach(), tokens + batch["tokens"]
-    nn.utils.clip_grad_norm_(params, clip)
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     optimizer.zero_grad()
     return loss, tokens
 
 
 def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, max_steps=0):
-    """Trains in place and keeps the best epoch; returns dict(seconds, rows, tokens, val_loss).
+    """Trains in place and keeps the best epoch: dict(seconds, rows, tokens, steps, val_loss).
     `log` is called with a dict for every step and every validation."""
     params, rng = model.trainable(), random.Random(seed)
     optimizer = torch.optim.AdamW(params.values(), lr=settings["lr"], weight_decay=0.0)
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
-    best, kept, step, done = math.inf, None, 0, Counter(seconds=0.0)
-    bar = tqdm(total=steps, desc="train", delay=2, unit=" steps", dynamic_ncols=True)
-    for epoch in range(settings["epochs"]):
+    best, kept, step, done = math.inf, {}, 0, Counter()
+    bar = progress(what="train", unit="steps", total=steps)
+    for epoch in range(1, settings["epochs"] + 1):
         for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
             start = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, settings["lr"], settings["warmup"])
-            loss, tokens = train_step(
-                model, part, params.values(), optimizer, settings["clip"], share, micro)
-            loss, step = loss.item(), step + 1
-            done.update(seconds=time.perf_counter() - start, rows=len(part), tokens=tokens)
-            log(dict(step=step, epoch=epoch + 1, loss=round(loss, 6), lr=group["lr"], rows=len(part),
-                     tokens=tokens, seconds=round(time.perf_counter() - start, 4)))
+            lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
+            optimizer.param_groups[0]["lr"] = lr
+            loss, tokens = train_step(model, part, optimizer, settings["clip"], share, micro)
+            loss, step, seconds = loss.item(), step + 1, time.perf_counter() - start
+            log(dict(step=step, epoch=epoch, loss=round(loss, 6), lr=lr, rows=len(part),
+                     tokens=tokens, seconds=round(seconds, 4)))
             if not math.isfinite(loss):
-                ids = ", ".join(sorted({text_id(row.source.text) for row in part}))
-                raise BadInput(f"the loss is {loss} at step {step} (texts {ids}): try a lower --lr")
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss:.4f}", refresh=False)
+                texts = ", ".join(sorted({text_id(row.source.text) for row in part}))
+                raise BadInput(f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
+            done.update(seconds=seconds, rows=len(part), tokens=tokens, steps=1)
+            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
             bar.update()
         val_loss = mean_loss(model, val_rows, share)
-        log(dict(step=step, epoch=epoch + 1, val_loss=round(val_loss, 6)))
+        log(dict(step=step, epoch=epoch, val_loss=round(val_loss, 6)))
         if val_loss < best:
             best, kept = val_loss, {name: p.detach().clone() for name, p in params.items()}
         if step == steps:
             break
     bar.close()
-    with torch.no_grad():
-        for name, value in (kept or {}).items():
-            params[name].copy_(value)
-    return dict(done, val_loss=best, steps=step)
+    for name, value in kept.items():
+        params[name].data.copy_(value)
+    return dict(done, val_loss=best)
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in which
-# the prompts of a batch are a tree as before and every answer grows at its leaf, and the answer is
-# read back into labels.
+# 10. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in
+# which the prompts of a batch are a tree as before and every answer grows on at its leaf; the
+# answer is read back into labels.
 
 MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, which nobody ticks
 
@@ -937,47 +1085,48 @@ MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, whi
 def label_scores(model, rows, share=True):
     """(R, L) scores of the classification head, in the order of the rows."""
     model.train(False)
-    scores, bar = {}, tqdm(total=len(rows), desc="predict", delay=2, unit=" rows", leave=False)
+    scores, bar = {}, progress(what="predict", unit="rows", total=len(rows))
     for part in in_batches(rows, 64):
         batch = make_batch(model, part, share)
-        scores.update(zip(map(id, part), model(batch)[batch["of"]].float().cpu().numpy()))
+        scores.update(zip(map(id, part), model(batch)[batch["of"]].cpu().numpy()))
         bar.update(len(part))
     bar.close()
     return np.array([scores[id(row)] for row in rows])
 
 
 def grow_answers(model, rows, end, limit, share=True):
-    """Greedy decoding with a decoder: the answer of each row as ids, without the end token."""
-    tree, group_of, ends = PromptTree(rows[0].shared if share else (), cache={}), {}, []
+    """Greedy decoding with a decoder: the answer of each row in ids, without the end token."""
+    tree, group_of, leaves, first = PromptTree(rows[0].shared if share else (), cache={}), {}, [], 0
     for i, row in enumerate(rows):
-        group, path = (row.text, ()) if share else (i, row.shared)
-        ends.append(tree.add(path + row.text + row.user, group))
-        group_of[ends[-1]] = group
-    answers, tips, first = {leaf: [] for leaf in ends}, {leaf: leaf for leaf in ends}, 0
-    for _ in range(limit):
-        hidden = model.lm.base_model(**tree.step(model.device), use_cache=False).last_hidden_state[0]
+        group = row.text if share else i
+        leaves.append(tree.add(row.text + row.user if share else row.prompt, group))
+        group_of[leaves[-1]] = group
+    answers, tips = {leaf: [] for leaf in leaves}, {leaf: leaf for leaf in leaves}
+    while tips:
+        inputs = tree.step(model.device)
         at = torch.tensor([tip - first for tip in tips.values()], device=model.device)
-        tokens = dict(zip(tips, model.token_logits(hidden[at]).argmax(1).tolist()))
-        tips = {leaf: tip for leaf, tip in tips.items() if tokens[leaf] != end}
-        if not tips:
-            break
-        first = tree.done
-        for leaf, tip in tips.items():
-            answers[leaf].append(tokens[leaf])
-            tips[leaf] = tree.add((tokens[leaf],), group_of[leaf], tip)
-    return [answers[leaf] for leaf in ends]
+        logits = model.token_logits(model.hidden(dict(inputs=inputs, at=at)))
+        first = tree.computed
+        for (leaf, tip), token in zip(list(tips.items()), logits.argmax(1).tolist()):
+            if token == end or len(answers[leaf]) == limit:
+                del tips[leaf]
+            else:
+                answers[leaf].append(token)
+                tips[leaf] = tree.add((token,), group_of[leaf], tip)
+    return [answers[leaf] for leaf in leaves]
 
 
 def write_answers(model, rows, end, limit, share=True):
-    """Greedy decoding with an encoder-decoder: the answer of each row as ids."""
-    sources = {}
+    """Greedy decoding with an encoder-decoder: the answer of each row in ids."""
+    prompts = {}
     for i, row in enumerate(rows):
-        sources.setdefault((row.shared + row.text + row.user, share or i), len(sources))
-    ids, mask = padded([ids for ids, _ in sources], model.device)
-    out = model.lm.generate(input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                            num_beams=1, eos_token_id=end, pad_token_id=end)[:, 1:].tolist()
-    out = [answer[:answer.index(end)] if end in answer else answer for answer in out]
-    return [out[sources[row.shared + row.text + row.user, share or i]] for i, row in enumerate(rows)]
+        prompts.setdefault((row.prompt, share or i), len(prompts))
+    ids, mask = padded([ids for ids, _ in prompts], model.device)
+    out = model.lm.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, num_beams=1,
+        eos_token_id=end, pad_token_id=end)[:, 1:].tolist()
+    out = [ids[:ids.index(end)] if end in ids else ids for ids in out]
+    return [out[prompts[row.prompt, share or i]] for i, row in enumerate(rows)]
 
 
 @torch.no_grad()
@@ -985,55 +1134,76 @@ def written_answers(model, tokenizer, rows, limit, share=True):
     """The answer of each row as a string, in the order of the rows."""
     model.train(False)
     write = write_answers if model.seq2seq else grow_answers
-    answers, bar = {}, tqdm(total=len(rows), desc="predict", delay=2, unit=" rows", leave=False)
+    answers, bar = {}, progress(what="predict", unit="rows", total=len(rows))
     for part in in_batches(rows, 64):
         ids = write(model, part, tokenizer.eos_token_id, limit, share)
-        answers.update(zip(map(id, part), tokenizer.batch_decode(ids, skip_special_tokens=True)))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answers.update(zip(map(id, part), texts))
         bar.update(len(part))
     bar.close()
     return [answers[id(row)].strip() for row in rows]
 
 
 def words_of(text):
-    """The words of a text without case and punctuation."""
+    """The words of a text, without case and punctuation."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def parse_answer(answer, labels):
-    """(0/1 tuple of L, number of words that belong to no label). Case, punctuation and order are
-    forgiven; where labels overlap ("unfair", "unfair generalisation") the longest is meant."""
-    names = sorted(((words_of(label), i) for i, label in enumerate(labels)), key=lambda n: -len(n[0]))
+    """((L) zeros and ones, number of words that belong to no label). Case, punctuation and order
+    are forgiven; of labels that begin alike ("unfair", "unfair_to_all") the longest is meant."""
+    names = sorted(((words_of(label), i) for i, label in enumerate(labels)),
+                   key=lambda name: -len(name[0]))
     words, chosen, unknown = words_of(answer), [0] * len(labels), 0
     while words:
-        match = next(((name, i) for name, i in names if words[:len(name)] == name), None)
-        if match:
-            chosen[match[1]] = 1
-        unknown += match is None
-        words = words[len(match[0]) if match else 1:]
+        name, i = next((n for n in names if words[:len(n[0])] == n[0]), (words[:1], None))
+        if i is None:
+            unknown += 1
+        else:
+            chosen[i] = 1
+        words = words[len(name):]
     return tuple(chosen), unknown
 
 
+def read_answers(answers, labels):
+    """dict(predicted (R, L), answers, unknown_words, unreadable: answers without a label)"""
+    predicted, unknown = zip(*(parse_answer(answer, labels) for answer in answers))
+    return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
+                unreadable=sum(not any(chosen) for chosen in predicted))
+
+
+def predict(model, tokenizer, labels, rows, share=True):
+    """dict(predicted (R, L) and scores (R, L)), or what read_answers returns."""
+    if model.head == "cls":
+        scores = label_scores(model, rows, share)
+        return dict(predicted=scores > 0, scores=scores)
+    limit = len(tokenize(tokenizer, answer_text(labels, [1] * len(labels)))) + 1
+    return read_answers(
+        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share), labels)
+
+
 # --------------------------------------------------------------------------------------------------
-# 11. Scores. The paper's: F1 of each label, and their plain mean.
+# 11. Scores. The paper's: the F1 of each label and their plain mean.
 
 def f1_scores(gold, predicted):
-    """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): F1 = 2TP / (2TP + FP + FN), and 0
-    for a label that nobody chose and nothing predicted, as scikit-learn's f1_score(zero_division=0)."""
+    """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): 2TP / (2TP + FP + FN), and 0 where
+    nobody chose the label and nothing predicted it (scikit-learn's zero_division=0)."""
     gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
-    hits, all_ = (gold & predicted).sum(0), gold.sum(0) + predicted.sum(0)  # (L), and 2TP + FP + FN
-    per_label = 2 * hits / np.maximum(all_, 1)
-    return dict(f1_macro=float(per_label.mean()), f1_micro=float(2 * hits.sum() / max(all_.sum(), 1)),
+    hits = 2 * (gold & predicted).sum(0)        # 2TP of each label
+    ticks = gold.sum(0) + predicted.sum(0)      # 2TP + FP + FN
+    per_label = hits / np.maximum(ticks, 1)
+    return dict(f1_macro=float(per_label.mean()), f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
                 per_label=per_label.tolist())
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file appears under its name when it is
-# complete; whatever stood there before stays until then.
+# 12. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
+# complete; what stood there before stays until then.
 
 @contextmanager
 def complete_file(path, mode="w"):
-    """An open file that takes the name `path` when the block ends well, and is gone if it does not."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+    """An open file that is named `path` once the block has ended well, and is gone if not."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     part = path + ".part"
     try:
         with open(part, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
@@ -1045,137 +1215,141 @@ def complete_file(path, mode="w"):
 
 
 def run_folder(out, data, model, method, seed):
-    """The folder of a run; a model given as a folder or a hub id goes by its last part."""
-    model = os.path.basename(os.path.abspath(model)) if model not in MODELS else model
+    """The folder of a run; a model given as a folder or hub id goes by the last part of it."""
+    model = model if model in MODELS else os.path.basename(os.path.abspath(model))
     return os.path.join(out, data, model, method, f"seed{seed}")
 
 
-def write_predictions(path, annotations, labels, predicted, scores=None, answers=None):
-    """predictions.csv: one line a test row, in the order of the test rows."""
-    with complete_file(path) as f:
+def write_run(folder, metrics, data, rows, result, adapter):
+    """Writes predictions.csv (a line a test row), adapter.safetensors and, last, metrics.json."""
+    scores, answers = result.get("scores"), result.get("answers")
+    with complete_file(os.path.join(folder, "predictions.csv")) as f:
         writer = csv.writer(f)
-        writer.writerow(["text_id", "user", "gold", "predicted", *([] if scores is None else
-                         [f"score:{label}" for label in labels]), *([] if answers is None else ["answer"])])
-        for i, (a, chosen) in enumerate(zip(annotations, predicted)):
-            writer.writerow([
-                text_id(a.text), a.user, answer_text(labels, a.labels).strip(),
-                answer_text(labels, chosen).strip(), *([] if scores is None else
-                [f"{s:.5f}" for s in scores[i]]), *([] if answers is None else [answers[i]])])
+        more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
+        writer.writerow(["text_id", "user", "gold", "predicted", *more])
+        for i, a in enumerate(rows):
+            more = [f"{s:.5f}" for s in scores[i]] if answers is None else [answers[i]]
+            gold, predicted = (answer_text(data.labels, chosen).strip()
+                               for chosen in (a.labels, result["predicted"][i]))
+            writer.writerow([text_id(a.text), a.user, gold, predicted, *more])
+    if adapter:
+        with complete_file(os.path.join(folder, "adapter.safetensors"), "wb") as f:
+            f.write(safetensors_bytes({k: p.detach().cpu() for k, p in adapter.items()}))
+    with complete_file(os.path.join(folder, "metrics.json")) as f:
+        json.dump(metrics, f, indent=1)
 
 
 def peak_memory_mb(device):
-    """The most memory that was in use: of the GPU, else of the process."""
+    """The most memory in use so far: of the GPU, else of the process."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024))
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
 # --------------------------------------------------------------------------------------------------
 # 13. One experiment from end to end, and the table of all of them.
 
-def predict(model, tokenizer, labels, rows, share=True):
-    """dict(predicted (R, L), and scores (R, L) or answers (R), unknown_words, unreadable)"""
-    if model.head == "cls":
-        scores = label_scores(model, rows, share)
-        return dict(predicted=scores > 0, scores=scores)
-    limit = len(tokenize(tokenizer, answer_text(labels, [1] * len(labels)))) + 1
-    answers = written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share)
-    predicted, unknown = zip(*(parse_answer(answer, labels) for answer in answers))
-    return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
-                unreadable=sum(not any(p) for p in predicted))
+def settings_of(args):
+    """TRAINING, overruled by the model's row, overruled by flags."""
+    row = MODELS.get(args.model, {})
+    return {key: next(value for value in (getattr(args, key, None), row.get(key), TRAINING[key])
+                      if value is not None) for key in TRAINING}
 
 
-def parameter_counts(model):
-    """dict(total, trainable, packed_bytes): weights, those trained, bytes of the packed base."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    buffers = [b for m in layers for n, b in m.named_buffers() if n not in ("bias", "dense")]
-    return dict(total=sum(p.numel() for p in model.parameters()) + sum(m.N * m.K for m in layers),
-                trainable=sum(p.numel() for p in model.trainable().values()),
-                quantized=sum(m.N * m.K for m in layers),
-                packed_bytes=sum(b.numel() * b.element_size() for b in buffers))
-
-
-def run(method, args):
-    """Trains (unless the method only asks), predicts, scores, writes the run's files, prints them."""
-    start, kind = time.perf_counter(), METHODS[method]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = TRAINING | {k: v for k, v in MODELS.get(args.model, {}).items() if k in TRAINING}
-    settings |= {k: getattr(args, k) for k in TRAINING if getattr(args, k, None) is not None}
-    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    test, val = (rows[:args.max_eval or len(rows)] for rows in (data.test, data.val))
-    print(f"{method} on {data.name}: {len(data.train)} train, {len(val)} validation, {len(test)} "
-          f"test annotations, {len(data.labels)} labels, "
-          f"{len({a.user for a in data.train})} users", flush=True)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings)
-    dense = keep_dense(model)
-    counts = parameter_counts(model)
-    (train_rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
-        encode(tokenizer, kind, data.labels, part, args.max_text) for part in (data.train, val, test))
-    print(f"{args.model}: {counts['total'] / 1e6:.1f} M parameters, {counts['trainable']:,} trained; "
-          f"{counts['quantized'] / 1e6:.1f} M weights in {counts['packed_bytes'] / 1e6:.2f} MB of NF4"
-          f"{', a dense copy of the rounded weights kept for speed' * dense}; texts cut to "
-          f"{args.max_text} tokens: {cut + cut_val + cut_test}", flush=True)
-    folder = run_folder(args.out, data.name, args.model, method, args.seed)
+def fit(model, rows, val_rows, settings, folder, args):
+    """Trains; returns what the metrics say of it. log.jsonl gets a line a step."""
     with complete_file(os.path.join(folder, "log.jsonl")) as f:
         def log(line):
             f.write(json.dumps(line) + "\n")
             f.flush()
-        done = train(model, train_rows, val_rows, settings, log, args.seed, not args.no_share,
+
+        done = train(model, rows, val_rows, settings, log, args.seed, not args.no_share,
                      args.micro_batch, args.max_steps)
+    lengths = [len(r.prompt) + (len(r.answer) - 1) * (model.head == "lm") for r in rows]
+    return dict(train_seconds=round(done["seconds"], 2), steps=done["steps"],
+                rows_per_second=round(done["rows"] / done["seconds"], 2), val_loss=done["val_loss"],
+                tokens_computed=done["tokens"],
+                tokens_unshared=round(sum(lengths) / len(rows) * done["rows"]))
+
+
+def run(method, args):
+    """One row of the paper's table for one model and dataset: trains (unless the method only asks),
+    predicts, scores, writes the run's files and prints a summary."""
+    start, kind, settings = time.perf_counter(), METHODS[method], settings_of(args)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
+    val, test = (rows[:args.max_eval or len(rows)] for rows in (data.val, data.test))
+    print(f"{method} on {data.name}: {len(data.train):,} train, {len(val):,} validation, "
+          f"{len(test):,} test annotations by {len({a.user for a in data.train})} users, "
+          f"{len(data.labels)} labels", flush=True)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings)
+    counts, dense = parameter_counts(model), keep_dense(model)
+    (rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
+        encode(tokenizer, kind, data.labels, part, args.max_text, data.train)
+        for part in (data.train if kind.head != "ask" else [], val, test))
+    cut = Counter(cut) + Counter(cut_val) + Counter(cut_test)
+    print(f"{args.model}: {counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M "
+          f"weights in {counts['packed_bytes'] / 1e6:.1f} MB of NF4"
+          f"{' and, since memory allows, a dense copy of the rounded' * dense}; "
+          f"{cut['texts_cut']} texts cut to {args.max_text} tokens", flush=True)
+    folder = run_folder(args.out, data.name, args.model, method, args.seed)
+    trained = {}
+    if kind.head != "ask":
+        trained = fit(model, rows, val_rows, settings, folder, args)
     result = predict(model, tokenizer, data.labels, test_rows, not args.no_share)
-    gold = [a.labels for a in test]
-    unshared = sum(len(r.shared + r.text + r.user) + (len(r.answer) - 1) * (kind.head == "lm")
-                   for r in train_rows) / len(train_rows)
     metrics = dict(
         method=method, model=args.model, data=data.name, seed=args.seed,
-        **f1_scores(gold, result["predicted"]), labels=data.labels,
+        **f1_scores([a.labels for a in test], result["predicted"]), labels=data.labels,
         rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
-        seconds=round(time.perf_counter() - start, 1), train_seconds=round(done["seconds"], 2),
-        rows_per_second=round(done["rows"] / done["seconds"], 2), steps=done["steps"],
-        val_loss=done["val_loss"], tokens_computed=done["tokens"],
-        tokens_unshared=round(unshared * done["rows"]), peak_memory_mb=peak_memory_mb(device),
-        parameters=counts, texts_cut=cut + cut_val + cut_test,
-        **{k: result[k] for k in ("unknown_words", "unreadable") if k in result},
-        config=dict(settings, max_text=args.max_text, share=not args.no_share, dense_copy=dense,
-                    micro_batch=args.micro_batch, max_steps=args.max_steps, max_eval=args.max_eval,
-                    device=str(device)))
-    write_predictions(os.path.join(folder, "predictions.csv"), test, data.labels,
-                      result["predicted"], result.get("scores"), result.get("answers"))
-    with complete_file(os.path.join(folder, "adapter.safetensors"), "wb") as f:
-        f.write(safetensors_bytes({k: p.detach().cpu().contiguous() for k, p in model.trainable().items()}))
-    with complete_file(os.path.join(folder, "metrics.json")) as f:
-        json.dump(metrics, f, indent=1)
+        seconds=round(time.perf_counter() - start, 1), **trained,
+        peak_memory_mb=peak_memory_mb(device), parameters=counts, **cut,
+        **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
+        config=settings | dict(max_text=args.max_text, share=not args.no_share, dense_copy=dense,
+                               micro_batch=args.micro_batch, max_steps=args.max_steps,
+                               max_eval=args.max_eval, device=str(device)))
+    write_run(folder, metrics, data, test, result, model.trainable())
     print_summary(metrics, folder)
 
 
 def print_summary(m, folder):
     """What a run ends with, for people."""
-    print(f"""
-{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}
-  parameters  {m['parameters']['total']:,} in all, {m['parameters']['trainable']:,} trained, packed base {m['parameters']['packed_bytes']:,} bytes
-  time        {m['seconds']:.0f} s, {m['train_seconds']:.0f} s of it {m['steps']} training steps ({m['rows_per_second']:.1f} annotations/s), peak memory {m['peak_memory_mb']:,} MB
-  tokens      {m['tokens_computed']:,} computed in training; without sharing {m['tokens_unshared']:,}
-  F1-macro    {m['f1_macro']:.4f}   (micro {m['f1_micro']:.4f}, {m['rows']['test']} test annotations)""")
+    p = m["parameters"]
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}")
+    print(f"  parameters  {p['total']:,} in all, {p['trained']:,} trained; the packed base has "
+          f"{p['packed_bytes']:,} bytes")
+    print(f"  time        {m['seconds']:.0f} s; peak memory {m['peak_memory_mb']:,} MB")
+    if "steps" in m:
+        print(f"  training    {m['steps']} steps in {m['train_seconds']:.0f} s, "
+              f"{m['rows_per_second']:.1f} annotations/s; {m['tokens_computed']:,} tokens "
+              f"computed, {m['tokens_unshared']:,} without sharing")
+    if "unreadable" in m:
+        print(f"  answers     {m['unreadable']} of {m['rows']['test']} without a known label; "
+              f"{m['unknown_words']} unknown words dropped")
+    print(f"  F1-macro    {m['f1_macro']:.4f} (micro {m['f1_micro']:.4f}) on {m['rows']['test']:,} "
+          "test annotations; by label:")
     width = max(map(len, m["labels"]))
     for label, f1 in zip(m["labels"], m["per_label"]):
-        print(f"    {label:{width}}  {f1:.4f}  {'#' * round(40 * f1)}")
-    print(f"  files       {folder}/")
+        print(f"    {label:{width}}  {f1:.4f}  {'#' * round(40 * f1)}".rstrip())
+    print(f"  files       {folder}{os.sep}")
 
 
 def finished_runs(out):
-    """The metrics of every finished run below a folder."""
-    for path in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json"))):
+    """Yields the metrics of every finished run below a folder."""
+    pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
+    for path in sorted(glob.glob(pattern)):
         with open(path, encoding="utf-8") as f:
             yield json.load(f)
 
 
 def print_table(out):
-    """F1-macro (mean over seeds) of every finished run: methods in rows, models in columns, one
-    table a dataset, and behind each personalized value what it gains over its plain twin."""
+    """F1-macro (mean over seeds) of every finished run: methods in rows, models in columns, a table
+    a dataset, and behind each personalized value its gain over the plain twin."""
     f1 = defaultdict(list)
     for m in finished_runs(out):
-        f1[m["data"], m["method"], m["model"]].append(m["f1_macro"])
+        name = os.path.basename(m["model"].rstrip("/"))
+        f1[m["data"], m["method"], name].append(m["f1_macro"])
     if not f1:
         raise BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
     mean = {key: sum(values) / len(values) for key, values in f1.items()}
@@ -1186,9 +1360,11 @@ def print_table(out):
         for method in METHODS:
             cells = []
             for model in models:
-                value, plain = (mean.get((data, x, model)) for x in (method, method.removesuffix("_p")))
-                cells.append("" if value is None else f"{value:.4f}" if plain is None or plain is value
-                             else f"{value:.4f} ({value - plain:+.4f})")
+                value = mean.get((data, method, model))
+                plain = mean.get((data, method.removesuffix("_p"), model))
+                gain = METHODS[method].personalized and None not in (value, plain)
+                cells.append(("" if value is None else f"{value:.4f}")
+                             + (f" ({value - plain:+.4f})" if gain else ""))
             if any(cells):
                 print(f"{method:8}" + "".join(f"{cell:>{width}}" for cell in cells))
 
@@ -1198,32 +1374,38 @@ def print_table(out):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        flags = " ".join(s for a in self._actions for s in a.option_strings if s.startswith("--"))
+        flags = " ".join(flag for action in self._actions for flag in action.option_strings[-1:])
         raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
 
 
 def make_parser():
-    """The argparse parser; every default stands here or in the tables."""
-    p = Parser(prog="plm.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-               description=__doc__.split("\n\n")[0], epilog=f"models: {', '.join(MODELS)}\ndatasets: "
-               f"{', '.join(DATASETS)}\nmethods: {', '.join(METHODS)}; a trailing _p is told the user ID")
-    p.add_argument("command", choices=[*METHODS, "table"], metavar="METHOD | table")
-    p.add_argument("--model", default="tiny", help="a name below, a folder or a Hugging Face id (tiny)")
+    """The argparse parser. What a flag overrules stands in the tables."""
+    p = Parser(
+        prog="plm.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Personalized Large Language Models: one experiment, from annotations to F1.",
+        epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
+               f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
+    p.add_argument("command", choices=[*METHODS, "table"], metavar="COMMAND",
+                   help="a method below, or table: F1 of all finished runs")
+    p.add_argument("--model", default="tiny", help="a name below, a folder, a hub id (tiny)")
     p.add_argument("--data", default="sample", help="a name below or a CSV file (sample)")
-    p.add_argument("--data-dir", help="where the files of a named dataset are")
-    p.add_argument("--text-col", help="the CSV's column of texts (text)")
-    p.add_argument("--user-col", help="the CSV's column of users (user)")
-    p.add_argument("--labels", type=lambda s: s.split(","), help="a,b,c (all remaining 0/1 columns)")
+    p.add_argument("--data-dir", metavar="DIR", help="where a named dataset is (data/NAME)")
+    p.add_argument("--text-col", metavar="COL", help="column of the texts")
+    p.add_argument("--user-col", metavar="COL", help="column of the user IDs")
+    p.add_argument("--labels", type=lambda s: s.split(","), metavar="A,B,C",
+                   help="columns of the labels (all others that are 0 or 1)")
     p.add_argument("--seed", type=int, default=42, help="of everything random in training (42)")
-    p.add_argument("--out", default="out", help="the folder of all runs (out)")
+    p.add_argument("--out", default="out", metavar="DIR", help="folder of all runs (out)")
     for name, what in (("lr", "learning rate"), ("epochs", "passes over the training rows"),
                        ("r", "rank of LoRA")):
-        kind = type(TRAINING[name])
-        p.add_argument(f"--{name}", type=kind, help=f"{what} (the model's row, else {TRAINING[name]})")
-    p.add_argument("--max-steps", type=int, default=0, help="stop training after N steps")
-    p.add_argument("--max-eval", type=int, default=0, help="validate and test on the first N rows")
-    p.add_argument("--max-text", type=int, default=384, help="tokens of a text that are read (384)")
-    p.add_argument("--micro-batch", type=int, default=0, help="annotations computed at once (32)")
+        p.add_argument(f"--{name}", type=type(TRAINING[name]),
+                       help=f"{what} (as the model's row says, else {TRAINING[name]})")
+    p.add_argument("--max-steps", type=int, default=0, metavar="N", help="train N steps at most")
+    p.add_argument("--max-eval", type=int, default=0, metavar="N",
+                   help="validate and test on the first N rows")
+    p.add_argument("--max-text", type=int, default=384, metavar="N", help="tokens of a text (384)")
+    p.add_argument("--micro-batch", type=int, default=0, metavar="N",
+                   help="rows computed at once (the whole batch)")
     p.add_argument("--no-share", action="store_true", help="compute every prompt by itself")
     return p
 
@@ -1241,7 +1423,7 @@ def main(argv=None):
         print(f"plm.py: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nplm.py: stopped; files of earlier runs are as they were", file=sys.stderr)
+        print("\nplm.py: stopped; the files of earlier runs are as they were", file=sys.stderr)
         return 130
     return 0
 
