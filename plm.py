@@ -701,8 +701,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     E, S, out = query.shape[3], tree["S"], []
 
     def heads(rows, index):  # (all, H * E), (G, L) -> (G, H, L, E)
-        rows = rows.index_select(0, index.flatten())
-        return rows.view(*index.shape, -1, E).transpose(1, 2)
+        H = rows.shape[1] // E
+        return rows.index_select(0, index.flatten()).view(*index.shape, H, E).transpose(1, 2)
 
     trunk = torch.arange(S, device=q.device)[None]
     k_trunk, v_trunk = heads(k, trunk), heads(v, trunk)
@@ -797,7 +797,10 @@ def load_quantized(folder, device, dtype):
         buffer.data = buffer.to(device)
     empty = dict(lm.named_parameters(remove_duplicate=False))  # a tied one under each of its names
     given, head, prefix = {}, lm.get_output_embeddings(), lm.base_model_prefix + "."
+    head_name = next(name for name, module in lm.named_modules() if module is head)
     for name, tensor in progress(checkpoint_tensors(folder), "quantize", "tensors"):
+        if name in ("lm_head.weight", "embed_out.weight"):  # GPT-NeoX: the one became the other
+            name = f"{head_name}.weight"
         names = (name, prefix + name, name.removeprefix(prefix))
         name = next((n for n in names if n in empty), None)
         if name is None:
