@@ -46,31 +46,37 @@ import random
 import re
 import resource
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from typing import NamedTuple
+from urllib.parse import urlsplit
 
 # Threads that spin while they wait make a busy machine ten times slower. Torch reads it on import.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
+from requests.adapters import HTTPAdapter
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from urllib3.util import Retry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message is one line that says what would have."""
+    """What the user gave cannot be used; the message, mostly of one line, says what
+    would have been."""
 
 
 def progress(items=None, what="", unit="", total=None):
@@ -97,13 +103,50 @@ MODELS = {  # name -> hub id or folder, and what differs from TRAINING
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3),
 }
 
-DATASETS = {  # name -> files, columns, official split files (none: split by a hash of the text)
-    "sample": dict(dir=f"{HERE}/data/sample", files="annotations.csv", text="text", user="user"),
+# files: patterns; the first that finds something is read. splits: the files that say which text is
+# in which split, the strongest last. rows, expected: what the original has, and what the authors'
+# notebooks printed after each rule, as (train, val, test, users) [1]. Unhealthy may be off by
+# `tolerance`: the authors' sample had no seed and took identical rows along, so that two runs of
+# their own notebook ended with 168,503 and 168,506 training annotations.
+GITHUB = "https://raw.githubusercontent.com"
+GOEMOTIONS_RAW = "https://storage.googleapis.com/gresearch/goemotions/data/full_dataset"
+GOEMOTIONS_SPLITS = f"{GITHUB}/google-research/google-research/master/goemotions/data"
+UNHEALTHY = f"{GITHUB}/conversationai/unhealthy-conversations/main"
+
+DATASETS = {
+    "sample": dict(dir=f"{HERE}/data/sample", files=("annotations.csv",), text="text", user="user"),
     "goemotions": dict(
-        dir=f"{HERE}/data/goemotions", files="goemotions_*.csv", text="text", user="rater_id",
+        dir=f"{HERE}/data/goemotions", files=("goemotions_[123].csv", "goemotions_*.csv"),
+        text="text", user="rater_id",
         ignore=("id", "author", "subreddit", "link_id", "parent_id", "created_utc",
                 "example_very_unclear"),
-        splits=dict(train="train.tsv", val="dev.tsv", test="test.tsv")),
+        splits=dict(val="dev.tsv", test="test.tsv", train="train.tsv"),
+        urls={f"goemotions_{i}.csv": f"{GOEMOTIONS_RAW}/goemotions_{i}.csv" for i in (1, 2, 3)} | {
+            f"{part}.tsv": f"{GOEMOTIONS_SPLITS}/{part}.tsv" for part in ("train", "dev", "test")},
+        license="CC BY 4.0 (Demszky et al. 2020; github.com/google-research/google-research)",
+        rows=211_225, tolerance=0, expected={
+            "with a label": (207_814,),
+            "in a split": (153_797, 19_049, 19_123, 82),
+            "of users in all three": (153_796, 19_049, 19_123, 81),
+            "rare users dropped": (153_390, 19_017, 19_063),
+            "busy users cut": (146_659, 18_199, 18_244),
+            "of users in all three again": (146_574, 18_160, 18_233, 72)}),
+    "unhealthy": dict(
+        dir=f"{HERE}/data/unhealthy", files=("unhealthy_full.csv", "annotations.csv"),
+        text="comment", user="_worker_id",
+        labels=("antagonize", "condescending", "dismissive", "generalisation",
+                "generalisation_unfair", "healthy", "hostile", "sarcastic"),
+        splits=dict(val="corpus/val.csv", test="corpus/test.csv", train="corpus/train.csv"),
+        urls={file: f"{UNHEALTHY}/{file}" for file in (
+            "unhealthy_full.csv", "corpus/train.csv", "corpus/val.csv", "corpus/test.csv")},
+        license="CC BY-NC-SA 4.0, not for commercial use (Price et al. 2020; "
+                "github.com/conversationai/unhealthy-conversations)",
+        rows=227_975, tolerance=0.001, expected={
+            "with a label": (215_265,),
+            "in a split": (172_550, 20_893, 21_822, 588),
+            "of users in all three": (171_873, 20_847, 21_765, 510),
+            "rare users dropped": (171_058, 20_770, 21_679),
+            "of users in all three again": (168_503, 20_352, 21_289, 427)}),
 }
 
 
@@ -212,56 +255,146 @@ def read_annotations(path, text_col, user_col, labels=None, ignore=()):
     return labels, annotations
 
 
-def official_splits(folder, files):
-    """dict text_id -> split by the dataset's own files; texts that cross splits are left out."""
-    seen = defaultdict(set)
-    for split, file in files.items():
-        path = os.path.join(folder, file)
-        if not os.path.exists(path):
-            raise BadInput(f"{path}: no such file; the split needs {', '.join(files.values())}")
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            for text, *_ in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE):
-                seen[text_id(text)].add(split)
-    return {text: where.pop() for text, where in seen.items() if len(where) == 1}
+# The authors' preparation, rule by rule. `split` is always dict(train, val, test) of lists of
+# Annotation, and every rule keeps the order of the rows.
+
+def split_texts(path, column):
+    """Yields the texts of a file of a split: the first column of a .tsv, `column` of a .csv."""
+    if not path.endswith(".tsv"):
+        yield from (row[column] for _, row in csv_rows(path))
+        return
+    with open(path, newline="", encoding="utf-8-sig") as f:  # quotes in it are part of the text
+        yield from (text for text, *_ in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
-def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
-    """The Dataset of a row of DATASETS, or of a CSV file of the user's own."""
-    row = DATASETS.get(name)
-    if row is None and not name.lower().endswith(".csv"):
-        raise BadInput(f"--data {name}: neither a .csv file nor one of {', '.join(DATASETS)}")
-    if row is None:
-        row = dict(dir=os.path.dirname(name), files=glob.escape(os.path.basename(name)),
-                   text="text", user="user")
-    folder = data_dir or row["dir"]
-    paths = sorted(glob.glob(os.path.join(glob.escape(folder), row["files"])))
+def official_splits(folder, row, needed):
+    """dict text -> its split by the dataset's own files; empty if there is none of them and none is
+    needed. A text in two files stays in training, or else in test, as the authors had it. Texts are
+    equal to the letter or different: anything softer does not arrive at the authors' counts."""
+    paths = {split: os.path.join(folder, file) for split, file in row["splits"].items()}
+    missing = [path for path in paths.values() if not os.path.exists(path)]
+    if missing and (needed or len(missing) < len(paths)):
+        raise BadInput(f"{missing[0]}: no such file; the official split needs "
+                       f"{', '.join(paths.values())}")
+    return {} if missing else {text: split for split, path in paths.items()
+                               for text in split_texts(path, row["text"])}
+
+
+def split_annotations(annotations, where):
+    """dict(train, val, test) of annotations, by `where` (text -> split) or, if empty, by a hash."""
+    split = {"train": [], "val": [], "test": []}
+    for a in annotations:
+        part = where.get(a.text) if where else split_of(a.text)
+        if part:
+            split[part].append(a)
+    return split
+
+
+def users_in_all(split):
+    """The split without the users that are missing in a part of it."""
+    users = set.intersection(*({a.user for a in rows} for rows in split.values()))
+    return {part: [a for a in rows if a.user in users] for part, rows in split.items()}
+
+
+def users_in_training(split):
+    """The split without users that training does not know: all that is asked of other CSV files."""
+    known = {a.user for a in split["train"]}
+    return {part: [a for a in rows if a.user in known] for part, rows in split.items()}
+
+
+def drop_rare_users(rows, share=0.01):
+    """The rows of all users that have at least `share` of the busiest user's number of rows."""
+    count = Counter(a.user for a in rows)
+    least = share * max(count.values(), default=0)
+    return [a for a in rows if count[a.user] >= least]
+
+
+def cut_busy_users(rows, share=0.60):
+    """The rows; of users above `share` of the busiest one's number only a sample of that size."""
+    own = defaultdict(list)
+    for i, a in enumerate(rows):
+        own[a.user].append(i)
+    most = math.ceil(share * max(map(len, own.values()), default=0))
+    kept = set()
+    for user, ids in own.items():  # seeded by the user: the same rows in every run, whatever --seed
+        kept.update(ids if len(ids) <= most else random.Random(user).sample(ids, most))
+    return [a for i, a in enumerate(rows) if i in kept]
+
+
+def each(rule):
+    """A rule for lists of rows as a rule for splits."""
+    return lambda split: {part: rule(rows) for part, rows in split.items()}
+
+
+OWN_CSV = {"of users seen in training": users_in_training}
+AS_THE_AUTHORS = {  # stage -> rule, in this order [1]
+    "of users in all three": users_in_all, "rare users dropped": each(drop_rare_users),
+    "busy users cut": each(cut_busy_users), "of users in all three again": users_in_all}
+
+
+def counts(split):
+    """dict(train, val, test, users) of numbers."""
+    users = {a.user for rows in split.values() for a in rows}
+    return {part: len(split[part]) for part in ("train", "val", "test")} | {"users": len(users)}
+
+
+def annotation_files(folder, row):
+    """(paths of the CSV files, are they the original ones, whose counts are known?)"""
+    for pattern in row["files"]:
+        path = os.path.join(folder, pattern)  # a name of the user's own may look like a pattern
+        paths = [path] if os.path.exists(path) else sorted(
+            glob.glob(os.path.join(glob.escape(folder), pattern)))
+        if paths:
+            return paths, {os.path.basename(path) for path in paths} <= set(row.get("urls", ()))
+    return [], False
+
+
+def load_annotations(name, row, folder, text_col, user_col, labels):
+    """(label names, list of Annotation, are they the original data?) of the files in the folder."""
+    paths, original = annotation_files(folder, row)
+    get = f"python plm.py data --data {name} downloads them; " if "urls" in row else ""
     if not paths:
-        raise BadInput(f"{os.path.join(folder, row['files'])}: no such file (--data-dir DIR says "
-                       "where a dataset is)")
-    annotations = []
+        raise BadInput(f"{os.path.join(folder, row['files'][0])}: no such file ({get}"
+                       "--data-dir DIR says where the files are)")
+    annotations, labels = [], labels or row.get("labels")
     for path in paths:
         labels, part = read_annotations(path, text_col or row["text"], user_col or row["user"],
                                         labels, row.get("ignore", ()))
         annotations += part
+    if original and len(annotations) != row["rows"]:
+        raise BadInput(f"{', '.join(paths)}: {len(annotations):,} annotations, the original has "
+                       f"{row['rows']:,} ({get}delete what is damaged before)")
+    return list(labels), annotations, original
+
+
+def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
+    """The Dataset of a row of DATASETS or of a CSV file of the user's own."""
+    row = DATASETS.get(name)
+    if row is None and not name.lower().endswith(".csv"):
+        raise BadInput(f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
+    row = row or dict(dir=os.path.dirname(name), files=(os.path.basename(name),), text="text",
+                      user="user")
+    folder = data_dir or row["dir"]
+    labels, annotations, original = load_annotations(name, row, folder, text_col, user_col, labels)
     notes = {"annotations": len(annotations)}
     annotations = [a for a in annotations if any(a.labels)]
     notes["with a label"] = len(annotations)
-    where = official_splits(folder, row["splits"]) if "splits" in row else None
-    split = {"train": [], "val": [], "test": []}
-    for a in annotations:
-        part = split_of(a.text) if where is None else where.get(text_id(a.text))
-        if part:
-            split[part].append(a)
-    notes["in a split"] = sum(map(len, split.values()))
-    known = {a.user for a in split["train"]}
-    split |= {part: [a for a in split[part] if a.user in known] for part in ("val", "test")}
-    notes["of users seen in training"] = sum(map(len, split.values()))
+    where = official_splits(folder, row, needed=original) if "splits" in row else {}
+    notes["split by"] = ", ".join(row["splits"].values()) if where else "a hash of the text"
+    split = split_annotations(annotations, where)
+    notes["in a split"] = counts(split)
+    for stage, rule in (AS_THE_AUTHORS if "splits" in row else OWN_CSV).items():
+        split = rule(split)
+        notes[stage] = counts(split)
+    often = [n for n in Counter(a.text for rows in split.values() for a in rows).values() if n > 20]
+    notes["texts judged over 20 times"] = len(often)  # control comments; the authors kept them, too
+    notes["annotations of these"] = sum(often)
     for part, rows in split.items():
         if not rows:
-            raise BadInput(f"--data {name}: no annotation is left for {part} (of "
-                           f"{len(annotations)} with a label); more texts are needed")
+            raise BadInput(f"--data {name}: no annotation is left for {part} ({notes}); "
+                           "more texts are needed")
     name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
-    return Dataset(name, list(labels), **split, notes=notes)
+    return Dataset(name, labels, **split, notes=notes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1373,7 +1506,153 @@ def print_table(out):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. The command line.
+# 14. The original files. A file gets its name when it is complete and checked.
+# Until then it is FILE.part, and FILE.part.version says which version of it the server was sending
+# (its ETag), so that a later run goes on where this one ended, or begins again if it has changed.
+
+def no_answer(url, seconds=6):
+    """Why the server of an address does not answer at all; None if it does, whatever it says."""
+    why = [f"no answer in {seconds} s"]
+
+    def ask():
+        try:
+            requests.head(url, timeout=seconds)
+            why[0] = None
+        except requests.exceptions.ProxyError:
+            why[0] = "the proxy refuses"
+        except requests.RequestException:
+            why[0] = "no connection"
+    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no timeout
+    thread.start()
+    thread.join(seconds)
+    return why[0]
+
+
+def bad_content(path, file, row):
+    """Why this cannot be the file it should be, going by its first line; None if it can."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
+        first = f.readline()
+    if not first.strip() or first.lstrip().startswith("<"):
+        return "a web page and not the file" if first.strip() else "nothing in it"
+    if file.endswith(".tsv"):
+        return None if first.count("\t") == 2 else "not three columns with tabs between them"
+    needed = {row["text"]} if file in row["splits"].values() else {
+        row["text"], row["user"], *row.get("labels", ())}
+    missing = needed - set(next(csv.reader([first])))
+    return f"no column {', '.join(sorted(missing))} in it" if missing else None
+
+
+def fetch(session, url, part):
+    """Asks once for what `part` lacks; True if it is whole then, going by the length named."""
+    have, known, headers = 0, None, {"Accept-Encoding": "identity"}  # ranges of the file itself
+    if os.path.exists(part) and os.path.exists(part + ".version"):
+        with open(part + ".version", encoding="utf-8") as f:
+            known = f.read()
+        have = os.path.getsize(part) if known else 0
+        headers |= {"Range": f"bytes={have}-", "If-Range": known} if have else {}
+    with session.get(url, headers=headers, stream=True, timeout=(5, 30)) as r:
+        version = r.headers.get("ETag", "W/")  # a weak ETag promises nothing about bytes
+        version = r.headers.get("Last-Modified", "") if version.startswith("W/") else version
+        if r.status_code == 416 or r.status_code == 206 and version != known:
+            os.remove(part + ".version")  # the rest of something else: the next try begins again
+            return False
+        r.raise_for_status()
+        have = have if r.status_code == 206 else 0
+        with open(part, "ab" if have else "wb") as f:
+            with open(part + ".version", "w", encoding="utf-8") as g:
+                g.write(version)
+            length, chunked = r.headers.get("Content-Length"), r.headers.get("Transfer-Encoding")
+            total = have + int(length) if length else None
+            with tqdm(total=total, initial=have, unit="B", unit_scale=True, dynamic_ncols=True,
+                      desc=os.path.basename(part).removesuffix(".part")) as bar:
+                for block in r.iter_content(1 << 13):
+                    f.write(block)
+                    bar.update(len(block))
+    return os.path.getsize(part) == total if length else bool(chunked)  # chunks say where they end
+
+
+def download(session, url, path, check, tries=5):
+    """None when the file is there, else why it is not; check(path) says what is wrong with it."""
+    part, complete = path + ".part", False
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for _ in range(tries):
+        try:
+            complete = fetch(session, url, part)
+        except requests.HTTPError as e:
+            return f"{url}: {e.response.status_code} {e.response.reason}"
+        except requests.RequestException:
+            continue  # it broke off; what has come stays
+        if complete:
+            break
+    if not complete:
+        return f"{url}: broke off {tries} times (run this again to go on from there)"
+    wrong = check(part)
+    if wrong:
+        os.remove(part)
+    else:
+        os.replace(part, path)
+    os.remove(part + ".version")
+    return f"{url}: {wrong}" if wrong else None
+
+
+def download_data(name, folder):
+    """Fetches the original files that the folder does not have, or says how to do it by hand."""
+    row = DATASETS[name]
+    missing = [file for file in row["urls"] if not os.path.exists(os.path.join(folder, file))]
+    one_of_each_host = {urlsplit(row["urls"][file]).netloc: row["urls"][file] for file in missing}
+    silent = (f"{host}: {w}" for host, url in one_of_each_host.items() if (w := no_answer(url)))
+    why = next(silent, None)
+    with requests.Session() as session:
+        for scheme in ("https://", "http://"):  # a server that is busy is asked again
+            session.mount(scheme, HTTPAdapter(max_retries=Retry(
+                3, connect=1, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504),
+                raise_on_status=False)))
+        while missing and not why:
+            file = missing[0]
+            why = download(session, row["urls"][file], os.path.join(folder, file),
+                           lambda path: bad_content(path, file, row))
+            missing = missing if why else missing[1:]
+    if why:
+        raise BadInput("\n".join([
+            f"cannot download {name} ({why}). By hand: save these files where the arrow points, "
+            "then run this again",
+            *(f"  {row['urls'][file]} -> {os.path.join(folder, file)}" for file in missing)]))
+    for file in row["urls"]:  # also those that somebody put there by hand
+        wrong = bad_content(os.path.join(folder, file), file, row)
+        if wrong:
+            raise BadInput(f"{os.path.join(folder, file)}: {wrong}; delete it, then run this again")
+
+
+def make_data(name, data_dir=None, labels=None):
+    """`plm.py data`: downloads, prepares, and prints the counts beside those of the authors."""
+    row = DATASETS.get(name, {})
+    if "urls" not in row:
+        raise BadInput(f"--data {name}: nothing to download; there are: "
+                       f"{', '.join(n for n in DATASETS if 'urls' in DATASETS[n])}")
+    folder, expected, differ = data_dir or row["dir"], {}, False
+    paths, original = annotation_files(folder, row)
+    if original or not paths:
+        print(f"{name}: {row['license']}", flush=True)
+        try:
+            download_data(name, folder)
+        except OSError as e:
+            raise BadInput(f"{e.filename or folder}: {e.strerror} (see --data-dir DIR)") from None
+        expected = {"annotations": (row["rows"],)} | row["expected"]
+    print(f"{'':30}", *(f"{part:>8}" for part in ("train", "val", "test", "users")))
+    for stage, found in load_data(name, data_dir, labels=labels).notes.items():
+        found = tuple(found.values()) if isinstance(found, dict) else (found,)
+        print(f"{stage:30}", *(f"{n:>8,}" if isinstance(n, int) else n for n in found))
+        if stage in expected:
+            print(f"{'    the authors':30}", *(f"{n:>8,}" for n in expected[stage]))
+            differ |= any(abs(n - m) > row["tolerance"] * m for n, m in zip(found, expected[stage]))
+    if differ:
+        print("WARNING: these counts are not the authors'; scores do not compare with theirs")
+    elif not expected:
+        print(f"{', '.join(paths)}: not the original files, so there are no counts to compare with")
+
+
+# --------------------------------------------------------------------------------------------------
+# 15. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1388,8 +1667,8 @@ def make_parser():
         description="Personalized Large Language Models: one experiment, from annotations to F1.",
         epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
                f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
-    p.add_argument("command", choices=[*METHODS, "table"], metavar="COMMAND",
-                   help="a method below, or table: F1 of all finished runs")
+    p.add_argument("command", choices=[*METHODS, "data", "table"], metavar="COMMAND",
+                   help="a method below; data: download and prepare; table: F1 of all runs")
     p.add_argument("--model", default="tiny", help="a name below, a folder, a hub id (tiny)")
     p.add_argument("--data", default="sample", help="a name below or a CSV file (sample)")
     p.add_argument("--data-dir", metavar="DIR", help="where a named dataset is (data/NAME)")
@@ -1420,6 +1699,8 @@ def main(argv=None):
         args = make_parser().parse_args(argv)
         if args.command == "table":
             print_table(args.out)
+        elif args.command == "data":
+            make_data(args.data, args.data_dir, args.labels)
         else:
             run(args.command, args)
     except BadInput as e:

@@ -12,6 +12,10 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -89,11 +93,225 @@ def test_splits_share_no_text_and_know_every_user(tmp_path):
     assert 0.6 < len(data.train) / len(rows) < 0.8
 
 
-def test_official_split_leaves_out_texts_that_cross(tmp_path):
-    for name, texts in (("train", "ab"), ("dev", "bc"), ("test", "d")):
+def test_a_text_in_two_official_splits_stays_in_training(tmp_path):
+    for name, texts in (("train", "ab"), ("dev", "bc"), ("test", "cd")):
         (tmp_path / f"{name}.tsv").write_text("".join(f"{t}\t1\tid\n" for t in texts))
-    where = plm.official_splits(str(tmp_path), plm.DATASETS["goemotions"]["splits"])
-    assert where == {plm.text_id(t): s for t, s in (("a", "train"), ("c", "val"), ("d", "test"))}
+    where = plm.official_splits(str(tmp_path), plm.DATASETS["goemotions"], needed=True)
+    assert where == {"a": "train", "b": "train", "c": "test", "d": "test"}
+
+
+# ------------------------------------------------------------------------ the authors' preparation
+
+SEEDS = range(8)
+
+
+def made_split(seed, users=30):
+    """A random split: busy and rare users, users missing in a part, texts judged by many."""
+    r = random.Random(seed)
+    weights = [r.paretovariate(0.8) for _ in range(users)]
+    return {part: [plm.Annotation(f"{part} {r.randrange(n // 4)}", str(u), (1, r.randrange(2)))
+                   for u in r.choices(range(users), weights, k=n)]
+            for part, n in (("train", 2000), ("val", 300), ("test", 300))}
+
+
+def in_order(some, rows):
+    """Are `some` among the rows, in the rows' order?"""
+    rest = iter(rows)
+    return all(any(a is b for b in rest) for a in some)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_users_in_all_three(seed):
+    # the paper's split: each reader of the test is known from training, and nobody more is lost
+    split = made_split(seed)
+    out = plm.users_in_all(split)
+    users = [{a.user for a in rows} for rows in out.values()]
+    assert users[0] == users[1] == users[2] == set.intersection(
+        *({a.user for a in rows} for rows in split.values()))
+    assert all(in_order(out[p], split[p]) for p in split) and plm.users_in_all(out) == out
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_floor_drops_whole_users_and_only_rare_ones(seed):
+    # "fewer than 1 %": exactly 1 % stays
+    rows = made_split(seed)["train"]
+    before, after = (Counter(a.user for a in x) for x in (rows, plm.drop_rare_users(rows)))
+    busiest = max(before.values())
+    assert after == {u: n for u, n in before.items() if n * 100 >= busiest}
+    exact = [plm.Annotation("t", "a", (1,))] * 200 + [plm.Annotation("t", "b", (1,))] * 2
+    assert len(plm.drop_rare_users(exact)) == 202
+    assert len(plm.drop_rare_users(exact[:201])) == 200
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_cap_cuts_only_busy_users_and_keeps_the_order(seed):
+    # above 60 % of the busiest one means cut to 60 %, rounded up, by dropping rows and nothing else
+    rows = made_split(seed)["train"]
+    out = plm.cut_busy_users(rows)
+    before, after = (Counter(a.user for a in x) for x in (rows, out))
+    most = -(-max(before.values()) * 60 // 100)
+    assert after == {u: min(n, most) for u, n in before.items()} and in_order(out, rows)
+
+
+def test_cap_arrives_at_the_authors_numbers():
+    # the busiest users of the notebooks: 7,913 -> 4,748, 940 -> 564, 2,382 -> 1,430
+    for busiest, cut in ((7913, 4748), (940, 564), (1005, 603), (2382, 1430)):
+        assert len(plm.cut_busy_users([plm.Annotation("t", "a", (1,))] * busiest)) == cut
+
+
+def test_sample_is_the_same_in_every_run_and_does_not_depend_on_others():
+    # --seed, the global random state and other users must not change which rows there are
+    rows = made_split(1)["train"]
+    random.seed(1)
+    one = plm.cut_busy_users(rows)
+    random.seed(2)
+    assert plm.cut_busy_users(rows) == one
+    texts = [str(i) for i in range(100)]
+    alone = plm.cut_busy_users([plm.Annotation(t, "a", (1,)) for t in texts])
+    both = plm.cut_busy_users([plm.Annotation(t, u, (1,)) for t in texts for u in "ab"])
+    assert [a.text for a in alone] == [a.text for a in both if a.user == "a"]
+    assert [a.text for a in both if a.user == "b"] != [a.text for a in alone]
+    assert [a.text for a in alone][:6] == PINNED  # the same in every Python that there is
+
+
+PINNED = ["0", "1", "2", "3", "5", "7"]
+
+
+def test_empty_lists():
+    # nothing in, nothing out: load_data then says what is missing
+    assert plm.drop_rare_users([]) == plm.cut_busy_users([]) == []
+
+
+def test_rules_together():
+    # the whole preparation on random tables: every part has the same users, nothing is invented
+    for seed in SEEDS:
+        split = first = made_split(seed)
+        for rule in plm.AS_THE_AUTHORS.values():
+            split = rule(split)
+        assert len({frozenset(a.user for a in rows) for rows in split.values()}) == 1
+        assert all(in_order(split[p], first[p]) for p in first)
+
+
+# ------------------------------------------------------------------ files of the original forms
+
+EMOTIONS = ["anger", "joy"]
+
+
+def write_originals(folder, seed=0, texts=60, users=6):
+    """goemotions in small: three CSVs and three TSVs with a text in two splits; returns the rows."""
+    r, rows = random.Random(seed), []
+    for t in range(texts):
+        for u in range(users):
+            rows.append([f'text "{t}", he said', f"id{t}", str(u), "False", r.randrange(2), r.randrange(2)])
+    os.makedirs(folder, exist_ok=True)
+    for i in range(3):
+        with open(os.path.join(folder, f"goemotions_{i + 1}.csv"), "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["text", "id", "rater_id", "example_very_unclear", *EMOTIONS])
+            writer.writerows([["first", "x", "0", "False", 0, 1], *rows[i::3]])
+    for file, chosen in (("train", range(0, 40)), ("dev", range(39, 50)), ("test", range(49, texts))):
+        with open(os.path.join(folder, file + ".tsv"), "w", newline="") as f:
+            f.writelines(f'text "{t}", he said\t1\tid{t}\n' for t in chosen)
+    return len(rows) + 3
+
+
+def row_for(folder, rows, base=""):
+    """The goemotions row of DATASETS for the small files."""
+    row = dict(plm.DATASETS["goemotions"], dir=str(folder), rows=rows, expected={"with a label": (1,)})
+    row["urls"] = {file: f"{base}/{file}" for file in row["urls"]}
+    return row
+
+
+def test_load_data_of_the_original_form(tmp_path, monkeypatch):
+    # no text in two splits, texts of two splits where the authors have them, all-zero rows gone
+    rows = write_originals(tmp_path)
+    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows))
+    data = plm.load_data("goemotions")
+    texts = [{a.text for a in part} for part in (data.train, data.val, data.test)]
+    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
+    assert 'text "39", he said' in texts[0] and 'text "49", he said' in texts[2]
+    assert data.labels == EMOTIONS and all(any(a.labels) for a in data.train)
+    assert data.notes["annotations"] == rows and data.notes["split by"] == "dev.tsv, test.tsv, train.tsv"
+    assert plm.load_data("goemotions") == data
+
+
+def test_wrong_row_count_and_missing_split_files_are_refused(tmp_path, monkeypatch):
+    # half of the original must never pass for the original
+    rows = write_originals(tmp_path)
+    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows + 1))
+    with pytest.raises(plm.BadInput, match="the original has"):
+        plm.load_data("goemotions")
+    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows))
+    os.remove(tmp_path / "test.tsv")
+    with pytest.raises(plm.BadInput, match="test.tsv: no such file; the official split"):
+        plm.load_data("goemotions")
+    for file in ("train.tsv", "dev.tsv"):
+        os.remove(tmp_path / file)
+    with pytest.raises(plm.BadInput, match="no such file; the official split"):
+        plm.load_data("goemotions")
+
+
+def test_another_file_of_the_same_columns_is_split_by_hash(tmp_path):
+    # --data unhealthy --data-dir elsewhere --labels ...: other labels, other name, no split files
+    with open(tmp_path / "annotations.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["_unit_id", "_worker_id", "_trust", "comment", "insult", "healthy"])
+        writer.writerows([t, u, 1, f"comment {t}", t % 2, 1] for t in range(80) for u in range(5))
+    data = plm.load_data("unhealthy", str(tmp_path), labels=["insult", "healthy"])
+    assert data.notes["split by"] == "a hash of the text" and data.labels == ["insult", "healthy"]
+    assert all(plm.split_of(a.text) == "test" for a in data.test)
+    with pytest.raises(plm.BadInput, match="no column 'antagonize'"):
+        plm.load_data("unhealthy", str(tmp_path))
+
+
+def test_split_files_of_unhealthy_are_csv_with_comments(tmp_path, monkeypatch):
+    # the second original form: corpus/*.csv with quoted comments of several lines
+    labels = plm.DATASETS["unhealthy"]["labels"]
+    comments = [f'comment {t},\n"so to say"' for t in range(30)]
+    with open(tmp_path / "unhealthy_full.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["_unit_id", "comment", "_trust", "_worker_id", *labels])
+        writer.writerows([t, c, 1, u, *[1] * 8] for t, c in enumerate(comments) for u in range(4))
+    os.mkdir(tmp_path / "corpus")
+    for part, chosen in (("train", comments[:20]), ("val", comments[20:25]), ("test", comments[25:])):
+        with open(tmp_path / "corpus" / f"{part}.csv", "w", newline="") as f:
+            csv.writer(f).writerows([["_unit_id", "comment"], *([0, c] for c in chosen)])
+    row = dict(plm.DATASETS["unhealthy"], rows=120)
+    monkeypatch.setitem(plm.DATASETS, "unhealthy", row)
+    data = plm.load_data("unhealthy", str(tmp_path))
+    assert data.labels == list(labels) and {a.text for a in data.test} == set(comments[25:])
+    assert data.notes["in a split"] == dict(train=80, val=20, test=20, users=4)
+    assert not plm.bad_content(tmp_path / "unhealthy_full.csv", "unhealthy_full.csv", row)
+    assert not plm.bad_content(tmp_path / "corpus" / "val.csv", "corpus/val.csv", row)
+
+
+def test_own_csv_keeps_the_simple_rule(tmp_path):
+    # a user's own file loses nobody but strangers to training; odd names are names and not patterns
+    path = tmp_path / "my [data].csv"
+    with open(path, "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["text", "user", "a"])
+        writer.writerows([f"t{t}", "busy" if t % 9 else "rare", 1] for t in range(300))
+        writer.writerows([f"t{t}", "stranger", 1] for t in range(300) if plm.split_of(f"t{t}") != "train")
+    data = plm.load_data(str(path))
+    assert len(data.train + data.val + data.test) == 300 and "busy users cut" not in data.notes
+    with pytest.raises(plm.BadInput, match="no such file"):
+        plm.load_data(str(tmp_path / "other.csv"))
+
+
+def test_often_judged_texts_stay_and_are_counted(tmp_path):
+    # control comments: judged by everybody; the authors kept them
+    with open(tmp_path / "d.csv", "w", newline="") as f:
+        writer = csv.writer(f)
+        writer.writerow(["text", "user", "a"])
+        writer.writerows(["control", u, 1] for u in range(21))
+        writer.writerows([f"t{t}", u, 1] for t in range(60) for u in range(20))
+    notes = plm.load_data(str(tmp_path / "d.csv")).notes
+    if plm.split_of("control") == "train":
+        assert (notes["texts judged over 20 times"], notes["annotations of these"]) == (1, 21)
+
+
+# ---------------------------------------------------------------------------- the local server
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -180,16 +398,23 @@ def test_nf4_values_are_quantiles_of_the_normal_distribution():
     assert torch.allclose(values, plm.NF4, atol=2e-7)
 
 
-def golden_weight():
-    """(48, 344): blocks of several scales, a zero block, a last block that is not full."""
-    i = torch.arange(48 * 344, dtype=torch.float64)
-    weight = (torch.sin(i * 0.7391) + 0.5 * torch.sin(i * i * 0.0173)) * (1 + i // 2000)
-    weight[640:704] = 0
-    return (weight.float() / 8).round() .div(16).view(48, 344)[:, :]
-
-
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def test_bytes_are_those_of_bitsandbytes():
+    # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
+    # compress_statistics=True). Blocks of three scales, one of zeros; two blocks of absmax.
+    i = torch.arange(48 * 344)
+    weight = (i * 7919 % 4001 - 2000).float() / 512 * (1 + i // 2000 % 3)
+    weight[640:704] = 0
+    layer = quantized(weight.view(48, 344))
+    assert digest(layer.packed) == "91bd7823b50daf8d"
+    assert digest(layer.absmax_code) == "4f1f920137eacf51"
+    assert digest(layer.absmax_scale) == "7c7d88e2f2e5d748"
+    assert digest(layer.absmax_offset) == "35ee6bb71a0ee20c"
+    assert digest(layer.dequantize()) == "24320ad4b8d4f7a4"
+    assert layer.packed[:4].tolist() == [0x0F, 0xFF, 0xEE, 0xEE]  # first weight in the high half
 
 
 def test_nearest_value_by_two_lookups_is_the_nearest_value():
@@ -539,3 +764,272 @@ def test_f1_by_hand():
     assert scores["per_label"] == pytest.approx([0.5, 0.8, 0.0])
     assert scores["f1_macro"] == pytest.approx(1.3 / 3)
     assert scores["f1_micro"] == pytest.approx(6 / 9)
+
+
+# -------------------------------------------------------------------------------------- commands
+
+def plm_command(*args, cwd=HERE, **env):
+    """(exit status, stdout, stderr) of a run of plm.py."""
+    done = subprocess.run([sys.executable, os.path.join(HERE, "plm.py"), *args], cwd=cwd, text=True,
+                          capture_output=True, env=os.environ | env, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("args, says", [
+    (["cls_q"], "invalid choice: 'cls_q'"),
+    (["cls", "--modle", "tiny"], "--model --data"),
+    (["cls", "--data", "nosuch"], "sample, goemotions"),
+    (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"),
+    (["cls", "--model", "./nosuch"], "no such model"),
+    (["cls", "--model", HERE], "no config.json"),
+    (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
+    (["table", "--out", "nosuch"], "no finished run"),
+])
+def test_bad_input_gets_one_line_and_status_2(args, says):
+    status, out, err = plm_command(*args)
+    assert status == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err
+
+
+def files_of(folder):
+    return {name: digest_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))
+            if name in ("predictions.csv", "adapter.safetensors")}
+
+
+def digest_file(path):
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()
+
+
+@pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")])
+def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method, model):
+    found = []
+    for out in ("a", "b"):
+        status, stdout, err = plm_command(method, "--model", model, "--max-steps", "4",
+                                          "--max-eval", "40", "--out", str(tmp_path / out))
+        assert status == 0, err
+        folder = tmp_path / out / "sample" / model / method / "seed42"
+        found.append(files_of(folder))
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert {"method", "model", "data", "seed", "f1_macro", "f1_micro", "per_label", "rows",
+                "seconds", "peak_memory_mb", "config"} <= set(metrics)
+        with open(folder / "predictions.csv", encoding="utf-8") as f:
+            lines = list(csv.DictReader(f))
+        gold, predicted = ([plm.parse_answer(line[c], metrics["labels"])[0] for line in lines]
+                           for c in ("gold", "predicted"))
+        assert plm.f1_scores(gold, predicted)["f1_macro"] == metrics["f1_macro"]
+        assert f"{metrics['f1_macro']:.4f}" in stdout and str(folder) in stdout
+        if method != "q_2s_p":
+            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+            assert [line["step"] for line in log] == [1, 2, 3, 4, 4] and "val_loss" in log[-1]
+            assert metrics["tokens_computed"] <= metrics["tokens_unshared"]
+            assert metrics["rows_per_second"] > 0
+    assert found[0] == found[1] and found[0]
+    status, stdout, _ = plm_command("table", "--out", str(tmp_path / "a"))
+    assert status == 0 and f"{metrics['f1_macro']:.4f}" in stdout and "sample" in stdout
+
+
+def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path):
+    args = ["cls", "--max-steps", "2", "--max-eval", "20", "--out", str(tmp_path)]
+    assert plm_command(*args)[0] == 0
+    folder = tmp_path / "sample" / "tiny" / "cls" / "seed42"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    status, _, err = plm_command(*args, "--lr", "1e38")  # the loss will not be finite
+    assert status == 2 and "lower --lr" in err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_every_target_of_the_makefile_is_a_command_and_readme_names_no_other():
+    with open(os.path.join(HERE, "Makefile"), encoding="utf-8") as f:
+        makefile = f.read()
+    targets = set(re.findall(r"^([a-z0-9_]+):", makefile, re.M))
+    assert set(plm.METHODS) <= targets
+    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
+        named = set(re.findall(r"`make ([a-z0-9_]+)", f.read()))
+    assert named <= targets
+
+
+# ------------------------------------------------------------------------------ the original files
+
+class Server(BaseHTTPRequestHandler):
+    """Serves `files`; `faults` path -> list of what goes wrong with the next requests of it."""
+    protocol_version, files, faults, sent, etag = "HTTP/1.1", {}, {}, Counter(), '"v1"'
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        body, faults = self.files.get(self.path), self.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else None
+        if body is None or fault in (404, 503):
+            self.send_response(fault or 404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        if fault == "html":
+            body = b"<!DOCTYPE html><html>Please sign in</html>"
+        start = 0
+        if "Range" in self.headers and self.headers["If-Range"] == self.etag and fault != "no ranges":
+            start = int(self.headers["Range"][6:-1])
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+        self.send_header("ETag", self.etag)
+        if fault != "no length":
+            self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = start + (len(body) - start) // 2 if fault in ("break", "no length") else len(body)
+        self.wfile.write(body[start:end])
+        self.sent[self.path] += end - start
+        self.close_connection = True
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """(the handler class with the small originals to serve, empty folder to download to)"""
+    rows = write_originals(tmp_path / "served")
+    handler = type("Handler", (Server,), dict(faults={}, sent=Counter(), files={
+        f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()}))
+    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+    row = row_for(tmp_path / "got", rows, f"http://127.0.0.1:{http.server_address[1]}")
+    monkeypatch.setitem(plm.DATASETS, "goemotions", row)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield handler, tmp_path / "got"
+    http.shutdown()
+    http.server_close()
+
+
+def names(folder):
+    return sorted(os.listdir(folder)) if os.path.exists(folder) else []
+
+
+def same(handler, folder):
+    """Is each file in the folder byte for byte what is served?"""
+    return all((folder / name).read_bytes() == handler.files[f"/{name}"] for name in names(folder))
+
+
+def test_download_prepare_print(server, capsys):
+    # the whole command; a second call fetches nothing; a difference from expected counts is said
+    handler, folder = server
+    plm.make_data("goemotions")
+    out = capsys.readouterr().out
+    assert "CC BY 4.0" in out and "the authors" in out and "WARNING" in out
+    assert len(names(folder)) == 6 and same(handler, folder)
+    sent = dict(handler.sent)
+    plm.make_data("goemotions")
+    assert dict(handler.sent) == sent
+
+
+def test_break_off_is_resumed_and_no_byte_comes_twice(server):
+    # two breaks in the middle: the three answers are as long as the file and two unfinished blocks
+    handler, folder = server
+    handler.files["/goemotions_2.csv"] *= 100
+    handler.faults["/goemotions_2.csv"] = ["break", "break"]
+    plm.download_data("goemotions", str(folder))
+    assert len(names(folder)) == 6 and same(handler, folder)
+    assert handler.sent["/goemotions_2.csv"] < len(handler.files["/goemotions_2.csv"]) + 2 * 8192
+
+
+def test_truncated_every_time_is_never_under_its_name_and_a_later_run_goes_on(server):
+    # the part stays for the next run, which fetches only what is missing
+    handler, folder = server
+    handler.files["/goemotions_1.csv"] *= 1000
+    handler.faults["/goemotions_1.csv"] = ["break"] * 5
+    with pytest.raises(plm.BadInput, match="broke off 5 times"):
+        plm.download_data("goemotions", str(folder))
+    assert names(folder) == ["goemotions_1.csv.part", "goemotions_1.csv.part.version"]
+    with pytest.raises(plm.BadInput, match="no such file"):
+        plm.load_data("goemotions")
+    plm.download_data("goemotions", str(folder))
+    assert len(names(folder)) == 6 and same(handler, folder)
+    assert handler.sent["/goemotions_1.csv"] < len(handler.files["/goemotions_1.csv"]) + 5 * 8192
+
+
+@pytest.mark.parametrize("change", ["other version", "no ranges"])
+def test_part_of_another_version_is_not_continued(server, change):
+    # half of the old file and half of the new one would be a file that never was
+    handler, folder = server
+    handler.files["/goemotions_1.csv"] *= 100
+    handler.faults["/goemotions_1.csv"] = ["break"] * 5
+    with pytest.raises(plm.BadInput):
+        plm.download_data("goemotions", str(folder))
+    if change == "other version":
+        handler.etag = '"v2"'
+        handler.files["/goemotions_1.csv"] = handler.files["/goemotions_1.csv"].replace(b"he", b"SHE")
+    else:
+        handler.faults["/goemotions_1.csv"] = ["no ranges"]
+    plm.download_data("goemotions", str(folder))
+    assert len(names(folder)) == 6 and same(handler, folder)
+
+
+@pytest.mark.parametrize("fault, says", [("html", "a web page and not the file"), (404, "404"),
+                                         ("no length", "broke off")])
+def test_wrong_answers_leave_nothing_under_the_name(server, fault, says):
+    # an error page with status 200, a missing file, a body that stops without having named a length
+    handler, folder = server
+    handler.faults["/train.tsv"] = [fault] * 5
+    with pytest.raises(plm.BadInput, match=says) as e:
+        plm.download_data("goemotions", str(folder))
+    text = str(e.value)
+    assert "By hand" in text and f"-> {folder / 'train.tsv'}" in text and "goemotions_1.csv" not in text
+    assert not os.path.exists(folder / "train.tsv")
+
+
+def test_busy_server_is_asked_again(server):
+    # 503 twice: waited for and not reported
+    handler, folder = server
+    handler.faults["/dev.tsv"] = [503, 503]
+    plm.download_data("goemotions", str(folder))
+    assert len(names(folder)) == 6
+
+
+def test_rubbish_put_there_by_hand_is_named(server):
+    # a saved login page under the right name
+    handler, folder = server
+    os.makedirs(folder)
+    (folder / "dev.tsv").write_text("<html>sign in</html>")
+    with pytest.raises(plm.BadInput, match="dev.tsv: a web page and not the file; delete it"):
+        plm.download_data("goemotions", str(folder))
+
+
+@pytest.mark.parametrize("proxy", [False, True])
+def test_no_network_or_a_proxy_that_refuses(tmp_path, monkeypatch, proxy):
+    # one message with every URL and its place, soon, and nothing left behind
+    if proxy:
+        http = ThreadingHTTPServer(("127.0.0.1", 0), type("Refuse", (Server,), {}))
+        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{http.server_address[1]}")
+    else:  # nobody listens on port 9
+        row = plm.DATASETS["goemotions"]
+        monkeypatch.setitem(plm.DATASETS, "goemotions", dict(row, urls={
+            file: f"http://127.0.0.1:9/{file}" for file in row["urls"]}))
+    start = time.perf_counter()
+    with pytest.raises(plm.BadInput, match="the proxy refuses" if proxy else "no connection") as e:
+        plm.make_data("goemotions", str(tmp_path / "new"))
+    assert str(e.value).count(" -> ") == 6 and time.perf_counter() - start < 10
+    assert not os.path.exists(tmp_path / "new")
+    if proxy:
+        http.shutdown()
+        http.server_close()
+
+
+def test_server_that_never_answers(monkeypatch):
+    # a firewall that drops everything: the deadline holds, whatever requests is waiting for
+    monkeypatch.setattr(plm.requests, "head", lambda *a, **k: time.sleep(3))
+    start = time.perf_counter()
+    assert plm.no_answer("http://127.0.0.1:9", seconds=0.3) == "no answer in 0.3 s"
+    assert time.perf_counter() - start < 1
+
+
+def test_bad_names_and_places(server, tmp_path):
+    # one line each
+    handler, folder = server
+    with pytest.raises(plm.BadInput, match="nothing to download; there are: goemotions, unhealthy"):
+        plm.make_data("sample")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(plm.BadInput, match="--data-dir DIR"):
+        plm.make_data("goemotions", str(tmp_path / "file" / "sub"))
