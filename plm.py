@@ -42,6 +42,7 @@ import hashlib
 import json
 import math
 import os
+import queue
 import random
 import re
 import resource
@@ -49,7 +50,7 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -69,6 +70,8 @@ from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ProtocolError
 from urllib3.util import Retry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -96,11 +99,19 @@ TRAINING = dict(
     batch=32,                     # annotations a step
 )
 
+# gb: GPU memory for training with --micro-batch 8, computed and not measured: 4.127 bits for every
+# quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: the MLP's).
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=5e-3, epochs=5, r=8),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=5e-3, epochs=5, r=8),
-    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3),
-    "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3),
+    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
+    "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
+    "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=2),
+    "flan_t5": dict(id="google/flan-t5-xl", gb=8),                        # 2.8 B [1]
+    "phi2": dict(id="microsoft/phi-2", gb=5),                             # 2.8 B [1]
+    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", gb=7),     # 3.6 B [1]
+    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", gb=9),       # 7.2 B [1]
+    "chatgpt": dict(chat="gpt-3.5-turbo"),                                # over HTTP; of 2023 [1]
 }
 
 # files: patterns; the first that finds something is read. splits: the files that say which text is
@@ -969,6 +980,14 @@ class PersonalizedLM(nn.Module):
     def device(self):
         return self.lm.device
 
+    def train(self, mode=True):
+        """Dropout is LoRA's alone: the backbone stays as it is at prediction, but for the layers
+        that compute their activations again where --checkpoint asks for that."""
+        for module in self.modules():
+            if isinstance(module, (LoRALinear, GradientCheckpointingLayer)):
+                module.training = mode
+        return self
+
     def trainable(self):
         """dict name -> parameter of all that is trained: LoRA and the classification head."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
@@ -999,21 +1018,28 @@ class PersonalizedLM(nn.Module):
         return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
 
 
+def free_memory(device):
+    """Bytes that can still be had: of the GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo", encoding="ascii") as f:  # counts what caches would give back
+            return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
 def keep_dense(model):
     """Keeps a dense copy of the rounded weights if that takes less than a quarter of the free
     memory: the same numbers without dequantizing. Returns whether it did."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    size = sum(m.N * m.K * m.dtype.itemsize for m in layers)
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for layer in layers if size < free / 4 else ():
+    fits = sum(m.N * m.K * m.dtype.itemsize for m in layers) < free_memory(model.device) / 4
+    for layer in layers if fits else ():
         layer.dense = layer.dequantize()
-    return size < free / 4
+    return fits
 
 
-def load_model(name, head, n_labels, device, settings=TRAINING):
+def load_model(name, head, n_labels, device, settings=TRAINING, checkpoint=False):
     """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked."""
     folder = model_folder(name)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -1021,7 +1047,16 @@ def load_model(name, head, n_labels, device, settings=TRAINING):
     lm = load_quantized(folder, device, torch.bfloat16 if bf16 else torch.float32)
     if head != "ask":
         add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
+        if checkpoint:
+            lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     return PersonalizedLM(lm, head, n_labels), tokenizer
+
+
+def quantized_layers(model):
+    """The names, without their paths, of the layers whose weights are in NF4."""
+    names = {name.removesuffix(".base").rpartition(".")[2]
+             for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    return sorted(names)
 
 
 def parameter_counts(model):
@@ -1158,15 +1193,59 @@ def mean_loss(model, rows, share=True):
     return total / n_targets(rows, model.head)
 
 
-def train_step(model, rows, optimizer, clip, share=True, micro=0):
-    """(loss (), tokens computed) of one optimizer step; `micro` rows at a time (0: all)."""
+def bytes_per_token(model, rows, share=True):
+    """What the backward pass keeps of a token, measured on a few rows."""
     model.train(True)
-    loss, tokens, total, micro = 0, 0, n_targets(rows, model.head), micro or len(rows)
-    for i in range(0, len(rows), micro):
-        batch = make_batch(model, rows[i:i + micro], share)
-        part = summed_loss(model, batch) / total
-        part.backward()
-        loss, tokens = loss + part.detach(), tokens + batch["tokens"]
+    kept, batch = {}, make_batch(model, rows, share)
+
+    def note(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss = summed_loss(model, batch)
+    for t in [*model.parameters(), *model.buffers()]:
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values()) / batch["tokens"]
+
+
+def token_budget(model, rows, share=True):
+    """How many tokens to compute at once: what half of a GPU's free memory holds, or a sixteenth of
+    a computer's, which others need too and which is no faster with more."""
+    longest = sorted(rows, key=lambda row: len(row.text))[-4:]
+    room = free_memory(model.device) * (1 / 2 if model.device.type == "cuda" else 1 / 16)
+    return room / bytes_per_token(model, longest, share)
+
+
+def pieces(rows, head, budget, micro=0, share=True):
+    """The rows of a step in as few lists as keep to the budget of tokens, or `micro` rows each."""
+    if micro:
+        return [rows[i:i + micro] for i in range(0, len(rows), micro)]
+    cost, seen = [], set()
+    for row in rows:
+        own = len(row.user) + len(row.answer) * (head == "lm")
+        new = row.text not in seen or not share
+        cost.append(own + (len(row.text) if new else 0) + (0 if share else len(row.shared)))
+        seen.add(row.text)
+    trunk = len(rows[0].shared) if share else 0
+    n = min(math.ceil(sum(cost) / max(budget - trunk, 1)), len(rows))
+    parts, done = [[] for _ in range(n)], 0
+    for row, tokens in zip(rows, cost):
+        parts[min(int(done * n / sum(cost)), n - 1)].append(row)
+        done += tokens
+    return [part for part in parts if part]
+
+
+def train_step(model, parts, optimizer, clip, share=True):
+    """(loss (), tokens computed) of one optimizer step on rows that come in `pieces`."""
+    model.train(True)
+    loss, tokens, total = 0, 0, sum(n_targets(part, model.head) for part in parts)
+    for part in parts:
+        batch = make_batch(model, part, share)
+        part_loss = summed_loss(model, batch) / total
+        part_loss.backward()
+        loss, tokens = loss + part_loss.detach(), tokens + batch["tokens"]
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
     optimizer.step()
     optimizer.zero_grad()
@@ -1181,13 +1260,15 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
     best, kept, step, done = math.inf, {}, 0, Counter()
+    budget = 0 if micro else token_budget(model, rows, share)
     bar = progress(what="train", unit="steps", total=steps)
     for epoch in range(1, settings["epochs"] + 1):
         for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
             start = time.perf_counter()
             lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
             optimizer.param_groups[0]["lr"] = lr
-            loss, tokens = train_step(model, part, optimizer, settings["clip"], share, micro)
+            parts = pieces(part, model.head, budget, micro, share)
+            loss, tokens = train_step(model, parts, optimizer, settings["clip"], share)
             loss, step, seconds = loss.item(), step + 1, time.perf_counter() - start
             log(dict(step=step, epoch=epoch, loss=round(loss, 6), lr=lr, rows=len(part),
                      tokens=tokens, seconds=round(seconds, 4)))
@@ -1319,7 +1400,257 @@ def predict(model, tokenizer, labels, rows, share=True):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Scores. The paper's: the F1 of each label and their plain mean.
+# 11. ChatGPT. A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI
+# made and many servers speak. Answers cost money and networks fail, so: an answer is on disk as
+# soon as it is there and is never asked for again, rows with the same prompt are asked about once,
+# a failure that may pass is tried again within bounds, and one that will not (a wrong key) stops
+# the run. The key goes into the header of the request and nowhere else. Threads send and report
+# what happens through a queue; the main thread alone counts, writes and decides.
+
+OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
+TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
+CONNECT, READ = 10, 40  # seconds to reach the server; of its silence, and for a whole body
+RETRIES = 8     # where a third of all attempts fail, 9 in a row do for one request in 20,000
+PASSING = [408, 409, 425, 429, *range(500, 600)]  # statuses that may be another one the next time
+BACKOFF = 0.5   # the waits between attempts are 0, 2, 4, 8, .. times this, at most 20 s, and jitter
+DEADLINE = 120  # seconds for a request: all attempts and waits, those that the server asks for too
+GIVE_UP = 20    # requests that fail one after the other: it is not the rows then; the run stops
+STOP = {        # statuses that every request would get -> what to do
+    401: "the server does not accept the key: correct OPENAI_API_KEY",
+    403: "the server does not let the owner of OPENAI_API_KEY use {model}: another key, or --model "
+         "openai:NAME",
+    404: "no model {model}, or no such server: correct --model openai:NAME or OPENAI_BASE_URL "
+         "(.../v1)"}
+
+
+def chat_body(model, prompt, seed, limit):
+    """The body of the request for one prompt, as a dict."""
+    return dict(model=model, messages=[dict(role="user", content=prompt)], temperature=0, seed=seed,
+                max_tokens=limit)
+
+
+def server_and_key():
+    """(URL to post to, key) from the environment. No message repeats a value, maybe a secret."""
+    base = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not key:
+        raise BadInput("nothing was sent: OPENAI_API_KEY is not set; it has to hold the key of "
+                       "your account (or any word, for a server that asks for none)")
+    if not re.fullmatch(r"[!-~]+", key):
+        raise BadInput("nothing was sent: OPENAI_API_KEY holds spaces or letters that no key has")
+    try:
+        parts = urlsplit(base)
+        plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        plain = False
+    if not plain or re.search(r"[@?#\s]", base):
+        raise BadInput(f"nothing was sent: OPENAI_BASE_URL has to be an address like {OPENAI}, "
+                       "without a user name, password or key (that belongs into OPENAI_API_KEY)")
+    return base.rstrip("/") + "/chat/completions", key
+
+
+class BoundedRetry(Retry):
+    """urllib3's Retry that calls `tell` before each new attempt, and in which no wait goes past
+    `deadline` (in time.monotonic) nor past the event `stop`."""
+
+    def __init__(self, deadline, stop, tell, **kw):
+        super().__init__(**kw)
+        self.deadline, self.stop, self.tell = deadline, stop, tell
+
+    def new(self, **kw):
+        return super().new(deadline=self.deadline, stop=self.stop, tell=self.tell, **kw)
+
+    def sleep(self, response=None):
+        try:
+            asked = (response and self.get_retry_after(response)) or 0
+        except (InvalidHeader, ValueError, OverflowError):
+            asked = 0  # a Retry-After that nobody can read
+        wait, last = max(asked, self.get_backoff_time()), self.history[-1]
+        if time.monotonic() + wait > self.deadline:
+            raise MaxRetryError(None, None, TimeoutError(
+                f"{last.error or f'HTTP {last.status}'}; the next attempt, in {wait:.0f} s, would "
+                f"be later than the {DEADLINE} s that a request may take"))
+        if self.stop.wait(wait):
+            raise MaxRetryError(None, None, InterruptedError("the run was stopped"))
+        self.tell()
+
+
+def new_session(key):
+    """A requests.Session that sends the key: by an auth callable, since a mere header is replaced
+    by what a .netrc holds for the host; trust_env=False prevents that but loses the proxies."""
+    def bearer(request):
+        request.headers["Authorization"] = f"Bearer {key}"
+        return request
+
+    session, adapter = requests.Session(), HTTPAdapter()
+    session.auth = bearer
+    session.mount("https://", adapter)
+    session.mount("http://", adapter)
+    return session
+
+
+def read_body(raw):
+    """The bytes of a urllib3 response. A server that sends a byte now and then never meets a
+    socket's time-out, so the whole body has its own; read1 hands over what is there at once."""
+    body, until = b"", time.monotonic() + READ
+    while part := raw.read1(2 ** 16, decode_content=True):
+        body += part
+        if time.monotonic() > until:
+            raise ProtocolError(f"the body took more than {READ} s")
+    return body
+
+
+def parse_reply(body):
+    """dict(answer, prompt_tokens, completion_tokens) of a body; ValueError if it has no answer."""
+    try:
+        reply = json.loads(body)
+        answer = reply["choices"][0]["message"]["content"].strip()
+        usage = dict(reply.get("usage") or {})  # not every server counts
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        answer = None
+    if not answer:
+        start = body[:80].decode("utf-8", "replace")
+        raise ValueError(f"no answer in the body: {start or '(empty)'}")
+    return dict(answer=answer, **{name: usage.get(name) or 0 for name in TOKENS})
+
+
+def request_answer(session, url, body, retry):
+    """The parsed reply to one request. Retry handles statuses, connections and time-outs; what is
+    wrong with a body it cannot see, so that is charged to it here: one budget for both."""
+    while True:
+        session.get_adapter(url).max_retries = retry
+        with session.post(url, json=body, timeout=(CONNECT, READ), stream=True,
+                          allow_redirects=False) as response:
+            status, retry = response.status_code, response.raw.retries
+            if status in STOP or 300 <= status < 400:  # a redirect: the address is not quite right
+                remedy = STOP.get(status, STOP[404]).format(model=body["model"])
+                raise BadInput(f"HTTP {status}: {remedy}")
+            if status >= 400:
+                said = read_body(response.raw).decode("utf-8", "replace")
+                raise requests.HTTPError(f"HTTP {status}: {said}")
+            try:
+                return parse_reply(read_body(response.raw))
+            except (HTTPError, ValueError) as e:
+                retry = retry.increment("POST", url, error=ProtocolError(str(e)))
+        retry.sleep()
+
+
+def replies(bodies, url, key, concurrency):
+    """Yields (sha, kind, value) for dict sha -> body as it happens: "retried", and last "answered"
+    with the parsed reply or "failed" with the reason. Threads are daemons: one that hangs can be
+    left behind."""
+    events, stop, idle = queue.SimpleQueue(), threading.Event(), []
+
+    def work(sha, session, deadline):
+        retry = BoundedRetry(
+            deadline, stop, lambda: events.put((sha, "retried", None)), total=RETRIES,
+            allowed_methods=["POST"], status_forcelist=PASSING, raise_on_status=False,
+            backoff_factor=BACKOFF, backoff_jitter=BACKOFF, backoff_max=20)
+        try:
+            event = "answered", request_answer(session, url, bodies[sha], retry)
+        except (requests.RequestException, HTTPError) as e:
+            why = next((x.reason for x in (e, *e.args) if getattr(x, "reason", None)), e)
+            event = "failed", " ".join(str(why).replace(key, "[key]").split())[:200]
+        except Exception as e:
+            event = "stop", e
+        idle.append(session)
+        events.put((sha, *event))
+
+    # running: sha -> its deadline, kept here too since a thread cannot stop its own blocking call
+    waiting, running = list(reversed(bodies)), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < concurrency:
+                sha = waiting.pop()
+                running[sha] = time.monotonic() + DEADLINE
+                args = sha, idle.pop() if idle else new_session(key), running[sha]
+                threading.Thread(target=work, args=args, daemon=True).start()
+            first = min(running, key=running.get)
+            try:
+                left = max(0, running[first] - time.monotonic())
+                sha, kind, value = events.get(timeout=left)
+            except queue.Empty:
+                sha, kind, value = first, "failed", f"no answer within {DEADLINE} s"
+            if kind == "stop":
+                raise value
+            if kind == "retried" or running.pop(sha, None):  # else it comes too late and has failed
+                yield sha, kind, value
+    finally:
+        stop.set()
+
+
+def finished_answers(path):
+    """dict sha -> line of the answers file. The half line that a killed run may have left at its
+    end is cut off, so that the next one starts on a line of its own."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, "rb+") as f:
+        whole, newline, _ = f.read().rpartition(b"\n")
+        f.truncate(len(whole + newline))
+    finished = {}
+    for line in whole.split(b"\n"):
+        try:
+            line = json.loads(line)
+            finished[line["sha"]] = dict(
+                answer=line["answer"], **{name: int(line[name]) for name in TOKENS})
+        except (ValueError, KeyError, TypeError):
+            continue  # no answer: it is asked for again
+    return finished
+
+
+def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
+    """(dict row -> answer, dict of counts) for dict row -> prompt; answers are kept in `path`. Of
+    the counts, requests and retries were sent now, cached were answered before; tokens, as the
+    server counted them, are those of all the answers; failed is a list of (row, reason)."""
+    bodies = {row: chat_body(model, prompt, seed, limit) for row, prompt in prompts.items()}
+    shas = {row: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+            for row, body in bodies.items()}
+    row_of = {sha: row for row, sha in reversed(shas.items())}  # the first one with this prompt
+    answered = finished_answers(path)
+    cached = len(row_of.keys() & answered.keys())
+    todo = {sha: bodies[row_of[sha]] for sha in shas.values() if sha not in answered}
+    failed, count, in_a_row = {}, Counter(), 0
+    if todo:
+        url, key = server_and_key()
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        with (open(path, "a", encoding="utf-8") as f,
+              closing(replies(todo, url, key, concurrency)) as events,
+              progress(what="ask", unit="requests", total=len(todo)) as bar):
+            for sha, kind, value in events:
+                count[kind] += 1
+                if kind == "answered":
+                    answered[sha], in_a_row = value, 0
+                    f.write(json.dumps(dict(key=row_of[sha], sha=sha, **value)) + "\n")
+                    f.flush()
+                    os.fsync(f.fileno())
+                elif kind == "failed":
+                    failed[sha], in_a_row = value, in_a_row + 1
+                    if in_a_row == GIVE_UP:
+                        raise BadInput(f"{GIVE_UP} requests failed one after the other, the last: "
+                                       f"{value} ({len(answered)} answers are kept in {path})")
+                bar.set_postfix({k: count[k] for k in ("answered", "failed", "retried")}, False)
+                bar.update(kind != "retried")
+    used = [answered[sha] for sha in row_of if sha in answered]
+    answers = {row: answered[sha]["answer"] for row, sha in shas.items() if sha in answered}
+    return answers, dict(
+        requests=len(todo) + count["retried"], retries=count["retried"], cached=cached,
+        **{name: sum(a[name] for a in used) for name in TOKENS},
+        failed=[(row, failed[sha]) for row, sha in shas.items() if sha in failed])
+
+
+def dry_run(prompts, model, limit):
+    """Prints what ask_chatgpt would send, without sending it."""
+    distinct = list(dict.fromkeys(prompts.values()))
+    tokens = sum(map(len, distinct)) // 4
+    print(f"{model}: {len(distinct):,} requests for {len(prompts):,} rows (the same prompt "
+          f"is sent once), about {tokens:,} tokens of prompts (estimated: 4 characters a token), "
+          f"at most {len(distinct) * limit:,} of answers ({limit} a request). Nothing was sent.\n"
+          "The first prompt:\n")
+    print(distinct[0] if distinct else "(none)")
+
+
+# --------------------------------------------------------------------------------------------------
+# 12. Scores. The paper's: the F1 of each label and their plain mean.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): 2TP / (2TP + FP + FN), and 0 where
@@ -1333,7 +1664,7 @@ def f1_scores(gold, predicted):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
+# 13. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
 # complete; what stood there before stays until then.
 
 @contextmanager
@@ -1352,7 +1683,7 @@ def complete_file(path, mode="w"):
 
 def run_folder(out, data, model, method, seed):
     """The folder of a run; a model given as a folder or hub id goes by the last part of it."""
-    model = model if model in MODELS else os.path.basename(os.path.abspath(model))
+    model = os.path.basename(os.path.abspath(model)).replace(":", "_")
     return os.path.join(out, data, model, method, f"seed{seed}")
 
 
@@ -1384,7 +1715,7 @@ def peak_memory_mb(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. One experiment from end to end, and the table of all of them.
+# 14. One experiment from end to end, and the table of all of them.
 
 def settings_of(args):
     """TRAINING, overruled by the model's row, overruled by flags."""
@@ -1409,53 +1740,104 @@ def fit(model, rows, val_rows, settings, folder, args):
                 tokens_unshared=round(sum(lengths) / len(rows) * done["rows"]))
 
 
+def run_local(kind, args, settings, data, val, test, folder):
+    """(what `predict` returns, facts for the metrics, dict of trained parameters)"""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
+                                  args.checkpoint)
+    counts, dense, share = parameter_counts(model), keep_dense(model), not args.no_share
+    trained = kind.head != "ask"
+    (rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
+        encode(tokenizer, kind, data.labels, part, args.max_text, data.train)
+        for part in (data.train if trained else [], val if trained else [], test))
+    cut = {key: cut[key] + cut_val[key] + cut_test[key] for key in cut}
+    print(f"{args.model}: {counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M "
+          f"weights in {counts['packed_bytes'] / 1e6:.1f} MB of NF4 "
+          f"({', '.join(quantized_layers(model))})"
+          f"{' and, since memory allows, a dense copy of the rounded' * dense}; "
+          f"{cut['texts_cut']} texts cut to {args.max_text} tokens", flush=True)
+    facts = fit(model, rows, val_rows, settings, folder, args) if trained else {}
+    result = predict(model, tokenizer, data.labels, test_rows, share)
+    facts |= dict(peak_memory_mb=peak_memory_mb(device), parameters=counts, dense_copy=dense,
+                  device=str(device), **cut)
+    return result, facts, model.trainable()
+
+
+def run_chat(chat, kind, args, data, test, folder):
+    """As run_local, of a model behind HTTP; BadInput if a row got no answer; None for --dry-run."""
+    if kind.head != "ask":
+        asking = ", ".join(name for name, method in METHODS.items() if method.head == "ask")
+        raise BadInput(f"--model {args.model} can only be asked ({asking}), not trained")
+    choose, prompts, few = choose_examples(kind, data.train), {}, 0
+    for i, a in enumerate(test):
+        examples = [x._replace(text=x.text[:4 * args.max_text]) for x in choose(a)]
+        few += len(examples) < kind.shots
+        parts = prompt_parts(kind, data.labels, a.text[:4 * args.max_text], a.user, examples)
+        prompts[f"{i}:{text_id(a.text)}:{a.user}"] = "".join(sum(parts, []))
+    if args.dry_run:
+        dry_run(prompts, chat, MAX_ANSWER)
+        return None
+    path = os.path.join(folder, "answers.jsonl")
+    answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
+    if counts["failed"]:
+        row, why = counts["failed"][0]
+        raise BadInput(f"{len(counts['failed'])} of {len(prompts)} rows got no answer, the first "
+                       f"({row}): {why}. Nothing is scored; the {len(answers)} answers are kept in "
+                       f"{path}, and the same command asks for the others only")
+    del counts["failed"]
+    facts = dict(chat=counts, too_few_examples=few,
+                 texts_cut=sum(len(a.text) > 4 * args.max_text for a in test))
+    return read_answers([answers[row] for row in prompts], data.labels), facts, {}
+
+
 def run(method, args):
     """One row of the paper's table for one model and dataset: trains (unless the method only asks),
     predicts, scores, writes the run's files and prints a summary."""
     start, kind, settings = time.perf_counter(), METHODS[method], settings_of(args)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chat = MODELS.get(args.model, {}).get("chat")
+    if args.model.startswith("openai:"):
+        chat = args.model.removeprefix("openai:")
+    if args.dry_run and not chat:
+        raise BadInput(f"--dry-run is for models that cost money, and --model {args.model} is free")
     data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
     val, test = (rows[:args.max_eval or len(rows)] for rows in (data.val, data.test))
     print(f"{method} on {data.name}: {len(data.train):,} train, {len(val):,} validation, "
           f"{len(test):,} test annotations by {len({a.user for a in data.train})} users, "
           f"{len(data.labels)} labels", flush=True)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings)
-    counts, dense = parameter_counts(model), keep_dense(model)
-    (rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
-        encode(tokenizer, kind, data.labels, part, args.max_text, data.train)
-        for part in (data.train if kind.head != "ask" else [], val, test))
-    cut = Counter(cut) + Counter(cut_val) + Counter(cut_test)
-    print(f"{args.model}: {counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M "
-          f"weights in {counts['packed_bytes'] / 1e6:.1f} MB of NF4"
-          f"{' and, since memory allows, a dense copy of the rounded' * dense}; "
-          f"{cut['texts_cut']} texts cut to {args.max_text} tokens", flush=True)
     folder = run_folder(args.out, data.name, args.model, method, args.seed)
-    trained = {}
-    if kind.head != "ask":
-        trained = fit(model, rows, val_rows, settings, folder, args)
-    result = predict(model, tokenizer, data.labels, test_rows, not args.no_share)
+    if chat:
+        outcome = run_chat(chat, kind, args, data, test, folder)
+    else:
+        outcome = run_local(kind, args, settings, data, val, test, folder)
+    if not outcome:
+        return
+    result, facts, adapter = outcome
     metrics = dict(
         method=method, model=args.model, data=data.name, seed=args.seed,
         **f1_scores([a.labels for a in test], result["predicted"]), labels=data.labels,
         rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
-        seconds=round(time.perf_counter() - start, 1), **trained,
-        peak_memory_mb=peak_memory_mb(device), parameters=counts, **cut,
+        seconds=round(time.perf_counter() - start, 1), **facts,
         **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
-        config=settings | dict(max_text=args.max_text, share=not args.no_share, dense_copy=dense,
-                               micro_batch=args.micro_batch, max_steps=args.max_steps,
-                               max_eval=args.max_eval, device=str(device)))
-    write_run(folder, metrics, data, test, result, model.trainable())
+        config=settings | {key: getattr(args, key) for key in (
+            "max_text", "no_share", "micro_batch", "checkpoint", "max_steps", "max_eval")})
+    write_run(folder, metrics, data, test, result, adapter)
     print_summary(metrics, folder)
 
 
 def print_summary(m, folder):
     """What a run ends with, for people."""
-    p = m["parameters"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}")
-    print(f"  parameters  {p['total']:,} in all, {p['trained']:,} trained; the packed base has "
-          f"{p['packed_bytes']:,} bytes")
-    print(f"  time        {m['seconds']:.0f} s; peak memory {m['peak_memory_mb']:,} MB")
+    if "parameters" in m:
+        p = m["parameters"]
+        print(f"  parameters  {p['total']:,} in all, {p['trained']:,} trained; the packed base has "
+              f"{p['packed_bytes']:,} bytes")
+        print(f"  time        {m['seconds']:.0f} s; peak memory {m['peak_memory_mb']:,} MB")
+    if "chat" in m:
+        c = m["chat"]
+        print(f"  requests    {c['requests']:,} sent, {c['retries']:,} of them again, "
+              f"{c['cached']:,} answered before; tokens as the server counted them: "
+              f"{c['prompt_tokens']:,} of prompts, {c['completion_tokens']:,} of answers")
     if "steps" in m:
         print(f"  training    {m['steps']} steps in {m['train_seconds']:.0f} s, "
               f"{m['rows_per_second']:.1f} annotations/s; {m['tokens_computed']:,} tokens "
@@ -1484,7 +1866,7 @@ def print_table(out):
     a dataset, and behind each personalized value its gain over the plain twin."""
     f1 = defaultdict(list)
     for m in finished_runs(out):
-        name = os.path.basename(m["model"].rstrip("/"))
+        name = os.path.basename(os.path.abspath(m["model"]))
         f1[m["data"], m["method"], name].append(m["f1_macro"])
     if not f1:
         raise BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
@@ -1506,9 +1888,9 @@ def print_table(out):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. The original files. A file gets its name when it is complete and checked.
-# Until then it is FILE.part, and FILE.part.version says which version of it the server was sending
-# (its ETag), so that a later run goes on where this one ended, or begins again if it has changed.
+# 15. The original files. A file gets its name when it is complete and checked. Until then it is
+# FILE.part, and FILE.part.version says which version of it the server was sending (its ETag), so
+# that a later run goes on where this one ended, or begins again if it has changed.
 
 def no_answer(url, seconds=6):
     """Why the server of an address does not answer at all; None if it does, whatever it says."""
@@ -1652,12 +2034,24 @@ def make_data(name, data_dir=None, labels=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. The command line.
+# 16. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         flags = " ".join(flag for action in self._actions for flag in action.option_strings[-1:])
         raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
+
+
+def number(kind, least):
+    """An argparse type: a number of that kind that is at least `least`."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} up")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def make_parser():
@@ -1667,10 +2061,12 @@ def make_parser():
         description="Personalized Large Language Models: one experiment, from annotations to F1.",
         epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
                f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
+    count = number(int, 1)
     p.add_argument("command", choices=[*METHODS, "data", "table"], metavar="COMMAND",
                    help="a method below; data: download and prepare; table: F1 of all runs")
-    p.add_argument("--model", default="tiny", help="a name below, a folder, a hub id (tiny)")
-    p.add_argument("--data", default="sample", help="a name below or a CSV file (sample)")
+    p.add_argument("--model", default="tiny", metavar="M",
+                   help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")
+    p.add_argument("--data", default="sample", metavar="D", help="a name below or a CSV (sample)")
     p.add_argument("--data-dir", metavar="DIR", help="where a named dataset is (data/NAME)")
     p.add_argument("--text-col", metavar="COL", help="column of the texts")
     p.add_argument("--user-col", metavar="COL", help="column of the user IDs")
@@ -1678,17 +2074,23 @@ def make_parser():
                    help="columns of the labels (all others that are 0 or 1)")
     p.add_argument("--seed", type=int, default=42, help="of everything random in training (42)")
     p.add_argument("--out", default="out", metavar="DIR", help="folder of all runs (out)")
-    for name, what in (("lr", "learning rate"), ("epochs", "passes over the training rows"),
-                       ("r", "rank of LoRA")):
-        p.add_argument(f"--{name}", type=type(TRAINING[name]),
+    for name, kind, what in (("lr", number(float, 1e-12), "learning rate"),
+                             ("epochs", count, "passes over the training rows"),
+                             ("r", count, "rank of LoRA")):
+        p.add_argument(f"--{name}", type=kind, metavar="X",
                        help=f"{what} (as the model's row says, else {TRAINING[name]})")
-    p.add_argument("--max-steps", type=int, default=0, metavar="N", help="train N steps at most")
-    p.add_argument("--max-eval", type=int, default=0, metavar="N",
-                   help="validate and test on the first N rows")
-    p.add_argument("--max-text", type=int, default=384, metavar="N", help="tokens of a text (384)")
-    p.add_argument("--micro-batch", type=int, default=0, metavar="N",
-                   help="rows computed at once (the whole batch)")
+    for name, default, what in (
+            ("max-steps", 0, "train N steps at most"),
+            ("max-eval", 0, "validate and test on the first N rows"),
+            ("max-text", 384, "read N tokens of a text (384)"),
+            ("micro-batch", 0, "compute N rows at once (what memory allows; changes no result)"),
+            ("concurrency", 8, "send N requests at a time to --model chatgpt (8)")):
+        p.add_argument(f"--{name}", type=count, default=default, metavar="N", help=what)
+    p.add_argument("--checkpoint", action="store_true",
+                   help="keep less for the backward pass and compute it again: less memory, slower")
     p.add_argument("--no-share", action="store_true", help="compute every prompt by itself")
+    p.add_argument("--dry-run", action="store_true",
+                   help="print what --model chatgpt would be asked and send nothing")
     return p
 
 
@@ -1705,6 +2107,12 @@ def main(argv=None):
             run(args.command, args)
     except BadInput as e:
         print(f"plm.py: {e}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(e):
+            raise
+        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --checkpoint "
+              "keeps less of it, --max-text 128 cuts long texts", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nplm.py: stopped; the files of earlier runs are as they were", file=sys.stderr)
