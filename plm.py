@@ -674,32 +674,35 @@ class NF4Linear(nn.Module):
 # 5. LoRA: what is trained. The frozen W gets a companion of low rank [3]:
 #     y = W x + (alpha / r) B A dropout(x),   A (r, K), B (N, r), both float32
 # A is drawn at random and B is zero, so that the model begins as it was. LoRALinear wraps a layer
-# and does not ask how that keeps its weights.
+# and leaves its bytes alone.
 
 class LoRAMatmul(torch.autograd.Function):
-    """x (.., K), drop (.., K) bool or None -> scaling * dropout(x) A^T B^T (.., N). Autograd would
-    keep a thinned-out copy of x for every layer. This keeps x, which the query, key and value
-    layers have in common, and one byte an entry."""
+    """x (.., K), drop (.., K) bool or None -> layer(x) + scaling * dropout(x) A^T B^T (.., N): the
+    NF4Matmul of the layer and LoRA in one pass over x and y. Autograd would keep a thinned-out copy
+    of x for every layer. This keeps x, which the query, key and value layers have in common, and
+    one byte an entry."""
 
     @staticmethod
-    def forward(ctx, x, drop, lora_A, lora_B, scaling):
+    def forward(ctx, x, layer, drop, lora_A, lora_B, scaling):
         thin = x if drop is None else x.masked_fill(drop, 0)
         low = F.linear(thin, lora_A.to(x.dtype))  # (.., r)
         ctx.save_for_backward(x, drop, low, lora_A, lora_B)
-        ctx.scaling = scaling
-        return F.linear(low, (scaling * lora_B).to(x.dtype))
+        ctx.layer, ctx.scaling = layer, scaling
+        y = F.linear(x, layer.dequantize(), layer.bias)
+        y.view(-1, layer.N).addmm_(low.flatten(0, -2), (scaling * lora_B.T).to(x.dtype))
+        return y
 
     @staticmethod
     def backward(ctx, grad):
         x, drop, low, lora_A, lora_B = ctx.saved_tensors
         thin = x if drop is None else x.masked_fill(drop, 0)
         grad_low = grad @ (ctx.scaling * lora_B).to(x.dtype)  # (.., N) @ (N, r)
-        grad_x = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K)
-        if drop is not None:
-            grad_x.masked_fill_(drop, 0)
+        through = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K)
+        grad_x = grad @ ctx.layer.dequantize()  # (.., N) @ (N, K)
+        grad_x += through if drop is None else through.masked_fill_(drop, 0)
         grad_A = grad_low.flatten(0, -2).T @ thin.flatten(0, -2)
         grad_B = ctx.scaling * (grad.flatten(0, -2).T @ low.flatten(0, -2))
-        return grad_x, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
+        return grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
 
 
 def drop_mask(shape, p, device):
@@ -727,7 +730,7 @@ class LoRALinear(nn.Module):
         if self.training and self.dropout:
             drop = drop_mask(x.shape, self.dropout, x.device)
             scaling /= 1 - round(256 * self.dropout) / 256  # so that the expectation stays
-        return self.base(x) + LoRAMatmul.apply(x, drop, self.lora_A, self.lora_B, scaling)
+        return LoRAMatmul.apply(x, self.base, drop, self.lora_A, self.lora_B, scaling)
 
 
 def add_lora(module, r, alpha, dropout):
