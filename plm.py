@@ -784,43 +784,62 @@ class PromptTree:
 
     def step(self, device):
         """What a model needs to compute the T new nodes: dict(input_ids (1, T), position_ids
-        (1, T), tree), where `tree` goes through to tree_attention."""
+        (1, T), tree), where `tree` goes through to tree_attention: which nodes ask, which answer,
+        trunk first and then rectangle by rectangle."""
         first, self.computed = self.computed, len(self.ids)
         groups = [(nodes, [n for n in nodes if n >= first]) for nodes in self.groups.values()]
         groups = sorted([g for g in groups if g[1]], key=lambda g: len(g[0]), reverse=True)
-        buckets, slot, offset = [], {}, 0
+        q_index, k_index, masks = [np.arange(first, self.S)], [np.arange(self.S)], []
         while groups:  # groups of about one size together, so that little is padding
             size = sum(1.5 * len(nodes) >= len(groups[0][0]) for nodes, _ in groups)
-            bucket, groups = groups[:size], groups[size:]
-            buckets.append([torch.from_numpy(a).to(device, non_blocking=True)
-                            for a in self.rectangles(bucket, first)])
-            wide = max(len(new) for _, new in bucket)
-            for g, (_, new) in enumerate(bucket):
-                slot.update((n, offset + g * wide + i) for i, n in enumerate(new))
-            offset += size * wide
-        order = torch.tensor([slot[n] for n in range(max(first, self.S), self.computed)],
-                             dtype=torch.int64)
-        return dict(input_ids=torch.tensor([self.ids[first:]], device=device),
-                    position_ids=torch.tensor([self.position[first:]], device=device),
-                    tree=dict(S=self.S, new_trunk=max(self.S - first, 0), buckets=buckets,
-                              order=order.to(device), cache=self.cache))
+            q, k, mask = self.rectangles(groups[:size])
+            q_index, k_index, masks = [*q_index, q.ravel()], [*k_index, k.ravel()], [*masks, mask]
+            groups = groups[size:]
+        q_index = np.concatenate(q_index) - first
+        padding, real = np.flatnonzero(q_index < 0), np.flatnonzero(q_index >= 0)
+        slot = np.zeros(self.computed - first, np.int64)
+        slot[q_index[real]] = real  # where each new node stands in q_index
+        q_index[padding] = 0
 
-    def rectangles(self, bucket, first):
-        """For some groups, padded to the largest: which of the T new nodes ask (G, Lq), which of
-        all nodes answer (G, Lk), and who sees whom, trunk first: (G, 1, Lq, S + Lk) bool."""
-        G, Lk = len(bucket), len(bucket[0][0])
-        Lq = max(len(new) for _, new in bucket)
-        q, k = np.zeros((G, Lq), np.int64), np.zeros((G, Lk), np.int64)
+        def tensor(a):
+            return torch.as_tensor(a).to(device, non_blocking=True)
+
+        return dict(
+            input_ids=tensor([self.ids[first:]]), position_ids=tensor([self.position[first:]]),
+            tree=dict(S=self.S, new_trunk=max(self.S - first, 0), cache=self.cache,
+                      q_index=tensor(q_index), k_index=tensor(np.concatenate(k_index)),
+                      slot=tensor(slot), padding=tensor(padding), masks=[*map(tensor, masks)]))
+
+    def rectangles(self, groups):
+        """For some groups, padded to the largest: which of their new nodes ask (G, Lq; -1 pads),
+        which of all nodes answer (G, Lk), who sees whom, trunk first (G, 1, Lq, S + Lk)."""
+        G, Lq, Lk = len(groups), max(len(new) for _, new in groups), len(groups[0][0])
+        q, k = np.full((G, Lq), -1), np.zeros((G, Lk), np.int64)
         mask = np.zeros((G, 1, Lq, self.S + Lk), bool)
-        mask[..., :self.S] = True
-        mask[..., self.S] |= self.S == 0  # padding sees something, else its softmax were NaN
-        for g, (nodes, new) in enumerate(bucket):
-            k[g, :len(nodes)], q[g, :len(new)] = nodes, np.array(new) - first
+        mask[..., :max(self.S, 1)] = True  # padding sees something, else its softmax were NaN
+        for g, (nodes, new) in enumerate(groups):
+            k[g, :len(nodes)], q[g, :len(new)] = nodes, new
             bits = b"".join(self.sees[n].to_bytes((Lk + 7) // 8, "little") for n in new)
             bits = np.frombuffer(bits, np.uint8).reshape(len(new), -1)
             mask[g, 0, :len(new), self.S:] = np.unpackbits(
                 bits, axis=1, count=Lk, bitorder="little")
         return q, k, mask
+
+
+class Rearrange(torch.autograd.Function):
+    """Rows of x (n, ..) -> x[index]. Backward looks up as well, by the inverse index: autograd
+    would add row by row, as slow as a matmul. `padding`: rows of x that get no gradient."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, padding=None):
+        ctx.save_for_backward(inverse, padding)
+        return x.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        inverse, padding = ctx.saved_tensors
+        grad = grad.index_select(0, inverse)
+        return grad if padding is None else grad.index_fill_(0, padding, 0), None, None, None
 
 
 def attend(q, k, v, mask, scaling):
@@ -845,25 +864,30 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
         old = tree["cache"].get(module.layer_idx)
         k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
         tree["cache"][module.layer_idx] = k, v
-    E, S, out = query.shape[3], tree["S"], []
+    S, E, slot, masks = tree["S"], query.shape[3], tree["slot"], tree["masks"]
+    q = Rearrange.apply(q, tree["q_index"], slot)
+    k, v = (Rearrange.apply(t, tree["k_index"], slot) for t in (k, v))  # in training as q
+    q_sizes = [tree["new_trunk"], *(m.shape[0] * m.shape[2] for m in masks)]
+    k_sizes = [S, *(m.shape[0] * (m.shape[3] - S) for m in masks)]
 
-    def heads(rows, index):  # (all, H * E), (G, L) -> (G, H, L, E)
-        H = rows.shape[1] // E
-        return rows.index_select(0, index.flatten()).view(*index.shape, H, E).transpose(1, 2)
+    def heads(rows, G):  # (G * L, H * E) -> (G, H, L, E)
+        return rows.view(G, -1, rows.shape[1] // E, E).transpose(1, 2) if len(rows) else None
 
-    trunk = torch.arange(S, device=q.device)[None]
-    k_trunk, v_trunk = heads(k, trunk), heads(v, trunk)
-    if tree["new_trunk"]:
-        causal = torch.ones(1, 1, S, S, dtype=torch.bool, device=q.device).tril()
-        out.append(attend(heads(q, trunk), k_trunk, v_trunk, causal, scaling))
-    for q_index, k_index, mask in tree["buckets"]:
-        G = len(q_index)
-        keys = torch.cat([k_trunk.expand(G, -1, -1, -1), heads(k, k_index)], 2)
-        values = torch.cat([v_trunk.expand(G, -1, -1, -1), heads(v, k_index)], 2)
-        out.append(attend(heads(q, q_index), keys, values, mask, scaling))
-    out = [o.transpose(1, 2).flatten(0, 1) for o in out]  # each (G * Lq, H, E)
-    grown = torch.cat(out[1:] if tree["new_trunk"] else out).index_select(0, tree["order"])
-    return (torch.cat([out[0], grown]) if tree["new_trunk"] else grown)[None], None
+    q_trunk, *q = q.split(q_sizes)
+    (k_trunk, *k), (v_trunk, *v) = k.split(k_sizes), v.split(k_sizes)
+    k_trunk, v_trunk, out = heads(k_trunk, 1), heads(v_trunk, 1), []
+    if len(q_trunk):
+        causal = torch.ones(1, 1, S, S, dtype=torch.bool, device=q_trunk.device).tril()
+        out.append(attend(heads(q_trunk, 1), k_trunk, v_trunk, causal, scaling))
+    for q_part, k_part, v_part, mask in zip(q, k, v, masks):
+        G = len(mask)
+        keys, values = heads(k_part, G), heads(v_part, G)
+        if S:
+            keys = torch.cat([k_trunk.expand(G, -1, -1, -1), keys], 2)
+            values = torch.cat([v_trunk.expand(G, -1, -1, -1), values], 2)
+        out.append(attend(heads(q_part, G), keys, values, mask, scaling))
+    out = torch.cat([o.transpose(1, 2).flatten(0, 1) for o in out])  # as q_index: (.., H, E)
+    return Rearrange.apply(out, slot, tree["q_index"], tree["padding"])[None], None
 
 
 AttentionInterface.register("tree", tree_attention)
