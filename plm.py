@@ -51,6 +51,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -60,6 +61,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import numpy as np
 import requests
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -85,6 +87,7 @@ class BadInput(Exception):
 def progress(items=None, what="", unit="", total=None):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
     return tqdm(items, what, total=total, unit=" " + unit, delay=2, leave=False,
+                disable=os.environ.get("RANK", "0") != "0",
                 dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
@@ -102,7 +105,7 @@ TRAINING = dict(
 # gb: GPU memory for training with --micro-batch 8, computed and not measured: 4.127 bits for every
 # quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: the MLP's).
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
-    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=5e-3, epochs=5, r=8),
+    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, epochs=5, r=8),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=5e-3, epochs=5, r=8),
     "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
@@ -1185,7 +1188,64 @@ def in_batches(rows, size, rng=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Training. Binary cross-entropy over the labels (CLS) or cross-entropy over the tokens of the
+# 9. Ranks. Under torchrun several processes do one run: each computes its share of the rows of a
+# step, gradients are added up, and since every part of the loss is divided by the targets of the
+# whole step, their sum is the gradient of one process. Rank 0 alone prints and writes.
+
+def ranks():
+    """(rank of this process, number of processes)"""
+    if dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def join_ranks():
+    """Under torchrun: finds the other processes; a GPU each if there are. Returns the device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if "LOCAL_RANK" in os.environ:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(minutes=10))
+    return device
+
+
+def own_share(rows):
+    """This rank's part of some rows: neighbours, which have most in common."""
+    rank, world = ranks()
+    return rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
+
+
+def summed(tensor):
+    """The tensor, added up over all ranks in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def sum_gradients(params):
+    """Adds the gradients of all ranks up, in one message."""
+    if not dist.is_initialized():
+        return
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = summed(torch.cat([p.grad.view(-1) for p in params]))
+    for p, grad in zip(params, flat.split([p.numel() for p in params])):
+        p.grad.copy_(grad.view_as(p))
+
+
+def merged(results):
+    """dict of what all ranks found: dict index -> result."""
+    if not dist.is_initialized():
+        return results
+    found = [None] * ranks()[1]
+    dist.all_gather_object(found, results)
+    return {i: result for part in found for i, result in part.items()}
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Training. Binary cross-entropy over the labels (CLS) or cross-entropy over the tokens of the
 # answer (LM): the mean over all targets of the 32 rows of a step, however these are cut into
 # pieces for memory. AdamW in float32, a cosine schedule with warm-up, clipped gradients. The
 # validation loss is taken after every epoch, and the epoch where it was lowest is kept [1].
@@ -1215,9 +1275,10 @@ def learning_rate(step, steps, lr, warmup):
 def mean_loss(model, rows, share=True):
     """The mean loss over all targets of some rows, without dropout."""
     model.train(False)
-    parts = progress(in_batches(rows, 64), "validate", "batches")
+    rank, world = ranks()
+    parts = progress(in_batches(rows, 64)[rank::world], "validate", "batches")
     total = sum(summed_loss(model, make_batch(model, part, share)).item() for part in parts)
-    return total / n_targets(rows, model.head)
+    return summed(torch.tensor(total, device=model.device)).item() / n_targets(rows, model.head)
 
 
 def bytes_per_token(model, rows, share=True):
@@ -1256,7 +1317,7 @@ def pieces(rows, head, budget, micro=0, share=True):
         cost.append(own + (len(row.text) if new else 0) + (0 if share else len(row.shared)))
         seen.add(row.text)
     trunk = len(rows[0].shared) if share else 0
-    n = min(math.ceil(sum(cost) / max(budget - trunk, 1)), len(rows))
+    n = min(max(math.ceil(sum(cost) / max(budget - trunk, 1)), 1), len(rows))
     parts, done = [[] for _ in range(n)], 0
     for row, tokens in zip(rows, cost):
         parts[min(int(done * n / sum(cost)), n - 1)].append(row)
@@ -1264,18 +1325,21 @@ def pieces(rows, head, budget, micro=0, share=True):
     return [part for part in parts if part]
 
 
-def train_step(model, parts, optimizer, clip, share=True):
-    """(loss (), tokens computed) of one optimizer step on rows that come in `pieces`."""
+def train_step(model, rows, optimizer, clip, share=True, budget=math.inf, micro=0):
+    """(loss (), tokens computed) of one optimizer step on some rows, computed in `pieces`."""
     model.train(True)
-    loss, tokens, total = 0, 0, sum(n_targets(part, model.head) for part in parts)
-    for part in parts:
+    params, total = optimizer.param_groups[0]["params"], n_targets(rows, model.head)
+    loss, tokens, own = torch.zeros((), device=model.device), 0, own_share(rows)
+    for part in pieces(own, model.head, budget, micro, share) if own else ():
         batch = make_batch(model, part, share)
         part_loss = summed_loss(model, batch) / total
         part_loss.backward()
         loss, tokens = loss + part_loss.detach(), tokens + batch["tokens"]
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], clip)
+    sum_gradients(params)
+    nn.utils.clip_grad_norm_(params, clip)
     optimizer.step()
     optimizer.zero_grad()
+    loss, tokens = summed(torch.stack([loss, torch.tensor(float(tokens), device=model.device)]))
     return loss, tokens
 
 
@@ -1287,16 +1351,18 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
     best, kept, step, done = math.inf, {}, 0, Counter()
-    budget = 0 if micro else token_budget(model, rows, share)
+    budget = math.inf if micro else token_budget(model, rows, share)
+    torch.manual_seed(seed + ranks()[0])  # dropout: the same in every run, another in every rank
     bar = progress(what="train", unit="steps", total=steps)
     for epoch in range(1, settings["epochs"] + 1):
         for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
             start = time.perf_counter()
             lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
             optimizer.param_groups[0]["lr"] = lr
-            parts = pieces(part, model.head, budget, micro, share)
-            loss, tokens = train_step(model, parts, optimizer, settings["clip"], share)
-            loss, step, seconds = loss.item(), step + 1, time.perf_counter() - start
+            loss, tokens = train_step(
+                model, part, optimizer, settings["clip"], share, budget, micro)
+            loss, tokens = loss.item(), int(tokens)
+            step, seconds = step + 1, time.perf_counter() - start
             log(dict(step=step, epoch=epoch, loss=round(loss, 6), lr=lr, rows=len(part),
                      tokens=tokens, seconds=round(seconds, 4)))
             if not math.isfinite(loss):
@@ -1318,7 +1384,7 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in
+# 11. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in
 # which the prompts of a batch are a tree as before and every answer grows on at its leaf; the
 # answer is read back into labels.
 
@@ -1326,16 +1392,26 @@ MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, whi
 
 
 @torch.no_grad()
+def for_each_batch(model, rows, function):
+    """List of what function(batch of rows) returns for each row, in the order of the rows."""
+    model.train(False)
+    place, found = {id(row): i for i, row in enumerate(rows)}, {}
+    bar, (rank, world) = progress(what="predict", unit="rows", total=len(rows)), ranks()
+    for part in in_batches(rows, 64)[rank::world]:
+        found.update(zip((place[id(row)] for row in part), function(part)))
+        bar.update(len(part) * world)
+    bar.close()
+    found = merged(found)
+    return [found[i] for i in range(len(rows))]
+
+
 def label_scores(model, rows, share=True):
     """(R, L) scores of the classification head, in the order of the rows."""
-    model.train(False)
-    scores, bar = {}, progress(what="predict", unit="rows", total=len(rows))
-    for part in in_batches(rows, 64):
+    def scores(part):
         batch = make_batch(model, part, share)
-        scores.update(zip(map(id, part), model(batch)[batch["of"]].cpu().numpy()))
-        bar.update(len(part))
-    bar.close()
-    return np.array([scores[id(row)] for row in rows])
+        return model(batch)[batch["of"]].cpu().numpy()
+
+    return np.array(for_each_batch(model, rows, scores))
 
 
 def grow_answers(model, rows, end, limit, share=True):
@@ -1373,19 +1449,14 @@ def write_answers(model, rows, end, limit, share=True):
     return [out[prompts[row.prompt, share or i]] for i, row in enumerate(rows)]
 
 
-@torch.no_grad()
 def written_answers(model, tokenizer, rows, limit, share=True):
     """The answer of each row as a string, in the order of the rows."""
-    model.train(False)
-    write = write_answers if model.seq2seq else grow_answers
-    answers, bar = {}, progress(what="predict", unit="rows", total=len(rows))
-    for part in in_batches(rows, 64):
+    def answers(part):
+        write = write_answers if model.seq2seq else grow_answers
         ids = write(model, part, tokenizer.eos_token_id, limit, share)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answers.update(zip(map(id, part), texts))
-        bar.update(len(part))
-    bar.close()
-    return [answers[id(row)].strip() for row in rows]
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    return for_each_batch(model, rows, answers)
 
 
 def words_of(text):
@@ -1427,7 +1498,7 @@ def predict(model, tokenizer, labels, rows, share=True):
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. ChatGPT. A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI
+# 12. ChatGPT. A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI
 # made and many servers speak. Answers cost money and networks fail, so: an answer is on disk as
 # soon as it is there and is never asked for again, rows with the same prompt are asked about once,
 # a failure that may pass is tried again within bounds, and one that will not (a wrong key) stops
@@ -1677,7 +1748,7 @@ def dry_run(prompts, model, limit):
 
 
 # --------------------------------------------------------------------------------------------------
-# 12. Scores. The paper's: the F1 of each label and their plain mean.
+# 13. Scores. The paper's: the F1 of each label and their plain mean.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): 2TP / (2TP + FP + FN), and 0 where
@@ -1691,18 +1762,19 @@ def f1_scores(gold, predicted):
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
+# 14. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
 # complete; what stood there before stays until then.
 
 @contextmanager
 def complete_file(path, mode="w"):
     """An open file that is named `path` once the block has ended well, and is gone if not."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path + ".part"
+    part = path + (f".part{ranks()[0]}" if ranks()[0] else ".part")
     try:
         with open(part, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
             yield f
-        os.replace(part, path)
+        if not ranks()[0]:  # what the other ranks write is not kept
+            os.replace(part, path)
     finally:
         if os.path.exists(part):
             os.remove(part)
@@ -1742,7 +1814,7 @@ def peak_memory_mb(device):
 
 
 # --------------------------------------------------------------------------------------------------
-# 14. One experiment from end to end, and the table of all of them.
+# 15. One experiment from end to end, and the table of all of them.
 
 def settings_of(args):
     """TRAINING, overruled by the model's row, overruled by flags."""
@@ -1769,7 +1841,9 @@ def fit(model, rows, val_rows, settings, folder, args):
 
 def run_local(kind, args, settings, data, val, test, folder):
     """(what `predict` returns, facts for the metrics, dict of trained parameters)"""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = join_ranks()
+    if ranks()[0]:  # rank 0 speaks for all
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
                                   args.checkpoint)
@@ -1915,7 +1989,7 @@ def print_table(out):
 
 
 # --------------------------------------------------------------------------------------------------
-# 15. The original files. A file gets its name when it is complete and checked. Until then it is
+# 16. The original files. A file gets its name when it is complete and checked. Until then it is
 # FILE.part, and FILE.part.version says which version of it the server was sending (its ETag), so
 # that a later run goes on where this one ended, or begins again if it has changed.
 
@@ -2061,7 +2135,7 @@ def make_data(name, data_dir=None, labels=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. The command line.
+# 17. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -2103,7 +2177,8 @@ def make_parser():
     p.add_argument("--out", default="out", metavar="DIR", help="folder of all runs (out)")
     for name, kind, what in (("lr", number(float, 1e-12), "learning rate"),
                              ("epochs", count, "passes over the training rows"),
-                             ("r", count, "rank of LoRA")):
+                             ("r", count, "rank of LoRA"),
+                             ("dropout", number(float, 0), "dropout of LoRA")):
         p.add_argument(f"--{name}", type=kind, metavar="X",
                        help=f"{what} (as the model's row says, else {TRAINING[name]})")
     for name, default, what in (

@@ -650,8 +650,7 @@ def test_pieces_of_a_batch_give_the_whole_gradient(model_dir):
         before = {n: p.detach().clone() for n, p in model.trainable().items()}
         for layer in (m for m in model.modules() if isinstance(m, plm.LoRALinear)):
             layer.dropout = 0.0
-        parts = plm.pieces(rows, "lm", 1e9, micro)
-        plm.train_step(model, parts, optimizer, clip=1e9)
+        plm.train_step(model, rows, optimizer, clip=1e9, micro=micro)
         grads.append({n: before[n] - p.detach() for n, p in model.trainable().items()})
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-5) for n in grads[0])
 
@@ -679,7 +678,7 @@ def test_frozen_bytes_stay_and_everything_trained_moves(model_dir):
     frozen |= {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     trained = {n: p.detach().clone() for n, p in model.trainable().items()}
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
-    plm.train_step(model, [rows], optimizer, clip=1.0)
+    plm.train_step(model, rows, optimizer, clip=1.0)
     now = dict(model.named_buffers()) | dict(model.named_parameters())
     assert all(torch.equal(now[n], t) for n, t in frozen.items())
     assert all(not torch.equal(now[n], t) for n, t in trained.items())
@@ -727,7 +726,7 @@ def miniature(head, personalized, tmp_path):
     model = plm.PersonalizedLM(model.lm, head, 2)
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
     for _ in range(60):
-        plm.train_step(model, [rows], optimizer, clip=1.0)
+        plm.train_step(model, rows, optimizer, clip=1.0)
     if head == "cls":
         predicted = plm.label_scores(model, rows) > 0
     else:
@@ -1172,6 +1171,27 @@ def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method
     assert found[0] == found[1] and found[0]
     status, stdout, _ = plm_command("table", "--out", str(tmp_path / "a"))
     assert status == 0 and f"{metrics['f1_macro']:.4f}" in stdout and "sample" in stdout
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    # Dropout off, since each rank draws its own. torchrun's processes find each other on loopback.
+    args = ["cls_p", "--dropout", "0", "--max-steps", "6", "--max-eval", "100", "--out"]
+    assert plm_command(*args, str(tmp_path / "one"), OMP_NUM_THREADS="1")[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         os.path.join(HERE, "plm.py"), *args, str(tmp_path / "two")], capture_output=True, text=True,
+        timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("F1-macro") == 1  # rank 0 alone prints
+    folders = [tmp_path / n / "sample" / "tiny" / "cls_p" / "seed42" for n in ("one", "two")]
+    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+                for folder in folders)
+    for a, b in zip(one, two, strict=True):
+        key = "val_loss" if "val_loss" in a else "loss"
+        assert abs(a[key] - b[key]) < 1e-5
+    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
+    f1 = [json.loads((folder / "metrics.json").read_text())["f1_macro"] for folder in folders]
+    assert f1[0] == pytest.approx(f1[1], abs=0.01)
 
 
 def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path):
