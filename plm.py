@@ -103,16 +103,17 @@ TRAINING = dict(
 )
 
 # gb: GPU memory for training with --micro-batch 8, computed and not measured: 4.127 bits for every
-# quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: the MLP's).
+# quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: width of the
+# MLP; 400 tokens for a decoder, 1,040 for an encoder-decoder).
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, epochs=5, r=8),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=5e-3, epochs=5, r=8),
     "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
-    "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=2),
-    "flan_t5": dict(id="google/flan-t5-xl", gb=8),                        # 2.8 B [1]
+    "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
+    "flan_t5": dict(id="google/flan-t5-xl", gb=6),                        # 2.8 B [1]
     "phi2": dict(id="microsoft/phi-2", gb=5),                             # 2.8 B [1]
-    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", gb=7),     # 3.6 B [1]
+    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", gb=5),     # 3.6 B [1]
     "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", gb=9),       # 7.2 B [1]
     "chatgpt": dict(chat="gpt-3.5-turbo"),                                # over HTTP; of 2023 [1]
 }
@@ -2213,8 +2214,10 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(e):
             raise
-        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --checkpoint "
-              "keeps less of it, --max-text 128 cuts long texts", file=sys.stderr)
+        gb = MODELS.get(args.model, {}).get("gb")
+        need = f"; {args.model} was computed to need {gb} GB with --micro-batch 8" if gb else ""
+        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --checkpoint keeps "
+              f"less of it, --max-text 128 cuts long texts{need}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nplm.py: stopped; the files of earlier runs are as they were", file=sys.stderr)

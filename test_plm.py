@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import statistics
@@ -21,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -369,6 +371,19 @@ def test_tokens_spell_the_prompt_and_nothing_in_a_text_ends_it(name):
     assert tokenizer.decode(rows[0].user).split() == "u 2 ### Response:".split() or name == "tiny_t5"
 
 
+def test_a_chat_template_goes_around_a_question_and_around_nothing_else():
+    tokenizer = tokenizers()["tiny"]
+    tokenizer.chat_template = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
+                               "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}")
+    annotation = plm.Annotation("</s> hello", "u2", (1, 0))
+    (row,), _ = plm.encode(tokenizer, plm.METHODS["q_0s_p"], LABELS, [annotation])
+    (trained,), _ = plm.encode(tokenizer, plm.METHODS["lm_p"], LABELS, [annotation])
+    text = tokenizer.decode(row.prompt)
+    assert text.replace(" ", "").startswith("<s>user:") and text.endswith("bot:")
+    assert list(row.prompt).count(tokenizer.eos_token_id) == 1  # the template's; not the text's
+    assert "user:" not in tokenizer.decode(trained.prompt)
+
+
 def test_examples_come_from_the_right_people_and_never_repeat_the_text():
     train = [plm.Annotation(f"train {i}", f"u{i % 7}", (1, 0)) for i in range(60)]
     for seed in range(40):
@@ -534,13 +549,13 @@ ARCHITECTURES = {
 }
 
 
-def random_model_folder(path, name):
+def random_model_folder(path, name, vocab_size=VOCABULARY):
     """A Hugging Face folder of a small random model of an architecture."""
     config, extra = ARCHITECTURES[name]
     size = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
                 decoder_start_token_id=0, dropout_rate=0.0) if name == "t5" else dict(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    config = getattr(transformers, config)(vocab_size=VOCABULARY, pad_token_id=2, eos_token_id=2,
+    config = getattr(transformers, config)(vocab_size=vocab_size, pad_token_id=2, eos_token_id=2,
                                            **size, **extra)
     torch.manual_seed(0)
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
@@ -742,6 +757,92 @@ def test_the_paper_in_miniature(head, tmp_path):
     # Without the user the best is to tick both labels always: F1 = 2 / 3.
     assert miniature(head, True, tmp_path / "p") == 1.0
     assert miniature(head, False, tmp_path / "plain") <= 2 / 3 + 1e-6
+
+
+def test_pieces_keep_the_rows_in_order_and_to_the_budget():
+    rows = random_rows(texts=12)
+    for head in ("cls", "lm"):
+        for share in (True, False):
+            tokens = [plm.tree_batch([row], head, CPU)["tokens"] for row in rows]
+            for budget in (1, max(tokens), 2 * max(tokens), 10_000):
+                parts = plm.pieces(rows, head, budget, share=share)
+                assert sum(parts, []) == rows
+                if budget == 10_000:
+                    assert len(parts) == 1
+                if budget > max(tokens):
+                    assert all(plm.tree_batch(p, head, CPU, share)["tokens"] < 2 * budget
+                               for p in parts)
+    assert [len(p) for p in plm.pieces(rows[:7], "cls", 0, micro=3)] == [3, 3, 1]
+
+
+def test_checkpointing_keeps_less_and_changes_nothing(tmp_path):
+    path, _ = random_model_folder(tmp_path, "llama")
+    found = []
+    for checkpoint in (False, True):
+        model = ready(path, "cls")
+        if checkpoint:
+            model.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        size = plm.bytes_per_token(model, random_rows())
+        torch.manual_seed(5)  # of dropout, which is drawn again in the same way
+        batch = plm.make_batch(model.train(True), random_rows())
+        plm.summed_loss(model, batch).backward()
+        found.append((size, [p.grad for p in model.trainable().values()]))
+    assert found[1][0] < found[0][0] / 3
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1]))
+
+
+@pytest.fixture(scope="module")
+def small_csv(tmp_path_factory):
+    rows = [(f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
+            for i in range(120)]
+    return write_csv(tmp_path_factory.mktemp("data") / "small.csv", rows)
+
+
+@pytest.mark.parametrize("name", ["phi", "mistral", "gpt_neox", "t5"])
+def test_ten_methods_of_the_papers_architectures_run_from_a_folder(name, small_csv, tmp_path, capsys):
+    # Random weights, the real tokenizer: every code path from the checkpoint to the table.
+    folder, _ = random_model_folder(tmp_path / name, name, vocab_size=2048)
+    source = plm.MODELS["tiny_t5" if name == "t5" else "tiny"]["id"]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(source, file), folder)
+    for method in plm.METHODS:
+        assert plm.main([method, "--model", folder, "--data", small_csv, "--max-steps", "1",
+                         "--max-eval", "6", "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    names = {"phi": "dense, fc1, fc2, k_proj, q_proj, v_proj", "t5": "k, o, q, v, wi_0, wi_1, wo",
+             "mistral": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+             "gpt_neox": "dense, dense_4h_to_h, dense_h_to_4h, query_key_value"}
+    assert out.count(f"of NF4 ({names[name]})") == 10
+    assert plm.main(["table", "--out", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out
+    assert all(f"\n{method} " in table for method in plm.METHODS)
+
+
+def test_a_sharded_or_pickled_checkpoint_is_the_same_model(tmp_path):
+    path, lm = random_model_folder(tmp_path / "whole", "gpt_neox")
+    for form in ("sharded", "pickled"):
+        folder = tmp_path / form
+        lm.save_pretrained(folder, max_shard_size="30KB")
+        if form == "pickled":
+            state = {name: tensor for name, tensor in plm.checkpoint_tensors(folder)}
+            for file in folder.glob("*.safetensors*"):
+                file.unlink()
+            torch.save(state, folder / "pytorch_model-00001-of-00001.bin")
+        same = plm.load_quantized(str(folder), CPU, torch.float32).state_dict()
+        for name, tensor in plm.load_quantized(path, CPU, torch.float32).state_dict().items():
+            assert torch.equal(tensor, same[name])
+
+
+def test_an_untied_head_of_a_t5_is_kept(tmp_path):
+    # transformers 5 ties a T5's embeddings whatever its config says; Flan-T5's head is its own.
+    path, lm = random_model_folder(tmp_path, "t5")
+    state = dict(plm.checkpoint_tensors(path))
+    state["lm_head.weight"] = torch.randn(VOCABULARY, 64)
+    safetensors.torch.save_file(state, os.path.join(path, "model.safetensors"))
+    loaded = plm.load_quantized(path, CPU, torch.float32)
+    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
+    for module in (loaded.shared, loaded.encoder.embed_tokens, loaded.decoder.embed_tokens):
+        assert torch.equal(module.weight, state["shared.weight"])
 
 
 # ----------------------------------------------------------------------------- answers and scores
