@@ -1,6 +1,7 @@
 # make                    this list
 # make cls_p              the default: tiny model, sample data
 # make cls_p MODEL=phi2 DATA=goemotions SEED=1 ARGS="--epochs 3"
+# make cls_p NPROC=2      two processes, a GPU each if there are
 # `python plm.py --help` names the models, the datasets and what ARGS may hold.
 
 MODEL ?= tiny
@@ -9,12 +10,14 @@ SEED ?= 42
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
+NPROC ?= 1
 
-RUN = $(VENV)/bin/python plm.py
+LAUNCH = $(VENV)/bin/$(if $(filter-out 1,$(NPROC)),torchrun --standalone --nproc-per-node $(NPROC),python)
+RUN = $(LAUNCH) plm.py
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p table test tiny sample clean
+.PHONY: help cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table test tiny sample clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -54,6 +57,9 @@ q_2s: $(VENV)/ready  ## Q-2S: ask, with two examples
 
 q_2s_p: $(VENV)/ready  ## Q-2S-P: ... of the same user
 	$(RUN) q_2s_p $(FLAGS)
+
+data: $(VENV)/ready  ## download and prepare DATA=goemotions or DATA=unhealthy
+	$(RUN) data --data $(DATA) $(ARGS)
 
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
 	$(RUN) table $(ARGS)

@@ -9,6 +9,7 @@ loop and scores.
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's own
     python plm.py lm --model DIR --data file.csv --text-col comment --user-col worker
+    python plm.py data --data goemotions                downloads and prepares the original data
     python plm.py table                                 every finished run as a table
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
@@ -23,7 +24,7 @@ Letters in the shapes below:
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
     T tokens computed            S tokens of the trunk   G groups (texts)            r rank of LoRA
     N, K out- and inputs of a linear layer               H, E attention heads and their width
-    P positions that a head reads
+    P positions that a head reads                        Lq, Lk nodes that ask and answer
 
 References
     [1] Wozniak et al., Personalized Large Language Models, 2024. arXiv 2402.09269
@@ -46,6 +47,7 @@ import queue
 import random
 import re
 import resource
+import shutil
 import sys
 import threading
 import time
@@ -98,7 +100,8 @@ def progress(items=None, what="", unit="", total=None):
 
 TRAINING = dict(
     r=2, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone; scaled by alpha / r [3]
-    lr=1e-4, epochs=10,           # the epoch with the lowest validation loss is kept
+    lr=1e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
+    epochs=10,                    # the epoch with the lowest validation loss is kept
     warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
     batch=32,                     # annotations a step
 )
@@ -107,8 +110,8 @@ TRAINING = dict(
 # quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: width of the
 # MLP; 400 tokens for a decoder, 1,040 for an encoder-decoder).
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
-    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, epochs=5, r=8),
-    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=3e-3, epochs=5, r=8),
+    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=5, r=8),
+    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, head_lr=5, epochs=8, r=8),
     "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
     "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
@@ -198,7 +201,12 @@ class Dataset(NamedTuple):
     train: list    # of Annotation, as are val and test
     val: list
     test: list
-    notes: dict    # what each rule left over: how many annotations, in order
+    notes: dict    # what each rule left over, in order
+
+
+def words_of(text):
+    """The words of a text, without case and punctuation."""
+    return re.findall(r"[^\W_]+", text.lower())
 
 
 def text_id(text):
@@ -213,17 +221,13 @@ def split_of(text):
     return "train" if share < 0.70 else "val" if share < 0.85 else "test"
 
 
-def csv_rows(path):
-    """Yields (row number, dict of the row) of a CSV file; the one below the header is row 1."""
+@contextmanager
+def readable(path):
+    """The open text file, for reading CSV; whatever is wrong with it in one line."""
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have "
-                                   f"the {len(reader.fieldnames)} columns of the header")
-                yield number, row
+            yield f
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError as e:
@@ -232,33 +236,51 @@ def csv_rows(path):
         raise BadInput(f"{path}: not a CSV file ({e})") from None
 
 
+def csv_rows(path):
+    """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
+    with readable(path) as f:
+        reader, rows = csv.DictReader(f), []
+        columns = reader.fieldnames or []
+        if len(set(columns)) < len(columns):
+            raise BadInput(f"{path}: columns of the same name; there are: {', '.join(columns)}")
+        for number, row in enumerate(reader, 1):
+            if None in row or None in row.values():
+                raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have the "
+                               f"{len(columns)} columns of the header")
+            rows.append((number, row))
+    if not rows:
+        raise BadInput(f"{path}: no annotations in it")
+    return rows
+
+
 ZERO_ONE = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
 
 
-def label_columns(path, row, text_col, user_col, labels, ignore):
-    """The names of the label columns: `labels`, or all that hold a 0 or 1 in the first row."""
+def label_columns(path, rows, text_col, user_col, labels, ignore):
+    """The names of the label columns: `labels`, or all whose values are mostly 0 or 1."""
+    columns = list(rows[0][1])
     for column in (text_col, user_col, *(labels or ())):
-        if column not in row:
-            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(row)}")
-    rest = [column for column in row if column not in (text_col, user_col, *ignore)]
-    labels = labels or [column for column in rest if row[column].strip() in ZERO_ONE]
+        if column not in columns:
+            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(columns)}")
+    labels = labels or [
+        column for column in columns if column not in (text_col, user_col, *ignore)
+        and sum(row[column].strip() in ZERO_ONE for _, row in rows) > len(rows) / 2]
     if not labels:
         raise BadInput(f"{path}: no label column (0 or 1) beside {text_col!r} and {user_col!r}")
     for label in labels:
-        if "," in label or not words_of(label):
+        if "," in label or "\n" in label or not words_of(label):
             raise BadInput(f"{path}: label {label!r}: a comma-separated answer cannot hold it")
+    if len({tuple(words_of(label)) for label in labels}) < len(labels):
+        raise BadInput(f"{path}: two labels are the same but for case and punctuation: "
+                       f"{', '.join(labels)}")
     return labels
 
 
 def read_annotations(path, text_col, user_col, labels=None, ignore=()):
     """(label names, list of Annotation) of a CSV file."""
-    rows = csv_rows(path)
-    first = next(rows, None)
-    if first is None:
-        raise BadInput(f"{path}: no annotations in it")
-    labels = label_columns(path, first[1], text_col, user_col, labels, ignore)
-    annotations = []
-    for number, row in [first, *rows]:
+    rows, annotations = csv_rows(path), []
+    labels = label_columns(path, rows, text_col, user_col, labels, ignore)
+    for number, row in rows:
         for column in (text_col, user_col):
             if not row[column].strip():
                 raise BadInput(f"{path}: row {number}: {column!r} is empty")
@@ -275,24 +297,27 @@ def read_annotations(path, text_col, user_col, labels=None, ignore=()):
 # Annotation, and every rule keeps the order of the rows.
 
 def split_texts(path, column):
-    """Yields the texts of a file of a split: the first column of a .tsv, `column` of a .csv."""
-    if not path.endswith(".tsv"):
-        yield from (row[column] for _, row in csv_rows(path))
-        return
-    with open(path, newline="", encoding="utf-8-sig") as f:  # quotes in it are part of the text
-        yield from (text for text, *_ in csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
+    """The texts of a file of a split: the first column of a .tsv, `column` of a .csv."""
+    if path.endswith(".tsv"):  # quotes in it are part of the text
+        with readable(path) as f:
+            lines = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            return [line[0] for line in lines if line]
+    rows = csv_rows(path)
+    if column not in rows[0][1]:
+        raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
+    return [row[column] for _, row in rows]
 
 
 def official_splits(folder, row, needed):
     """dict text -> its split by the dataset's own files; empty if there is none of them and none is
     needed. A text in two files stays in training, or else in test, as the authors had it. Texts are
     equal to the letter or different: anything softer does not arrive at the authors' counts."""
-    paths = {split: os.path.join(folder, file) for split, file in row["splits"].items()}
+    paths = {part: os.path.join(folder, file) for part, file in row["splits"].items()}
     missing = [path for path in paths.values() if not os.path.exists(path)]
     if missing and (needed or len(missing) < len(paths)):
         raise BadInput(f"{missing[0]}: no such file; the official split needs "
                        f"{', '.join(paths.values())}")
-    return {} if missing else {text: split for split, path in paths.items()
+    return {} if missing else {text: part for part, path in paths.items()
                                for text in split_texts(path, row["text"])}
 
 
@@ -407,8 +432,8 @@ def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
     notes["annotations of these"] = sum(often)
     for part, rows in split.items():
         if not rows:
-            raise BadInput(f"--data {name}: no annotation is left for {part} ({notes}); "
-                           "more texts are needed")
+            raise BadInput(f"--data {name}: no annotation is left for {part}, of "
+                           f"{notes['annotations']} in all; more texts are needed")
     name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
     return Dataset(name, labels, **split, notes=notes)
 
@@ -456,9 +481,10 @@ def answer_text(labels, chosen):
 
 def choose_examples(method, train):
     """A function: annotation -> up to `shots` training rows, the same for every model and seed."""
-    by_user = defaultdict(list)
+    by_user, distinct = defaultdict(list), Counter(a.user for a in set(train))
     for a in train:
         by_user[a.user].append(a)
+    total = sum(distinct.values())
 
     def choose(annotation):
         rng = random.Random(f"{text_id(annotation.text)} {annotation.user}")
@@ -466,7 +492,7 @@ def choose_examples(method, train):
         if method.personalized:
             return rng.sample(own, min(method.shots, len(own)))
         chosen = []
-        while len(chosen) < min(method.shots, len(train) - len(own)):
+        while len(chosen) < min(method.shots, total - distinct[annotation.user]):
             other = rng.choice(train)
             if other.user != annotation.user and other not in chosen:
                 chosen.append(other)
@@ -682,10 +708,10 @@ class NF4Linear(nn.Module):
 # and leaves its bytes alone.
 
 class LoRAMatmul(torch.autograd.Function):
-    """x (.., K), drop (.., K) bool or None -> layer(x) + scaling * dropout(x) A^T B^T (.., N): the
-    NF4Matmul of the layer and LoRA in one pass over x and y. Autograd would keep a thinned-out copy
-    of x for every layer. This keeps x, which the query, key and value layers have in common, and
-    one byte an entry."""
+    """x (.., K), drop (.., K) bool or None -> layer(x) + scaling * x' A^T B^T (.., N), x' without
+    what is dropped. In training it takes the place of NF4Matmul, in one pass over x and y. Autograd
+    would keep a thinned-out copy of x for every layer. This keeps x, which the query, key and value
+    layers have in common, and one byte an entry."""
 
     @staticmethod
     def forward(ctx, x, layer, drop, lora_A, lora_B, scaling):
@@ -866,8 +892,9 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, drop
     """Attention over a PromptTree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
     transformers calls it in place of its own and hands `tree` through."""
     if tree is None or softcap or (sliding_window or math.inf) < 4096:
-        raise BadInput(f"{type(module).__name__}: attention of this kind (soft-capped, short "
-                       "windows or without keyword arguments) is not supported; take another model")
+        raise BadInput(f"{type(module).__name__}: attention of this kind (soft-capped, in "
+                       "short windows, without keyword arguments) is not supported: take another")
+    tree["used"] = True
     q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))  # (T, H * E)
     if tree["cache"] is not None:
         old = tree["cache"].get(module.layer_idx)
@@ -983,15 +1010,19 @@ def load_quantized(folder, device, dtype):
         names = (name, prefix + name, name.removeprefix(prefix))
         name = next((n for n in names if n in empty), None)
         if name is None:
-            continue  # buffers that older versions of transformers stored
+            continue  # older versions of transformers stored buffers, too
+        if tensor.shape != empty[name].shape:
+            raise BadInput(f"{folder}: {name} is {tuple(tensor.shape)} in the checkpoint and "
+                           f"{tuple(empty[name].shape)} by config.json")
         param = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
         put(lm, name, param)
-        given[id(empty[name])] = param
         path = name.rpartition(".")[0]
         layer = lm.get_submodule(path)
-        if isinstance(layer, nn.Linear) and layer is not head:
-            if not any(p.is_meta for p in layer.parameters()):
-                put(lm, path, NF4Linear.from_linear(layer))
+        if not isinstance(layer, nn.Linear) or layer is head:
+            given[id(empty[name])] = param
+        elif not any(p.is_meta for p in layer.parameters()):
+            put(lm, path, NF4Linear.from_linear(layer))
+        del param, tensor, layer  # so that the next tensor is the only dense one
     for name, param in list(lm.named_parameters(remove_duplicate=False)):
         if param.is_meta:
             if id(param) not in given:
@@ -1032,6 +1063,9 @@ class PersonalizedLM(nn.Module):
         inputs = dict(batch["inputs"])
         if not self.seq2seq:
             out = self.lm.base_model(**inputs, use_cache=False)
+            if "used" not in inputs["tree"]:
+                raise BadInput(f"{type(self.lm).__name__}: transformers does not let its attention "
+                               "be replaced; take another model")
             return out.last_hidden_state[0, batch["at"]]
         row, mask = inputs.pop("encoder_row"), inputs["attention_mask"]
         decoder_input_ids = inputs.pop("decoder_input_ids")
@@ -1077,11 +1111,18 @@ def keep_dense(model):
 def load_model(name, head, n_labels, device, settings=TRAINING, recompute=False):
     """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked."""
     folder = model_folder(name)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    lm = load_quantized(folder, device, torch.bfloat16 if bf16 else torch.float32)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        lm = load_quantized(folder, device, torch.bfloat16 if bf16 else torch.float32)
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # of four packages, for whatever is damaged in a folder
+        why = " ".join(str(e).split())[:200]
+        raise BadInput(f"--model {name}: cannot load {folder}: {type(e).__name__}: {why}") from None
     if head != "ask":
-        add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
+        if not add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]):
+            raise BadInput(f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
         if recompute:
             lm.gradient_checkpointing_enable(dict(use_reentrant=False))
     return PersonalizedLM(lm, head, n_labels), tokenizer
@@ -1205,15 +1246,15 @@ def ranks():
 
 
 def join_ranks():
-    """Under torchrun: finds the other processes; a GPU each if there are. Returns the device."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if "LOCAL_RANK" in os.environ:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=timedelta(minutes=10))
-    return device
+    """Under torchrun: finds the other processes, takes a GPU if there are any."""
+    if "LOCAL_RANK" not in os.environ:
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def own_share(rows):
@@ -1277,17 +1318,17 @@ def learning_rate(step, steps, lr, warmup):
 
 
 @torch.no_grad()
-def mean_loss(model, rows, share=True):
+def mean_loss(model, rows, share=True, size=64):
     """The mean loss over all targets of some rows, without dropout."""
     model.train(False)
     rank, world = ranks()
-    parts = progress(in_batches(rows, 64)[rank::world], "validate", "batches")
+    parts = progress(in_batches(rows, size)[rank::world], "validate", "batches")
     total = sum(summed_loss(model, make_batch(model, part, share)).item() for part in parts)
     return summed(torch.tensor(total, device=model.device)).item() / n_targets(rows, model.head)
 
 
 def bytes_per_token(model, rows, share=True):
-    """What the backward pass keeps of a token, measured on a few rows."""
+    """What the backward pass keeps of a token, measured on some rows."""
     model.train(True)
     kept, batch = {}, make_batch(model, rows, share)
 
@@ -1306,13 +1347,13 @@ def bytes_per_token(model, rows, share=True):
 def token_budget(model, rows, share=True):
     """How many tokens to compute at once: what half of a GPU's free memory holds, or a twentieth
     of a computer's, which others need too and which is no faster with more."""
-    longest = sorted(rows, key=lambda row: len(row.text))[-4:]
+    longest = sorted(rows, key=lambda row: len(row.text))[-1:]
     room = free_memory(model.device) * (1 / 2 if model.device.type == "cuda" else 1 / 20)
     return room / bytes_per_token(model, longest, share)
 
 
 def pieces(rows, head, budget, micro=0, share=True):
-    """The rows of a step in as few lists as keep to the budget of tokens, or `micro` rows each."""
+    """The rows of a step in as few lists as keep to about the budget of tokens, or `micro` each."""
     if micro:
         return [rows[i:i + micro] for i in range(0, len(rows), micro)]
     cost, seen = [], set()
@@ -1333,7 +1374,7 @@ def pieces(rows, head, budget, micro=0, share=True):
 def train_step(model, rows, optimizer, clip, share=True, budget=math.inf, micro=0):
     """(loss (), tokens computed) of one optimizer step on some rows, computed in `pieces`."""
     model.train(True)
-    params, total = optimizer.param_groups[0]["params"], n_targets(rows, model.head)
+    params, total = list(model.trainable().values()), n_targets(rows, model.head)
     loss, tokens, own = torch.zeros((), device=model.device), 0, own_share(rows)
     for part in pieces(own, model.head, budget, micro, share) if own else ():
         batch = make_batch(model, part, share)
@@ -1352,7 +1393,10 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
     """Trains in place and keeps the best epoch: dict(seconds, rows, tokens, steps, val_loss).
     `log` is called with a dict for every step and every validation."""
     params, rng = model.trainable(), random.Random(seed)
-    optimizer = torch.optim.AdamW(params.values(), lr=settings["lr"], weight_decay=0.0)
+    heads = [p for name, p in params.items() if name.startswith("score")]
+    lora = [p for name, p in params.items() if not name.startswith("score")]
+    optimizer = torch.optim.AdamW([dict(params=lora, times=1),
+                                   dict(params=heads, times=settings["head_lr"])], weight_decay=0.0)
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
     best, kept, step, done = math.inf, {}, 0, Counter()
@@ -1363,7 +1407,8 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
         for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
             start = time.perf_counter()
             lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["times"]
             loss, tokens = train_step(
                 model, part, optimizer, settings["clip"], share, budget, micro)
             loss, tokens = loss.item(), int(tokens)
@@ -1376,7 +1421,9 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
             done.update(seconds=seconds, rows=len(part), tokens=tokens, steps=1)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
             bar.update()
-        val_loss = mean_loss(model, val_rows, share)
+        val_loss = mean_loss(model, val_rows, share, micro or 64)
+        if not math.isfinite(val_loss):
+            raise BadInput(f"the validation loss is {val_loss} after step {step}: lower --lr")
         log(dict(step=step, epoch=epoch, val_loss=round(val_loss, 6)))
         if val_loss < best:
             best, kept = val_loss, {name: p.detach().clone() for name, p in params.items()}
@@ -1397,12 +1444,12 @@ MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, whi
 
 
 @torch.no_grad()
-def for_each_batch(model, rows, function):
-    """List of what function(batch of rows) returns for each row, in the order of the rows."""
+def for_each_batch(model, rows, function, size=64):
+    """List of what function(`size` rows) returns for each row, in the order of the rows."""
     model.train(False)
     place, found = {id(row): i for i, row in enumerate(rows)}, {}
     bar, (rank, world) = progress(what="predict", unit="rows", total=len(rows)), ranks()
-    for part in in_batches(rows, 64)[rank::world]:
+    for part in in_batches(rows, size)[rank::world]:
         found.update(zip((place[id(row)] for row in part), function(part)))
         bar.update(len(part) * world)
     bar.close()
@@ -1410,13 +1457,13 @@ def for_each_batch(model, rows, function):
     return [found[i] for i in range(len(rows))]
 
 
-def label_scores(model, rows, share=True):
+def label_scores(model, rows, share=True, size=64):
     """(R, L) scores of the classification head, in the order of the rows."""
     def scores(part):
         batch = make_batch(model, part, share)
         return model(batch)[batch["of"]].cpu().numpy()
 
-    return np.array(for_each_batch(model, rows, scores))
+    return np.array(for_each_batch(model, rows, scores, size))
 
 
 def grow_answers(model, rows, end, limit, share=True):
@@ -1454,19 +1501,14 @@ def write_answers(model, rows, end, limit, share=True):
     return [out[prompts[row.prompt, share or i]] for i, row in enumerate(rows)]
 
 
-def written_answers(model, tokenizer, rows, limit, share=True):
+def written_answers(model, tokenizer, rows, limit, share=True, size=64):
     """The answer of each row as a string, in the order of the rows."""
     def answers(part):
         write = write_answers if model.seq2seq else grow_answers
         ids = write(model, part, tokenizer.eos_token_id, limit, share)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    return for_each_batch(model, rows, answers)
-
-
-def words_of(text):
-    """The words of a text, without case and punctuation."""
-    return re.findall(r"[^\W_]+", text.lower())
+    return for_each_batch(model, rows, answers, size)
 
 
 def parse_answer(answer, labels):
@@ -1492,14 +1534,14 @@ def read_answers(answers, labels):
                 unreadable=sum(not any(chosen) for chosen in predicted))
 
 
-def predict(model, tokenizer, labels, rows, share=True):
+def predict(model, tokenizer, labels, rows, share=True, size=64):
     """dict(predicted (R, L) and scores (R, L)), or what read_answers returns."""
     if model.head == "cls":
-        scores = label_scores(model, rows, share)
+        scores = label_scores(model, rows, share, size)
         return dict(predicted=scores > 0, scores=scores)
     limit = len(tokenize(tokenizer, answer_text(labels, [1] * len(labels)))) + 1
     return read_answers(
-        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share), labels)
+        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share, size), labels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1608,13 +1650,15 @@ def parse_reply(body):
     try:
         reply = json.loads(body)
         answer = reply["choices"][0]["message"]["content"].strip()
+        answer = answer.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be kept
         usage = dict(reply.get("usage") or {})  # not every server counts
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         answer = None
     if not answer:
         start = body[:80].decode("utf-8", "replace")
         raise ValueError(f"no answer in the body: {start or '(empty)'}")
-    return dict(answer=answer, **{name: usage.get(name) or 0 for name in TOKENS})
+    counts = {name: usage.get(name) for name in TOKENS}
+    return dict(answer=answer, **{k: n if isinstance(n, int) else 0 for k, n in counts.items()})
 
 
 def request_answer(session, url, body, retry):
@@ -1771,30 +1815,62 @@ def f1_scores(gold, predicted):
 # complete; what stood there before stays until then.
 
 @contextmanager
-def complete_file(path, mode="w"):
-    """An open file that is named `path` once the block has ended well, and is gone if not."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path + (f".part{ranks()[0]}" if ranks()[0] else ".part")
+def run_files(folder):
+    """A folder to write a run's files into; they move to `folder` together when the block has ended
+    well, metrics.json last, and are gone if it has not. Only rank 0 moves any."""
+    part = f"{folder}.part" + (f"{ranks()[0]}" if ranks()[0] else "")
+    shutil.rmtree(part, ignore_errors=True)
+    os.makedirs(part)
     try:
-        with open(part, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
-            yield f
-        if not ranks()[0]:  # what the other ranks write is not kept
-            os.replace(part, path)
+        yield part
+        if not ranks()[0]:
+            os.makedirs(folder, exist_ok=True)
+            for name in sorted(os.listdir(part), key=lambda name: name == "metrics.json"):
+                os.replace(os.path.join(part, name), os.path.join(folder, name))
     finally:
-        if os.path.exists(part):
-            os.remove(part)
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def model_name(model):
+    """What a model is called in folders and tables: a name of MODELS, else the last part of it."""
+    return os.path.basename(os.path.abspath(model)).replace(":", "_")
 
 
 def run_folder(out, data, model, method, seed):
-    """The folder of a run; a model given as a folder or hub id goes by the last part of it."""
-    model = os.path.basename(os.path.abspath(model)).replace(":", "_")
-    return os.path.join(out, data, model, method, f"seed{seed}")
+    """The folder of a run."""
+    return os.path.join(out, data, model_name(model), method, f"seed{seed}")
+
+
+def check_other_run(folder, source):
+    """BadInput if a run on other data or with another model of that name has this folder."""
+    for m in finished_runs([os.path.join(folder, "metrics.json")]):
+        if m.get("source") != source:
+            raise BadInput(f"{folder} holds a run of {m.get('source')}, and this is one of "
+                           f"{source}: give it another folder with --out")
+
+
+def finished_runs(paths):
+    """Yields the metrics in some metrics.json; what cannot be read is named on stderr."""
+    for path in paths:
+        try:
+            with open(path, encoding="utf-8") as f:
+                m = json.load(f)
+            names = {type(m[key]) for key in ("data", "method", "model")}
+            if names == {str} and 0 <= m["f1_macro"] <= 1:
+                yield m
+                continue
+            why = "not the metrics of a run"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            why = f"{type(e).__name__}: {e}"
+        print(f"plm.py: {path} is left out ({why})", file=sys.stderr)
 
 
 def write_run(folder, metrics, data, rows, result, adapter):
-    """Writes predictions.csv (a line a test row), adapter.safetensors and, last, metrics.json."""
+    """Writes predictions.csv (a record a test row), adapter.safetensors and metrics.json."""
     scores, answers = result.get("scores"), result.get("answers")
-    with complete_file(os.path.join(folder, "predictions.csv")) as f:
+    with open(os.path.join(folder, "predictions.csv"), "w", encoding="utf-8", newline="") as f:
         writer = csv.writer(f)
         more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
         writer.writerow(["text_id", "user", "gold", "predicted", *more])
@@ -1804,10 +1880,10 @@ def write_run(folder, metrics, data, rows, result, adapter):
                                for chosen in (a.labels, result["predicted"][i]))
             writer.writerow([text_id(a.text), a.user, gold, predicted, *more])
     if adapter:
-        with complete_file(os.path.join(folder, "adapter.safetensors"), "wb") as f:
+        with open(os.path.join(folder, "adapter.safetensors"), "wb") as f:
             f.write(safetensors_bytes({k: p.detach().cpu() for k, p in adapter.items()}))
-    with complete_file(os.path.join(folder, "metrics.json")) as f:
-        json.dump(metrics, f, indent=1)
+    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as f:
+        json.dump(metrics, f, indent=1, allow_nan=False)
 
 
 def peak_memory_mb(device):
@@ -1830,7 +1906,7 @@ def settings_of(args):
 
 def fit(model, rows, val_rows, settings, folder, args):
     """Trains; returns what the metrics say of it. log.jsonl gets a line a step."""
-    with complete_file(os.path.join(folder, "log.jsonl")) as f:
+    with open(os.path.join(folder, "log.jsonl"), "w", encoding="utf-8") as f:
         def log(line):
             f.write(json.dumps(line) + "\n")
             f.flush()
@@ -1846,25 +1922,29 @@ def fit(model, rows, val_rows, settings, folder, args):
 
 def run_local(kind, args, settings, data, val, test, folder):
     """(what `predict` returns, facts for the metrics, dict of trained parameters)"""
-    device = join_ranks()
-    if ranks()[0]:  # rank 0 speaks for all
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
                                   args.checkpoint)
-    counts, dense, share = parameter_counts(model), keep_dense(model), not args.no_share
+    counts, share = parameter_counts(model), not args.no_share
+    dense = not args.no_dense and keep_dense(model)
     trained = kind.head != "ask"
     (rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
         encode(tokenizer, kind, data.labels, part, args.max_text, data.train)
         for part in (data.train if trained else [], val if trained else [], test))
     cut = {key: cut[key] + cut_val[key] + cut_test[key] for key in cut}
+    room = getattr(model.lm.config, "max_position_embeddings", math.inf)  # a T5 has no such end
+    longest = max(len(row.prompt) for row in (*rows, *val_rows, *test_rows)) + MAX_ANSWER
+    if longest > room:
+        raise BadInput(f"--model {args.model} reads {room} tokens and the longest prompt with its "
+                       f"answer may have {longest}: cut texts with --max-text")
     print(f"{args.model}: {counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M "
           f"weights in {counts['packed_bytes'] / 1e6:.1f} MB of NF4 "
           f"({', '.join(quantized_layers(model))})"
           f"{' and, since memory allows, a dense copy of the rounded' * dense}; "
           f"{cut['texts_cut']} texts cut to {args.max_text} tokens", flush=True)
     facts = fit(model, rows, val_rows, settings, folder, args) if trained else {}
-    result = predict(model, tokenizer, data.labels, test_rows, share)
+    result = predict(model, tokenizer, data.labels, test_rows, share, args.micro_batch or 64)
     facts |= dict(peak_memory_mb=peak_memory_mb(device), parameters=counts, dense_copy=dense,
                   device=str(device), **cut)
     return result, facts, model.trainable()
@@ -1897,37 +1977,48 @@ def run_chat(chat, kind, args, data, test, folder):
     return read_answers([answers[row] for row in prompts], data.labels), facts, {}
 
 
+def chat_model(name):
+    """What a server calls the model that --model names, None if it runs here."""
+    if not name.startswith("openai:"):
+        return MODELS.get(name, {}).get("chat")
+    if name == "openai:":
+        raise BadInput("--model openai: needs a name behind it, as in openai:gpt-4o-mini")
+    return name.removeprefix("openai:")
+
+
 def run(method, args):
     """One row of the paper's table for one model and dataset: trains (unless the method only asks),
     predicts, scores, writes the run's files and prints a summary."""
     start, kind, settings = time.perf_counter(), METHODS[method], settings_of(args)
-    chat = MODELS.get(args.model, {}).get("chat")
-    if args.model.startswith("openai:"):
-        chat = args.model.removeprefix("openai:")
+    chat = chat_model(args.model)
     if args.dry_run and not chat:
         raise BadInput(f"--dry-run is for models that cost money, and --model {args.model} is free")
     data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
     val, test = (rows[:args.max_eval or len(rows)] for rows in (data.val, data.test))
     print(f"{method} on {data.name}: {len(data.train):,} train, {len(val):,} validation, "
-          f"{len(test):,} test annotations by {len({a.user for a in data.train})} users, "
-          f"{len(data.labels)} labels", flush=True)
+          f"{len(test):,} test annotations by {len({a.user for a in data.train})} users; "
+          f"{len(data.labels)} labels: {', '.join(data.labels)}", flush=True)
     folder = run_folder(args.out, data.name, args.model, method, args.seed)
+    source = f"{args.model} on {args.data_dir or args.data}, labels {','.join(data.labels)}"
+    check_other_run(folder, source)
     if chat:
         outcome = run_chat(chat, kind, args, data, test, folder)
-    else:
-        outcome = run_local(kind, args, settings, data, val, test, folder)
-    if not outcome:
-        return
-    result, facts, adapter = outcome
-    metrics = dict(
-        method=method, model=args.model, data=data.name, seed=args.seed,
-        **f1_scores([a.labels for a in test], result["predicted"]), labels=data.labels,
-        rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
-        seconds=round(time.perf_counter() - start, 1), **facts,
-        **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
-        config=settings | {key: getattr(args, key) for key in (
-            "max_text", "no_share", "micro_batch", "checkpoint", "max_steps", "max_eval")})
-    write_run(folder, metrics, data, test, result, adapter)
+        if outcome is None:
+            return
+    with run_files(folder) as part:
+        if not chat:
+            outcome = run_local(kind, args, settings, data, val, test, part)
+        result, facts, adapter = outcome
+        metrics = dict(
+            method=method, model=args.model, data=data.name, seed=args.seed, source=source,
+            **f1_scores([a.labels for a in test], result["predicted"]), labels=data.labels,
+            rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
+            seconds=round(time.perf_counter() - start, 1), **facts,
+            **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
+            config=settings | {key: getattr(args, key) for key in (
+                "max_text", "max_steps", "max_eval", "micro_batch", "no_share", "no_dense",
+                "checkpoint")})
+        write_run(part, metrics, data, test, result, adapter)
     print_summary(metrics, folder)
 
 
@@ -1938,7 +2029,8 @@ def print_summary(m, folder):
         p = m["parameters"]
         print(f"  parameters  {p['total']:,} in all, {p['trained']:,} trained; the packed base has "
               f"{p['packed_bytes']:,} bytes")
-        print(f"  time        {m['seconds']:.0f} s; peak memory {m['peak_memory_mb']:,} MB")
+        print(f"  memory      {m['peak_memory_mb']:,} MB at most")
+    print(f"  time        {m['seconds']:.0f} s")
     if "chat" in m:
         c = m["chat"]
         print(f"  requests    {c['requests']:,} sent, {c['retries']:,} of them again, "
@@ -1948,6 +2040,8 @@ def print_summary(m, folder):
         print(f"  training    {m['steps']} steps in {m['train_seconds']:.0f} s, "
               f"{m['rows_per_second']:.1f} annotations/s; {m['tokens_computed']:,} tokens "
               f"computed, {m['tokens_unshared']:,} without sharing")
+    if m.get("too_few_examples"):
+        print(f"  examples    {m['too_few_examples']} prompts have fewer than the method asks for")
     if "unreadable" in m:
         print(f"  answers     {m['unreadable']} of {m['rows']['test']} without a known label; "
               f"{m['unknown_words']} unknown words dropped")
@@ -1959,21 +2053,13 @@ def print_summary(m, folder):
     print(f"  files       {folder}{os.sep}")
 
 
-def finished_runs(out):
-    """Yields the metrics of every finished run below a folder."""
-    pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
-    for path in sorted(glob.glob(pattern)):
-        with open(path, encoding="utf-8") as f:
-            yield json.load(f)
-
-
 def print_table(out):
     """F1-macro (mean over seeds) of every finished run: methods in rows, models in columns, a table
     a dataset, and behind each personalized value its gain over the plain twin."""
     f1 = defaultdict(list)
-    for m in finished_runs(out):
-        name = os.path.basename(os.path.abspath(m["model"]))
-        f1[m["data"], m["method"], name].append(m["f1_macro"])
+    pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
+    for m in finished_runs(sorted(glob.glob(pattern))):
+        f1[m["data"], m["method"], model_name(m["model"])].append(m["f1_macro"])
     if not f1:
         raise BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
     mean = {key: sum(values) / len(values) for key, values in f1.items()}
@@ -2148,12 +2234,12 @@ class Parser(argparse.ArgumentParser):
         raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
 
 
-def number(kind, least):
-    """An argparse type: a number of that kind that is at least `least`."""
+def number(kind, least, most=2 ** 62):
+    """An argparse type: a number of that kind, from `least` to `most`."""
     def parse(text):
         value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} up")
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most:,}")
         return value
 
     parse.__name__ = kind.__name__
@@ -2178,23 +2264,27 @@ def make_parser():
     p.add_argument("--user-col", metavar="COL", help="column of the user IDs")
     p.add_argument("--labels", type=lambda s: s.split(","), metavar="A,B,C",
                    help="columns of the labels (all others that are 0 or 1)")
-    p.add_argument("--seed", type=int, default=42, help="of everything random in training (42)")
+    p.add_argument("--seed", type=number(int, 0), default=42, metavar="S",
+                   help="of everything random in training (42)")
     p.add_argument("--out", default="out", metavar="DIR", help="folder of all runs (out)")
     for name, kind, what in (("lr", number(float, 1e-12), "learning rate"),
                              ("epochs", count, "passes over the training rows"),
                              ("r", count, "rank of LoRA"),
-                             ("dropout", number(float, 0), "dropout of LoRA")):
+                             ("dropout", number(float, 0, 0.9), "dropout of LoRA")):
         p.add_argument(f"--{name}", type=kind, metavar="X",
                        help=f"{what} (as the model's row says, else {TRAINING[name]})")
     for name, default, what in (
             ("max-steps", 0, "train N steps at most"),
             ("max-eval", 0, "validate and test on the first N rows"),
             ("max-text", 384, "read N tokens of a text (384)"),
-            ("micro-batch", 0, "compute N rows at once (what memory allows; changes no result)"),
+            ("micro-batch", 0, "compute N rows at once (what memory allows; this changes no result "
+             "but the draw of dropout)"),
             ("concurrency", 8, "send N requests at a time to --model chatgpt (8)")):
         p.add_argument(f"--{name}", type=count, default=default, metavar="N", help=what)
     p.add_argument("--checkpoint", action="store_true",
                    help="keep less for the backward pass and compute it again: less memory, slower")
+    p.add_argument("--no-dense", action="store_true",
+                   help="keep no dense copy of the rounded weights, even where memory allows it")
     p.add_argument("--no-share", action="store_true", help="compute every prompt by itself")
     p.add_argument("--dry-run", action="store_true",
                    help="print what --model chatgpt would be asked and send nothing")
@@ -2211,17 +2301,22 @@ def main(argv=None):
         elif args.command == "data":
             make_data(args.data, args.data_dir, args.labels)
         else:
+            join_ranks()
             run(args.command, args)
     except BadInput as e:
         print(f"plm.py: {e}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(e):
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) \
+                and "allocate memory" not in str(e):
             raise
         gb = MODELS.get(args.model, {}).get("gb")
         need = f"; {args.model} was computed to need {gb} GB with --micro-batch 8" if gb else ""
         print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --checkpoint "
               f"keeps less of it, --max-text 128 cuts long texts{need}", file=sys.stderr)
+        return 2
+    except OSError as e:
+        print(f"plm.py: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nplm.py: stopped; the files of earlier runs are as they were", file=sys.stderr)

@@ -70,9 +70,10 @@ def test_byte_order_mark_and_crlf_are_no_part_of_the_data(tmp_path):
     (("text", "user", "calm"), ("t", "", "1"), "row 2: 'user' is empty"),
     (("text", "user", "calm"), ("t", "u"), "row 2 (line 3) does not have the 3 columns"),
     (("text", "user", "a,b"), ("t", "u", "1"), "label 'a,b'"),
+    (("text", "user", "user"), ("t", "u", "1"), "columns of the same name"),
 ])
 def test_bad_rows_are_named(tmp_path, header, row, says):
-    path = write_csv(tmp_path / "a.csv", [("fine", "u", "1"), row], header)
+    path = write_csv(tmp_path / "a.csv", [("fine", "u", "1"), row, ("fine", "u", "1")], header)
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         plm.read_annotations(path, "text", "user")
 
@@ -369,6 +370,12 @@ def test_tokens_spell_the_prompt_and_nothing_in_a_text_ends_it(name):
         assert row.shared == rows[0].shared and row.user == rows[0].user
         assert row.answer == rows[0].answer and row.answer[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(rows[0].user).split() == "u 2 ### Response:".split() or name == "tiny_t5"
+
+
+def test_examples_end_where_there_are_no_more_distinct_ones():
+    train = [plm.Annotation("a", "u1", (1, 0))] * 5 + [plm.Annotation("b", "u2", (1, 0))] * 3
+    shown = plm.choose_examples(plm.METHODS["q_2s"], train)(plm.Annotation("t", "u1", (1, 0)))
+    assert shown == [train[-1]]
 
 
 def test_a_chat_template_goes_around_a_question_and_around_nothing_else():
@@ -1230,6 +1237,9 @@ def plm_command(*args, cwd=HERE, **env):
     (["cls", "--model", HERE], "no config.json"),
     (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
     (["table", "--out", "nosuch"], "no finished run"),
+    (["cls", "--dropout", "2"], "2 is not a number from 0 to 0.9"),
+    (["q_0s", "--model", "openai:"], "needs a name"),
+    (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory"),
 ])
 def test_bad_input_gets_one_line_and_status_2(args, says):
     status, out, err = plm_command(*args)
@@ -1293,6 +1303,47 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
     f1 = [json.loads((folder / "metrics.json").read_text())["f1_macro"] for folder in folders]
     assert f1[0] == pytest.approx(f1[1], abs=0.01)
+
+
+def test_a_damaged_file_is_left_out_of_the_table_and_named(tmp_path):
+    for seed, text in enumerate(["{", "[]", '{"data": "d"}', ""]):
+        folder = tmp_path / "d" / "m" / "cls" / f"seed{seed}"
+        folder.mkdir(parents=True)
+        (folder / "metrics.json").write_text(text)
+    good = dict(data="d", method="cls", model="m", f1_macro=0.25)
+    (tmp_path / "d" / "m" / "cls" / "seed3" / "metrics.json").write_text(json.dumps(good))
+    status, out, err = plm_command("table", "--out", str(tmp_path))
+    assert status == 0 and "0.2500" in out and err.count("is left out") == 3
+
+
+def test_a_run_never_takes_the_folder_of_another(tmp_path):
+    rows = some_rows()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        write_csv(tmp_path / name / "same.csv", rows)
+    args = ["q_0s", "--max-eval", "5", "--out", str(tmp_path / "out"), "--data"]
+    assert plm_command(*args, str(tmp_path / "one" / "same.csv"))[0] == 0
+    status, _, err = plm_command(*args, str(tmp_path / "two" / "same.csv"))
+    assert status == 2 and "another folder with --out" in err
+
+
+@pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_damaged_model_folder_gets_one_line(tmp_path, damage, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(plm.MODELS["tiny"]["id"], folder)
+    (folder / damage).write_bytes((folder / damage).read_bytes()[:50])
+    assert plm.main(["q_0s", "--model", str(folder), "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"cannot load {folder}" in err
+
+
+def test_models_whose_attention_is_not_replaced_are_refused(tmp_path):
+    config = transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    lm = plm.load_quantized(str(tmp_path), CPU, torch.float32)
+    model = plm.PersonalizedLM(lm, "lm", 3)
+    with pytest.raises(plm.BadInput, match="attention"):
+        model(plm.make_batch(model, random_rows()))
 
 
 def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path):
