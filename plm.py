@@ -1345,10 +1345,10 @@ def bytes_per_token(model, rows, share=True):
 
 
 def token_budget(model, rows, share=True):
-    """How many tokens to compute at once: what half of a GPU's free memory holds, or a twentieth
-    of a computer's, which others need too and which is no faster with more."""
+    """How many tokens to compute at once: what half of a GPU's free memory holds, or 1/25 of a
+    computer's, which others need too and which is no faster with more."""
     longest = sorted(rows, key=lambda row: len(row.text))[-1:]
-    room = free_memory(model.device) * (1 / 2 if model.device.type == "cuda" else 1 / 20)
+    room = free_memory(model.device) * (1 / 2 if model.device.type == "cuda" else 1 / 25)
     return room / bytes_per_token(model, longest, share)
 
 

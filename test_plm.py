@@ -1,6 +1,6 @@
-"""Tests of plm.py, in the order of its sections: each says what would be wrong if it failed.
-Oracles are bitsandbytes' bytes, scikit-learn's numbers, transformers' own forward pass; `make test`
-needs neither a network nor a GPU."""
+"""Tests of plm.py. Oracles are bitsandbytes' bytes, scikit-learn's numbers, transformers' own
+forward pass and generate, prompts word for word; `make test` needs no network and no GPU."""
+
 import copy
 import csv
 import hashlib
@@ -37,6 +37,7 @@ VOCABULARY = 97
 
 # ------------------------------------------------------------------------------- data and splits
 
+
 def write_csv(path, rows, header=("text", "user", "calm", "angry")):
     with open(path, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([header, *rows])
@@ -44,12 +45,22 @@ def write_csv(path, rows, header=("text", "user", "calm", "angry")):
 
 
 def some_rows(n=60):
-    return [(f"comment number {i // 3} about thing {i // 3 * 7}", f"u{i % 3}", i % 2, 1 - i % 2)
-            for i in range(n)]
+    return [
+        (f"comment number {i // 3} about thing {i // 3 * 7}", f"u{i % 3}", i % 2, 1 - i % 2)
+        for i in range(n)
+    ]
 
 
-@pytest.mark.parametrize("text", ["cut, with a comma", 'a "quoted"\nline\r\nbreak', "emoji \U0001F600",
-                                  "</s> ### Response: <|endoftext|>", "x" * 1_000_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "cut, with a comma",
+        'a "quoted"\nline\r\nbreak',
+        "emoji \U0001f600",
+        "</s> ### Response: <|endoftext|>",
+        "x" * 1_000_000,
+    ],
+)
 def test_any_text_survives_reading(tmp_path, text):
     path = write_csv(tmp_path / "a.csv", [(text, "user with\nnewline", 0, 1), *some_rows()])
     labels, annotations = plm.read_annotations(path, "text", "user")
@@ -63,15 +74,18 @@ def test_byte_order_mark_and_crlf_are_no_part_of_the_data(tmp_path):
     assert plm.read_annotations(str(path), "text", "user") == (["calm"], [("hello", "u1", (1,))])
 
 
-@pytest.mark.parametrize("header, row, says", [
-    (("txt", "user", "calm"), ("t", "u", "1"), "no column 'text'; there are: txt, user, calm"),
-    (("text", "user", "calm"), ("t", "u", "2"), "row 2: label 'calm' is '2', not 0 or 1"),
-    (("text", "user", "calm"), (" ", "u", "1"), "row 2: 'text' is empty"),
-    (("text", "user", "calm"), ("t", "", "1"), "row 2: 'user' is empty"),
-    (("text", "user", "calm"), ("t", "u"), "row 2 (line 3) does not have the 3 columns"),
-    (("text", "user", "a,b"), ("t", "u", "1"), "label 'a,b'"),
-    (("text", "user", "user"), ("t", "u", "1"), "columns of the same name"),
-])
+@pytest.mark.parametrize(
+    "header, row, says",
+    [
+        (("txt", "user", "calm"), ("t", "u", "1"), "no column 'text'; there are: txt, user, calm"),
+        (("text", "user", "calm"), ("t", "u", "2"), "row 2: label 'calm' is '2', not 0 or 1"),
+        (("text", "user", "calm"), (" ", "u", "1"), "row 2: 'text' is empty"),
+        (("text", "user", "calm"), ("t", "", "1"), "row 2: 'user' is empty"),
+        (("text", "user", "calm"), ("t", "u"), "row 2 (line 3) does not have the 3 columns"),
+        (("text", "user", "a,b"), ("t", "u", "1"), "label 'a,b'"),
+        (("text", "user", "user"), ("t", "u", "1"), "columns of the same name"),
+    ],
+)
 def test_bad_rows_are_named(tmp_path, header, row, says):
     path = write_csv(tmp_path / "a.csv", [("fine", "u", "1"), row, ("fine", "u", "1")], header)
     with pytest.raises(plm.BadInput, match=re.escape(says)):
@@ -81,8 +95,11 @@ def test_bad_rows_are_named(tmp_path, header, row, says):
 def test_files_that_are_no_csv(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,user,a\ncaf\xe9,u,1\n".encode("latin-1"))
     (tmp_path / "empty.csv").write_text("")
-    for name, says in (("latin.csv", "not UTF-8"), ("empty.csv", "no annotations"),
-                       ("none.csv", "no such file")):
+    for name, says in (
+        ("latin.csv", "not UTF-8"),
+        ("empty.csv", "no annotations"),
+        ("none.csv", "no such file"),
+    ):
         with pytest.raises(plm.BadInput, match=says):
             plm.read_annotations(str(tmp_path / name), "text", "user")
 
@@ -114,9 +131,13 @@ def made_split(seed, users=30):
     """A random split: busy and rare users, users missing in a part, texts judged by many."""
     r = random.Random(seed)
     weights = [r.paretovariate(0.8) for _ in range(users)]
-    return {part: [plm.Annotation(f"{part} {r.randrange(n // 4)}", str(u), (1, r.randrange(2)))
-                   for u in r.choices(range(users), weights, k=n)]
-            for part, n in (("train", 2000), ("val", 300), ("test", 300))}
+    return {
+        part: [
+            plm.Annotation(f"{part} {r.randrange(n // 4)}", str(u), (1, r.randrange(2)))
+            for u in r.choices(range(users), weights, k=n)
+        ]
+        for part, n in (("train", 2000), ("val", 300), ("test", 300))
+    }
 
 
 def in_order(some, rows):
@@ -131,8 +152,12 @@ def test_users_in_all_three(seed):
     split = made_split(seed)
     out = plm.users_in_all(split)
     users = [{a.user for a in rows} for rows in out.values()]
-    assert users[0] == users[1] == users[2] == set.intersection(
-        *({a.user for a in rows} for rows in split.values()))
+    assert (
+        users[0]
+        == users[1]
+        == users[2]
+        == set.intersection(*({a.user for a in rows} for rows in split.values()))
+    )
     assert all(in_order(out[p], split[p]) for p in split) and plm.users_in_all(out) == out
 
 
@@ -203,18 +228,24 @@ EMOTIONS = ["anger", "joy"]
 
 
 def write_originals(folder, seed=0, texts=60, users=6):
-    """goemotions in small: three CSVs and three TSVs with a text in two splits; returns the rows."""
+    """goemotions in small: three CSVs, three TSVs with a text in two splits; returns the rows."""
     r, rows = random.Random(seed), []
     for t in range(texts):
         for u in range(users):
-            rows.append([f'text "{t}", he said', f"id{t}", str(u), "False", r.randrange(2), r.randrange(2)])
+            rows.append(
+                [f'text "{t}", he said', f"id{t}", str(u), "False", r.randrange(2), r.randrange(2)]
+            )
     os.makedirs(folder, exist_ok=True)
     for i in range(3):
         with open(os.path.join(folder, f"goemotions_{i + 1}.csv"), "w", newline="") as f:
             writer = csv.writer(f)
             writer.writerow(["text", "id", "rater_id", "example_very_unclear", *EMOTIONS])
             writer.writerows([["first", "x", "0", "False", 0, 1], *rows[i::3]])
-    for file, chosen in (("train", range(0, 40)), ("dev", range(39, 50)), ("test", range(49, texts))):
+    for file, chosen in (
+        ("train", range(0, 40)),
+        ("dev", range(39, 50)),
+        ("test", range(49, texts)),
+    ):
         with open(os.path.join(folder, file + ".tsv"), "w", newline="") as f:
             f.writelines(f'text "{t}", he said\t1\tid{t}\n' for t in chosen)
     return len(rows) + 3
@@ -222,7 +253,9 @@ def write_originals(folder, seed=0, texts=60, users=6):
 
 def row_for(folder, rows, base=""):
     """The goemotions row of DATASETS for the small files."""
-    row = dict(plm.DATASETS["goemotions"], dir=str(folder), rows=rows, expected={"with a label": (1,)})
+    row = dict(
+        plm.DATASETS["goemotions"], dir=str(folder), rows=rows, expected={"with a label": (1,)}
+    )
     row["urls"] = {file: f"{base}/{file}" for file in row["urls"]}
     return row
 
@@ -236,7 +269,10 @@ def test_load_data_of_the_original_form(tmp_path, monkeypatch):
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
     assert 'text "39", he said' in texts[0] and 'text "49", he said' in texts[2]
     assert data.labels == EMOTIONS and all(any(a.labels) for a in data.train)
-    assert data.notes["annotations"] == rows and data.notes["split by"] == "dev.tsv, test.tsv, train.tsv"
+    assert (
+        data.notes["annotations"] == rows
+        and data.notes["split by"] == "dev.tsv, test.tsv, train.tsv"
+    )
     assert plm.load_data("goemotions") == data
 
 
@@ -278,7 +314,11 @@ def test_split_files_of_unhealthy_are_csv_with_comments(tmp_path, monkeypatch):
         writer.writerow(["_unit_id", "comment", "_trust", "_worker_id", *labels])
         writer.writerows([t, c, 1, u, *[1] * 8] for t, c in enumerate(comments) for u in range(4))
     os.mkdir(tmp_path / "corpus")
-    for part, chosen in (("train", comments[:20]), ("val", comments[20:25]), ("test", comments[25:])):
+    for part, chosen in (
+        ("train", comments[:20]),
+        ("val", comments[20:25]),
+        ("test", comments[25:]),
+    ):
         with open(tmp_path / "corpus" / f"{part}.csv", "w", newline="") as f:
             csv.writer(f).writerows([["_unit_id", "comment"], *([0, c] for c in chosen)])
     row = dict(plm.DATASETS["unhealthy"], rows=120)
@@ -297,7 +337,9 @@ def test_own_csv_keeps_the_simple_rule(tmp_path):
         writer = csv.writer(f)
         writer.writerow(["text", "user", "a"])
         writer.writerows([f"t{t}", "busy" if t % 9 else "rare", 1] for t in range(300))
-        writer.writerows([f"t{t}", "stranger", 1] for t in range(300) if plm.split_of(f"t{t}") != "train")
+        writer.writerows(
+            [f"t{t}", "stranger", 1] for t in range(300) if plm.split_of(f"t{t}") != "train"
+        )
     data = plm.load_data(str(path))
     assert len(data.train + data.val + data.test) == 300 and "busy users cut" not in data.notes
     with pytest.raises(plm.BadInput, match="no such file"):
@@ -322,54 +364,95 @@ def test_often_judged_texts_stay_and_are_counted(tmp_path):
 # ---------------------------------------------------------------------------------------- prompts
 
 LABELS = ["calm", "angry"]
-SHOWN = [plm.Annotation("hi", "u2", (1, 0)), plm.Annotation("go away", "u2", (1, 1))]
-GOLDEN = {
-    "cls": "Which of the labels fit the text? Answer with labels from the list, separated by commas."
-           "\n### Labels: calm, angry\n### Text: well\n### Response:",
-    "cls_p": "Which of the labels would this user choose for the text? Answer with labels from the "
-             "list, separated by commas.\n### Labels: calm, angry\n### Text: well\n### User ID: u2"
-             "\n### Response:",
-    "q_1s": "Which of the labels fit the text? First see how other people answered. Answer with "
-            "labels from the list, separated by commas.\n### Labels: calm, angry\n### Text: hi"
-            "\n### Response: calm\n### Text: well\n### Response:",
-    "q_2s_p": "Which of the labels would this user choose for the text? First see how this user "
-              "answered before. Answer with labels from the list, separated by commas.\n### Labels: "
-              "calm, angry\n### Text: hi\n### Response: calm\n### Text: go away\n### Response: calm, "
-              "angry\n### Text: well\n### User ID: u2\n### Response:",
+OF_DATASET = {  # dataset -> its first two labels and the rest
+    "sample": ("funny", "sarcastic", "hostile, dismissive, supportive, curious, sad"),
+    "unhealthy": (
+        "antagonize",
+        "condescending",
+        "dismissive, generalisation, generalisation_unfair, healthy, hostile, sarcastic",
+    ),
+    "goemotions": (
+        "admiration",
+        "amusement",
+        "anger, annoyance, approval, caring, confusion, "
+        "curiosity, desire, disappointment, disapproval, disgust, embarrassment, "
+        "excitement, fear, gratitude, grief, joy, love, nervousness, optimism, pride, "
+        "realization, relief, remorse, sadness, surprise, neutral",
+    ),
 }
-GOLDEN |= {"lm": GOLDEN["cls"], "lm_p": GOLDEN["cls_p"], "q_0s": GOLDEN["cls"],
-           "q_0s_p": GOLDEN["cls_p"]}
+PLAIN = "Which of the labels fit the text? "
+TOLD = "Which of the labels would this user choose for the text? "
+OTHERS, OWN = "First see how other people answered. ", "First see how this user answered before. "
+COMMA = "Answer with labels from the list, separated by commas.\n### Labels: A, B, REST"
+ONE = "\n### Text: hi\n### Response: A"
+TWO = ONE + "\n### Text: go away\n### Response: A, B"
+END, END_P = "\n### Text: well\n### Response:", "\n### Text: well\n### User ID: u2\n### Response:"
+GOLDEN = {
+    "cls": PLAIN + COMMA + END,
+    "cls_p": TOLD + COMMA + END_P,
+    "lm": PLAIN + COMMA + END,
+    "lm_p": TOLD + COMMA + END_P,
+    "q_0s": PLAIN + COMMA + END,
+    "q_0s_p": TOLD + COMMA + END_P,
+    "q_1s": PLAIN + OTHERS + COMMA + ONE + END,
+    "q_1s_p": TOLD + OWN + COMMA + ONE + END_P,
+    "q_2s": PLAIN + OTHERS + COMMA + TWO + END,
+    "q_2s_p": TOLD + OWN + COMMA + TWO + END_P,
+}
 
 
-@pytest.mark.parametrize("name", GOLDEN)
-def test_prompts_word_for_word(name):
-    method = plm.METHODS[name]
-    parts = plm.prompt_parts(method, LABELS, "well", "u2", SHOWN[:method.shots])
-    assert "".join(sum(parts, [])) == GOLDEN[name]
+@pytest.mark.parametrize("dataset", OF_DATASET)
+@pytest.mark.parametrize("name", plm.METHODS)
+def test_prompts_word_for_word(name, dataset):
+    a, b, rest = OF_DATASET[dataset]
+    labels, method, blank = (
+        [a, b, *rest.split(", ")],
+        plm.METHODS[name],
+        [0] * len(rest.split(", ")),
+    )
+    shown = [
+        plm.Annotation("hi", "u2", (1, 0, *blank)),
+        plm.Annotation("go away", "u2", (1, 1, *blank)),
+    ]
+    parts = plm.prompt_parts(method, labels, "well", "u2", shown[: method.shots])
+    golden = GOLDEN[name].replace("A, B, REST", f"{a}, {b}, {rest}").replace(" A, B", f" {a}, {b}")
+    assert "".join(sum(parts, [])) == golden.replace(": A\n", f": {a}\n")
 
 
 def tokenizers():
-    return {name: transformers.AutoTokenizer.from_pretrained(plm.MODELS[name]["id"])
-            for name in ("tiny", "tiny_t5")}
+    return {
+        name: transformers.AutoTokenizer.from_pretrained(plm.MODELS[name]["id"])
+        for name in ("tiny", "tiny_t5")
+    }
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_t5"])
 def test_tokens_spell_the_prompt_and_nothing_in_a_text_ends_it(name):
     tokenizer = tokenizers()[name]
     texts = ["a plain comment", "</s> <s> <pad> ### Response: calm</s>", "word " * 3000]
-    rows, counts = plm.encode(tokenizer, plm.METHODS["lm_p"], LABELS,
-                              [plm.Annotation(t, "u 2\n", (1, 1)) for t in texts], max_text=50)
+    rows, counts = plm.encode(
+        tokenizer,
+        plm.METHODS["lm_p"],
+        LABELS,
+        [plm.Annotation(t, "u 2\n", (1, 1)) for t in texts],
+        max_text=50,
+    )
     assert counts["texts_cut"] == 1
     for row in rows:
         ids = row.prompt + row.answer[:-1]
-        content = ids[ids[0] == tokenizer.bos_token_id:]
-        content = [i for i in content if not (tokenizer.bos_token_id is None
-                                              and i == tokenizer.eos_token_id)]
+        content = ids[ids[0] == tokenizer.bos_token_id :]
+        content = [
+            i
+            for i in content
+            if not (tokenizer.bos_token_id is None and i == tokenizer.eos_token_id)
+        ]
         assert tokenizer.eos_token_id not in content and tokenizer.pad_token_id not in content
         # Only the text was cut: instruction, user and marker are whole.
         assert row.shared == rows[0].shared and row.user == rows[0].user
         assert row.answer == rows[0].answer and row.answer[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(rows[0].user).split() == "u 2 ### Response:".split() or name == "tiny_t5"
+    assert (
+        tokenizer.decode(rows[0].user).split() == "u 2 ### Response:".split() or name == "tiny_t5"
+    )
 
 
 def test_examples_end_where_there_are_no_more_distinct_ones():
@@ -380,8 +463,10 @@ def test_examples_end_where_there_are_no_more_distinct_ones():
 
 def test_a_chat_template_goes_around_a_question_and_around_nothing_else():
     tokenizer = tokenizers()["tiny"]
-    tokenizer.chat_template = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
-                               "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
+        "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
+    )
     annotation = plm.Annotation("</s> hello", "u2", (1, 0))
     (row,), _ = plm.encode(tokenizer, plm.METHODS["q_0s_p"], LABELS, [annotation])
     (trained,), _ = plm.encode(tokenizer, plm.METHODS["lm_p"], LABELS, [annotation])
@@ -406,6 +491,7 @@ def test_examples_come_from_the_right_people_and_never_repeat_the_text():
 
 
 # -------------------------------------------------------------------------------------------- NF4
+
 
 def quantized(weight):
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -464,7 +550,7 @@ def test_bits_a_weight():
     torch.manual_seed(0)
     layer = quantized(torch.randn(512, 512))
     size = sum(b.numel() * b.element_size() for b in layer.buffers())
-    assert abs(8 * size / 512 ** 2 - 4.127) < 0.001
+    assert abs(8 * size / 512**2 - 4.127) < 0.001
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 64), (7, 129), (2, 131_072 + 64)])
@@ -492,6 +578,7 @@ def test_nf4_matmul_is_the_dense_one_and_keeps_no_dense_weight():
 
 
 # ------------------------------------------------------------------------------------------- LoRA
+
 
 def small_lora(dropout=0.0):
     torch.manual_seed(0)
@@ -531,6 +618,7 @@ def test_dropout_hits_five_percent_and_only_in_training():
 
 # ------------------------------------------------------- the prompt tree, the models, the batches
 
+
 def random_rows(seed=1, texts=4):
     """Rows of one shared part, some texts, one to four readers of each."""
     rng = random.Random(seed)
@@ -542,8 +630,16 @@ def random_rows(seed=1, texts=4):
     for i in range(texts):
         text = ids(3, 30) if i else (shared[0],)  # of very different lengths: several buckets
         for _ in range(rng.randrange(1, 5)):
-            rows.append(plm.Row(shared, text, (7, rng.randrange(5, 9), 8), ids(1, 4) + (2,),
-                                (rng.randrange(2), 1, 0), None))
+            rows.append(
+                plm.Row(
+                    shared,
+                    text,
+                    (7, rng.randrange(5, 9), 8),
+                    ids(1, 4) + (2,),
+                    (rng.randrange(2), 1, 0),
+                    None,
+                )
+            )
     return rows
 
 
@@ -559,11 +655,23 @@ ARCHITECTURES = {
 def random_model_folder(path, name, vocab_size=VOCABULARY):
     """A Hugging Face folder of a small random model of an architecture."""
     config, extra = ARCHITECTURES[name]
-    size = dict(d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
-                decoder_start_token_id=0, dropout_rate=0.0) if name == "t5" else dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    config = getattr(transformers, config)(vocab_size=vocab_size, pad_token_id=2, eos_token_id=2,
-                                           **size, **extra)
+    size = (
+        dict(
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )
+        if name == "t5"
+        else dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    )
+    config = getattr(transformers, config)(
+        vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, **size, **extra
+    )
     torch.manual_seed(0)
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
     lm = kind.from_config(config)
@@ -596,11 +704,13 @@ def test_only_the_linears_of_the_backbone_are_quantized(model_dir):
     name, path, _ = model_dir
     model = ready(path, "lm")
     leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.LoRALinear)}
-    attention = {"llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-                 "mistral": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-                 "phi": "q_proj k_proj v_proj dense fc1 fc2",
-                 "gpt_neox": "query_key_value dense dense_h_to_4h dense_4h_to_h",
-                 "t5": "q k v o wi_0 wi_1 wo"}
+    attention = {
+        "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        "mistral": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        "phi": "q_proj k_proj v_proj dense fc1 fc2",
+        "gpt_neox": "query_key_value dense dense_h_to_4h dense_4h_to_h",
+        "t5": "q k v o wi_0 wi_1 wo",
+    }
     assert leaves == set(attention[name].split())
     assert isinstance(model.lm.get_output_embeddings(), nn.Linear)
     assert set(n.split(".")[-1] for n in model.trainable()) == {"lora_A", "lora_B"}
@@ -625,12 +735,14 @@ def test_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
     ours, theirs = model(batch)[batch["of"]], []
     for row in rows:
         if name == "t5":
-            out = reference(input_ids=torch.tensor([row.prompt]),
-                            decoder_input_ids=torch.tensor([(0, *row.answer[:-1])]))
+            out = reference(
+                input_ids=torch.tensor([row.prompt]),
+                decoder_input_ids=torch.tensor([(0, *row.answer[:-1])]),
+            )
             theirs.append(out.logits[0])
         else:
             out = reference(torch.tensor([row.prompt + row.answer[:-1]]))
-            theirs.append(out.logits[0, len(row.prompt) - 1:])
+            theirs.append(out.logits[0, len(row.prompt) - 1 :])
     assert torch.allclose(ours, torch.cat(theirs), atol=2e-5)
 
 
@@ -655,8 +767,11 @@ def test_the_tree_computes_every_distinct_prefix_once():
     rows = random_rows(texts=6)
     for head in ("cls", "lm"):
         answer = (lambda row: row.answer[:-1]) if head == "lm" else (lambda row: ())
-        prefixes = {(row.shared + row.text + row.user + answer(row))[:n] for row in rows
-                    for n in range(1, len(row.prompt + answer(row)) + 1)}
+        prefixes = {
+            (row.shared + row.text + row.user + answer(row))[:n]
+            for row in rows
+            for n in range(1, len(row.prompt + answer(row)) + 1)
+        }
         assert plm.tree_batch(rows, head, CPU)["tokens"] == len(prefixes)
         plain = sum(len(row.prompt + answer(row)) for row in rows)
         assert plm.tree_batch(rows, head, CPU, share=False)["tokens"] == plain
@@ -686,10 +801,16 @@ def test_greedy_decoding_over_the_tree_is_transformers_generate(model_dir):
         ours, plain = write(model, rows, 2, 9), write(model, rows, 2, 9, share=False)
     for row, answer in zip(rows, ours):
         ids = torch.tensor([row.prompt])
-        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9,
-                                 do_sample=False, pad_token_id=2, eos_token_id=2)[0].tolist()
-        out = out[1:] if model.seq2seq else out[len(row.prompt):]
-        assert answer == (out[:out.index(2)] if 2 in out else out)
+        out = reference.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=9,
+            do_sample=False,
+            pad_token_id=2,
+            eos_token_id=2,
+        )[0].tolist()
+        out = out[1:] if model.seq2seq else out[len(row.prompt) :]
+        assert answer == (out[: out.index(2)] if 2 in out else out)
     assert ours == plain
 
 
@@ -719,7 +840,9 @@ def test_masks_and_pooling_go_by_length_when_pad_is_eos_and_ends_inside(model_di
 
 
 def test_batches_hold_every_row_once_and_keep_texts_together():
-    rows = [plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), None) for i in range(1000)]
+    rows = [
+        plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), None) for i in range(1000)
+    ]
     for rng in (None, random.Random(0)):
         batches = plm.in_batches(rows, 32, rng)
         assert sorted(row.user for b in batches for row in b) == sorted(row.user for row in rows)
@@ -728,6 +851,7 @@ def test_batches_hold_every_row_once_and_keep_texts_together():
 
 
 # ------------------------------------------------------------------------- training and the paper
+
 
 def test_learning_rate_climbs_then_falls_to_nearly_nothing():
     rates = [plm.learning_rate(step, 100, 1.0, 0.05) for step in range(100)]
@@ -739,7 +863,7 @@ def miniature(head, personalized, tmp_path):
     """F1 after training on texts that two users label in opposite ways."""
     path, _ = random_model_folder(tmp_path, "llama")
     model = ready(path, head)
-    rows, labels = [], ["calm", "angry"]
+    rows = []
     for i in range(8):
         for user in (0, 1):
             chosen = (user, 1 - user)
@@ -777,8 +901,9 @@ def test_pieces_keep_the_rows_in_order_and_to_the_budget():
                 if budget == 10_000:
                     assert len(parts) == 1
                 if budget > max(tokens):
-                    assert all(plm.tree_batch(p, head, CPU, share)["tokens"] < 2 * budget
-                               for p in parts)
+                    assert all(
+                        plm.tree_batch(p, head, CPU, share)["tokens"] < 2 * budget for p in parts
+                    )
     assert [len(p) for p in plm.pieces(rows[:7], "cls", 0, micro=3)] == [3, 3, 1]
 
 
@@ -800,25 +925,48 @@ def test_checkpointing_keeps_less_and_changes_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def small_csv(tmp_path_factory):
-    rows = [(f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
-            for i in range(120)]
+    rows = [
+        (f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
+        for i in range(120)
+    ]
     return write_csv(tmp_path_factory.mktemp("data") / "small.csv", rows)
 
 
 @pytest.mark.parametrize("name", ["phi", "mistral", "gpt_neox", "t5"])
-def test_ten_methods_of_the_papers_architectures_run_from_a_folder(name, small_csv, tmp_path, capsys):
+def test_ten_methods_of_the_papers_architectures_run_from_a_folder(
+    name, small_csv, tmp_path, capsys
+):
     # Random weights, the real tokenizer: every code path from the checkpoint to the table.
     folder, _ = random_model_folder(tmp_path / name, name, vocab_size=2048)
     source = plm.MODELS["tiny_t5" if name == "t5" else "tiny"]["id"]
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(os.path.join(source, file), folder)
     for method in plm.METHODS:
-        assert plm.main([method, "--model", folder, "--data", small_csv, "--max-steps", "1",
-                         "--max-eval", "6", "--out", str(tmp_path / "out")]) == 0
+        assert (
+            plm.main(
+                [
+                    method,
+                    "--model",
+                    folder,
+                    "--data",
+                    small_csv,
+                    "--max-steps",
+                    "1",
+                    "--max-eval",
+                    "6",
+                    "--out",
+                    str(tmp_path / "out"),
+                ]
+            )
+            == 0
+        )
     out = capsys.readouterr().out
-    names = {"phi": "dense, fc1, fc2, k_proj, q_proj, v_proj", "t5": "k, o, q, v, wi_0, wi_1, wo",
-             "mistral": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-             "gpt_neox": "dense, dense_4h_to_h, dense_h_to_4h, query_key_value"}
+    names = {
+        "phi": "dense, fc1, fc2, k_proj, q_proj, v_proj",
+        "t5": "k, o, q, v, wi_0, wi_1, wo",
+        "mistral": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        "gpt_neox": "dense, dense_4h_to_h, dense_h_to_4h, query_key_value",
+    }
     assert out.count(f"of NF4 ({names[name]})") == 10
     assert plm.main(["table", "--out", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out
@@ -854,10 +1002,20 @@ def test_an_untied_head_of_a_t5_is_kept(tmp_path):
 
 # ----------------------------------------------------------------------------- answers and scores
 
-@pytest.mark.parametrize("answer, chosen, unknown", [
-    ("calm, angry", (1, 1, 0), 0), ("Angry.", (0, 1, 0), 0), ("ANGRY;calm", (1, 1, 0), 0),
-    ("calm calm", (1, 0, 0), 0), ("", (0, 0, 0), 0), ("I think: angry", (0, 1, 0), 2),
-    ("not_calm", (0, 0, 1), 0), ("very furious", (0, 0, 0), 2)])
+
+@pytest.mark.parametrize(
+    "answer, chosen, unknown",
+    [
+        ("calm, angry", (1, 1, 0), 0),
+        ("Angry.", (0, 1, 0), 0),
+        ("ANGRY;calm", (1, 1, 0), 0),
+        ("calm calm", (1, 0, 0), 0),
+        ("", (0, 0, 0), 0),
+        ("I think: angry", (0, 1, 0), 2),
+        ("not_calm", (0, 0, 1), 0),
+        ("very furious", (0, 0, 0), 2),
+    ],
+)
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
     assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
 
@@ -878,6 +1036,19 @@ def test_f1_by_hand():
     assert scores["f1_micro"] == pytest.approx(6 / 9)
 
 
+def test_f1_is_scikit_learns():
+    # Recorded from scikit-learn 1.9.1: f1_score(gold, predicted, average=..., zero_division=0).
+    i = np.arange(40)[:, None] * np.array([3, 5, 7, 11]) + np.array([0, 1, 2, 3])
+    gold, predicted = (i % 5 < 2).astype(int), (i % 7 < 3).astype(int)
+    gold[:, 3] = predicted[:, 3] = 0  # a label that nobody chose and nothing predicted
+    scores = plm.f1_scores(gold, predicted)
+    assert scores["f1_macro"] == pytest.approx(0.40409016271085235, abs=1e-12)
+    assert scores["f1_micro"] == pytest.approx(0.5578231292517006, abs=1e-12)
+    assert scores["per_label"] == pytest.approx(
+        [0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0], abs=1e-12
+    )
+
+
 # --------------------------------------------------------------------------------------- ChatGPT
 
 KEY = "sk-test-Zx81-nobody-may-see-this"
@@ -885,6 +1056,7 @@ KEY = "sk-test-Zx81-nobody-may-see-this"
 
 class ChatHandler(BaseHTTPRequestHandler):
     """Does what server.behave(prompt, number of the request) says."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
@@ -893,7 +1065,11 @@ class ChatHandler(BaseHTTPRequestHandler):
     def reply(self, status, body, kind="application/json", length=None, **headers):
         body = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": length or len(body), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": length or len(body),
+            **headers,
+        }.items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         self.wfile.write(body)
@@ -912,8 +1088,10 @@ class ChatHandler(BaseHTTPRequestHandler):
             self.close_connection = True  # the client has gone
 
     def act(self, what, prompt):
-        answer = dict(choices=[dict(message=dict(role="assistant", content=f"joy {prompt}"))],
-                      usage=dict(prompt_tokens=7, completion_tokens=2))
+        answer = dict(
+            choices=[dict(message=dict(role="assistant", content=f"joy {prompt}"))],
+            usage=dict(prompt_tokens=7, completion_tokens=2),
+        )
         whole = json.dumps(answer).encode()
         if what == "ok":
             self.reply(200, answer)
@@ -960,7 +1138,10 @@ class ChatHandler(BaseHTTPRequestHandler):
         elif what == "redirect":
             self.reply(302, b"", Location="/v1/elsewhere")
         else:
-            self.reply(int(what), dict(error=dict(message=f"Bad key {self.headers['Authorization']}, " + "x" * 999)))
+            self.reply(
+                int(what),
+                dict(error=dict(message=f"Bad key {self.headers['Authorization']}, " + "x" * 999)),
+            )
 
 
 @pytest.fixture
@@ -986,26 +1167,49 @@ def some_prompts(n):
 
 
 def test_the_body_of_a_request(chat_server, tmp_path):
-    # what the paper's numbers depend on, and what is paid for, is this dict, as it reaches the server
-    body = dict(model="gpt-3.5-turbo", messages=[{"role": "user", "content": "Which? ü"}], temperature=0,
-                seed=7, max_tokens=5)
+    # what the paper's numbers depend on, and what is paid for, is this dict as the server has it
+    body = dict(
+        model="gpt-3.5-turbo",
+        messages=[{"role": "user", "content": "Which? ü"}],
+        temperature=0,
+        seed=7,
+        max_tokens=5,
+    )
     assert plm.chat_body("gpt-3.5-turbo", "Which? ü", 7, 5) == body
     plm.ask_chatgpt({"a": "Which? ü"}, str(tmp_path / "a.jsonl"), "gpt-3.5-turbo", seed=7, limit=5)
     assert chat_server.bodies == [body]
 
 
-BAD = ["429", "500", "drop", "html", "no choices", "stall", "null", "truncated", "503", "429 odd",
-       "truncated chunks", "dribble", "stalled body"]
+BAD = [
+    "429",
+    "500",
+    "drop",
+    "html",
+    "no choices",
+    "stall",
+    "null",
+    "truncated",
+    "503",
+    "429 odd",
+    "truncated chunks",
+    "dribble",
+    "stalled body",
+]
 
 
-def test_every_row_is_answered_when_a_third_of_the_attempts_fail(chat_server, tmp_path, monkeypatch, capfd):
-    # networks and servers fail in all these ways, and none of them may cost a row or an answer twice
+def test_every_row_is_answered_when_a_third_of_the_attempts_fail(
+    chat_server, tmp_path, monkeypatch, capfd
+):
+    # networks and servers fail in all these ways, and none may cost a row or an answer twice
     monkeypatch.setattr(plm, "READ", 0.4)
     chat_server.behave = lambda prompt, number: "ok" if number % 3 else BAD[number // 3 % len(BAD)]
     path, prompts = tmp_path / "answers.jsonl", some_prompts(80)
     answers, counts = plm.ask_chatgpt(prompts, str(path), "m")
     assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
-    assert counts["requests"] == len(chat_server.prompts) == 80 + counts["retries"] and counts["retries"] >= 35
+    assert (
+        counts["requests"] == len(chat_server.prompts) == 80 + counts["retries"]
+        and counts["retries"] >= 35
+    )
     assert (counts["prompt_tokens"], counts["completion_tokens"]) == (7 * 80, 2 * 80)
     assert counts["failed"] == [] and counts["cached"] == 0
     assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in chat_server.headers)
@@ -1013,21 +1217,23 @@ def test_every_row_is_answered_when_a_third_of_the_attempts_fail(chat_server, tm
     again, second = plm.ask_chatgpt(prompts, str(path), "m")  # a restart asks for nothing
     assert again == answers and chat_server.prompts == []
     assert second == dict(counts, requests=0, retries=0, cached=80)
-    plm.ask_chatgpt({"row0": "prompt 0"}, str(path), "m", seed=1)  # but another seed is another request
+    plm.ask_chatgpt(
+        {"row0": "prompt 0"}, str(path), "m", seed=1
+    )  # but another seed is another request
     assert len(chat_server.prompts) == 1
     out, err = capfd.readouterr()
     assert KEY not in path.read_text() + out + err
 
 
 def test_rows_with_the_same_prompt_share_a_request(chat_server, tmp_path):
-    # without the user in the prompt, thirty annotators of a text have one prompt: it is paid for once
+    # without the user in it, thirty annotators of a text have one prompt: it is paid for once
     answers, counts = plm.ask_chatgpt(dict(a="x", b="x", c="y"), str(tmp_path / "a.jsonl"), "m")
     assert answers == dict(a="joy x", b="joy x", c="joy y")
     assert counts["requests"] == len(chat_server.prompts) == 2 and counts["prompt_tokens"] == 14
 
 
 def test_kill_and_restart(chat_server, tmp_path):
-    # a killed run has paid for its finished answers; the next one takes them, and a half line is no answer
+    # a killed run has paid for its finished answers; the next one takes them, but no half line
     chat_server.behave = lambda prompt, number: chat_server.quit.wait(0.05) or "ok"
     path, prompts = tmp_path / "answers.jsonl", some_prompts(200)
     child = os.fork()  # importing everything anew takes longer than all of these tests
@@ -1050,31 +1256,52 @@ def test_kill_and_restart(chat_server, tmp_path):
         f.write(whole[0][:30])
     chat_server.prompts.clear()
     answers, counts = plm.ask_chatgpt(prompts, str(path), "m")
-    assert sorted(chat_server.prompts) == sorted(prompts[row] for row in prompts if row not in finished)
+    assert sorted(chat_server.prompts) == sorted(
+        prompts[row] for row in prompts if row not in finished
+    )
     assert counts["cached"] == len(finished) and counts["failed"] == []
     assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
     lines = [json.loads(line) for line in path.read_text().splitlines()]  # the half line is gone
-    assert len(lines) == 200 and set(lines[0]) == {"key", "sha", "answer", "prompt_tokens", "completion_tokens"}
+    assert len(lines) == 200 and set(lines[0]) == {
+        "key",
+        "sha",
+        "answer",
+        "prompt_tokens",
+        "completion_tokens",
+    }
 
 
-@pytest.mark.parametrize("status, word", [("401", "OPENAI_API_KEY"), ("403", "OPENAI_API_KEY"),
-                                          ("404", "OPENAI_BASE_URL"), ("redirect", "OPENAI_BASE_URL")])
+@pytest.mark.parametrize(
+    "status, word",
+    [
+        ("401", "OPENAI_API_KEY"),
+        ("403", "OPENAI_API_KEY"),
+        ("404", "OPENAI_BASE_URL"),
+        ("redirect", "OPENAI_BASE_URL"),
+    ],
+)
 def test_what_every_request_would_get_stops_the_run(chat_server, tmp_path, capfd, status, word):
     # a wrong key must not be tried 10,000 times, wait for stalled requests, nor be shown to anybody
-    chat_server.behave = lambda prompt, number: status if number == 5 else "stall" if number > 5 else "ok"
+    chat_server.behave = lambda prompt, number: (
+        status if number == 5 else "stall" if number > 5 else "ok"
+    )
     start, path = time.monotonic(), tmp_path / "answers.jsonl"
     with pytest.raises(plm.BadInput, match=word) as e:
         plm.ask_chatgpt(some_prompts(500), str(path), "m")
     assert time.monotonic() - start < 3
     time.sleep(0.3)
     assert len(chat_server.prompts) <= 5 + 8  # nobody goes on sending
-    assert KEY not in str(e.getrepr(showlocals=False)) + path.read_text() + "".join(capfd.readouterr())
+    assert KEY not in str(e.getrepr(showlocals=False)) + path.read_text() + "".join(
+        capfd.readouterr()
+    )
 
 
 def test_threads_in_a_wait_stop_too(chat_server, tmp_path, monkeypatch):
     # a thread between two attempts must not send the next one after the run was stopped
     monkeypatch.setattr(plm, "BACKOFF", 0.4)
-    chat_server.behave = lambda prompt, number: chat_server.quit.wait(0.2) and "ok" or "401" if number == 8 else "500"
+    chat_server.behave = lambda prompt, number: (
+        chat_server.quit.wait(0.2) and "ok" or "401" if number == 8 else "500"
+    )
     with pytest.raises(plm.BadInput):
         plm.ask_chatgpt(some_prompts(8), str(tmp_path / "a.jsonl"), "m")
     time.sleep(0.2)  # the server takes note of what was on its way
@@ -1083,19 +1310,31 @@ def test_threads_in_a_wait_stop_too(chat_server, tmp_path, monkeypatch):
     assert len(chat_server.prompts) == sent
 
 
-@pytest.mark.parametrize("name, value, word", [
-    ("OPENAI_API_KEY", None, "OPENAI_API_KEY"), ("OPENAI_API_KEY", " ", "OPENAI_API_KEY"),
-    ("OPENAI_API_KEY", f"{KEY}\n{KEY}", "OPENAI_API_KEY"), ("OPENAI_API_KEY", KEY + "é", "OPENAI_API_KEY"),
-    ("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1/v1", "OPENAI_BASE_URL"),
-    ("OPENAI_BASE_URL", f"http://127.0.0.1/v1?key={KEY}", "OPENAI_BASE_URL"),
-    ("OPENAI_BASE_URL", "127.0.0.1:1/v1", "OPENAI_BASE_URL"),
-    ("OPENAI_BASE_URL", "http://127.0.0.1:port/v1", "OPENAI_BASE_URL")])
-def test_nothing_is_sent_without_a_key_and_an_address(chat_server, tmp_path, monkeypatch, name, value, word):
-    # said before anything is sent, and without the value: a key in the wrong variable is still a key
+@pytest.mark.parametrize(
+    "name, value, word",
+    [
+        ("OPENAI_API_KEY", None, "OPENAI_API_KEY"),
+        ("OPENAI_API_KEY", " ", "OPENAI_API_KEY"),
+        ("OPENAI_API_KEY", f"{KEY}\n{KEY}", "OPENAI_API_KEY"),
+        ("OPENAI_API_KEY", KEY + "é", "OPENAI_API_KEY"),
+        ("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1/v1", "OPENAI_BASE_URL"),
+        ("OPENAI_BASE_URL", f"http://127.0.0.1/v1?key={KEY}", "OPENAI_BASE_URL"),
+        ("OPENAI_BASE_URL", "127.0.0.1:1/v1", "OPENAI_BASE_URL"),
+        ("OPENAI_BASE_URL", "http://127.0.0.1:port/v1", "OPENAI_BASE_URL"),
+    ],
+)
+def test_nothing_is_sent_without_a_key_and_an_address(
+    chat_server, tmp_path, monkeypatch, name, value, word
+):
+    # said before anything is sent, and without the value: a key in the wrong place is a key
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
     with pytest.raises(plm.BadInput, match=word) as e:
         plm.ask_chatgpt(some_prompts(3), str(tmp_path / "a.jsonl"), "m")
-    assert chat_server.prompts == [] and KEY not in str(e.getrepr(showlocals=False)) and os.listdir(tmp_path) == []
+    assert (
+        chat_server.prompts == []
+        and KEY not in str(e.getrepr(showlocals=False))
+        and os.listdir(tmp_path) == []
+    )
 
 
 def test_a_finished_run_needs_no_key(chat_server, tmp_path, monkeypatch):
@@ -1125,35 +1364,53 @@ def test_proxies_of_the_environment_are_used(chat_server, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("status", ["400", "413", "422"])
 def test_a_refused_row_fails_at_once_and_alone(chat_server, tmp_path, status):
-    # the same request would be refused again; the others go on; the server's message helps, the key does not
+    # the same request would be refused again; the others go on; no message may hold the key
     chat_server.behave = lambda prompt, number: status if prompt == "prompt 1" else "ok"
     answers, counts = plm.ask_chatgpt(some_prompts(4), str(tmp_path / "a.jsonl"), "m")
-    (row, reason), = counts["failed"]
-    assert set(answers) == {"row0", "row2", "row3"} and row == "row1" and len(chat_server.prompts) == 4
+    ((row, reason),) = counts["failed"]
+    assert (
+        set(answers) == {"row0", "row2", "row3"} and row == "row1" and len(chat_server.prompts) == 4
+    )
     assert reason.startswith(f"HTTP {status}: ") and "Bad key Bearer [key]" in reason
     assert KEY not in reason and len(reason) <= 200
 
 
-@pytest.mark.parametrize("what, word", [("500", "HTTP 500"), ("html", "no answer in the body"), ("drop", "abort")])
+@pytest.mark.parametrize(
+    "what, word", [("500", "HTTP 500"), ("html", "no answer in the body"), ("drop", "abort")]
+)
 def test_attempts_are_bounded(chat_server, tmp_path, what, word):
     # one budget for what Retry sees and what it does not: 1 + RETRIES attempts, never their product
-    chat_server.behave = lambda prompt, number: what if number % 2 else "html" if what == "html" else "500"
+    chat_server.behave = lambda prompt, number: (
+        what if number % 2 else "html" if what == "html" else "500"
+    )
     _, counts = plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
-    assert len(chat_server.prompts) == counts["requests"] == 1 + plm.RETRIES and counts["retries"] == plm.RETRIES
+    assert (
+        len(chat_server.prompts) == counts["requests"] == 1 + plm.RETRIES
+        and counts["retries"] == plm.RETRIES
+    )
     assert counts["failed"][0][0] == "a" and word in counts["failed"][0][1]
     chat_server.behave = lambda prompt, number: "ok"  # a failed row is no finished one
     assert plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")[0] == {"a": "joy x"}
 
 
-@pytest.mark.parametrize("what, word", [("429 hour", "3600 s"), ("dribble", ""), ("stall", ""),
-                                        ("dribbled headers", "no answer within")])
+@pytest.mark.parametrize(
+    "what, word",
+    [
+        ("429 hour", "3600 s"),
+        ("dribble", ""),
+        ("stall", ""),
+        ("dribbled headers", "no answer within"),
+    ],
+)
 def test_a_request_ends_at_its_deadline(chat_server, tmp_path, monkeypatch, what, word):
     # a time-out of a socket starts anew with each byte, and a server may ask for any wait
     monkeypatch.setattr(plm, "DEADLINE", 0.7)
     monkeypatch.setattr(plm, "READ", 0.3)
     chat_server.behave = lambda prompt, number: what if prompt == "prompt 0" else "ok"
     start = time.monotonic()
-    answers, counts = plm.ask_chatgpt(some_prompts(3), str(tmp_path / "a.jsonl"), "m", concurrency=1)
+    answers, counts = plm.ask_chatgpt(
+        some_prompts(3), str(tmp_path / "a.jsonl"), "m", concurrency=1
+    )
     assert time.monotonic() - start < 2.2 and set(answers) == {"row1", "row2"}
     assert counts["failed"][0][0] == "row0" and word in counts["failed"][0][1]
 
@@ -1171,9 +1428,13 @@ def test_a_slow_body_is_given_up_and_asked_for_again(chat_server, tmp_path, monk
 def test_a_retry_after_is_kept(chat_server, tmp_path):
     # asking earlier than the server said is what gets an account blocked
     times = []
-    act, ChatHandler.act = ChatHandler.act, lambda self, what, prompt: (
-        times.append(time.monotonic()),
-        self.reply(429, {}, Retry_After=1) if len(times) == 1 else act(self, "ok", prompt))
+    act, ChatHandler.act = (
+        ChatHandler.act,
+        lambda self, what, prompt: (
+            times.append(time.monotonic()),
+            self.reply(429, {}, Retry_After=1) if len(times) == 1 else act(self, "ok", prompt),
+        ),
+    )
     try:
         _, counts = plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
     finally:
@@ -1205,7 +1466,9 @@ def test_an_answers_file_with_odd_lines(tmp_path):
     # a full disk or a power cut may leave anything in it; what is no answer is asked for again
     good = dict(key="a", sha="s", answer="joy", prompt_tokens=1, completion_tokens=1)
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\0\0\0\n[1]\n{}\n3\n" + json.dumps(good).encode() + b"\n\xff\n" + b'{"key": "b", "sh')
+    path.write_bytes(
+        b"\0\0\0\n[1]\n{}\n3\n" + json.dumps(good).encode() + b"\n\xff\n" + b'{"key": "b", "sh'
+    )
     assert list(plm.finished_answers(str(path))) == ["s"]
     assert path.read_bytes().endswith(b"\xff\n")
 
@@ -1213,42 +1476,59 @@ def test_an_answers_file_with_odd_lines(tmp_path):
 def test_dry_run(capsys, monkeypatch):
     # what it will cost, before it costs anything: no key, no server
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    plm.dry_run(dict(a="Which?\n### Response:", b="Which?\n### Response:", c="x" * 401), "gpt-3.5-turbo", 48)
+    plm.dry_run(
+        dict(a="Which?\n### Response:", b="Which?\n### Response:", c="x" * 401), "gpt-3.5-turbo", 48
+    )
     out = capsys.readouterr().out
-    assert "2 requests for 3 rows" in out and "about 105 tokens" in out and "96 of answers (48" in out
+    assert (
+        "2 requests for 3 rows" in out and "about 105 tokens" in out and "96 of answers (48" in out
+    )
     assert out.endswith("Which?\n### Response:\n")
 
 
 # -------------------------------------------------------------------------------------- commands
 
+
 def plm_command(*args, cwd=HERE, **env):
     """(exit status, stdout, stderr) of a run of plm.py."""
-    done = subprocess.run([sys.executable, os.path.join(HERE, "plm.py"), *args], cwd=cwd, text=True,
-                          capture_output=True, env=os.environ | env, timeout=300)
+    done = subprocess.run(
+        [sys.executable, os.path.join(HERE, "plm.py"), *args],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env=os.environ | env,
+        timeout=300,
+    )
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("args, says", [
-    (["cls_q"], "invalid choice: 'cls_q'"),
-    (["cls", "--modle", "tiny"], "--model --data"),
-    (["cls", "--data", "nosuch"], "sample, goemotions"),
-    (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"),
-    (["cls", "--model", "./nosuch"], "no such model"),
-    (["cls", "--model", HERE], "no config.json"),
-    (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
-    (["table", "--out", "nosuch"], "no finished run"),
-    (["cls", "--dropout", "2"], "2 is not a number from 0 to 0.9"),
-    (["q_0s", "--model", "openai:"], "needs a name"),
-    (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory"),
-])
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["cls_q"], "invalid choice: 'cls_q'"),
+        (["cls", "--modle", "tiny"], "--model --data"),
+        (["cls", "--data", "nosuch"], "sample, goemotions"),
+        (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"),
+        (["cls", "--model", "./nosuch"], "no such model"),
+        (["cls", "--model", HERE], "no config.json"),
+        (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
+        (["table", "--out", "nosuch"], "no finished run"),
+        (["cls", "--dropout", "2"], "2 is not a number from 0 to 0.9"),
+        (["q_0s", "--model", "openai:"], "needs a name"),
+        (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory"),
+    ],
+)
 def test_bad_input_gets_one_line_and_status_2(args, says):
     status, out, err = plm_command(*args)
     assert status == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err
 
 
 def files_of(folder):
-    return {name: digest_file(os.path.join(folder, name)) for name in sorted(os.listdir(folder))
-            if name in ("predictions.csv", "adapter.safetensors")}
+    return {
+        name: digest_file(os.path.join(folder, name))
+        for name in sorted(os.listdir(folder))
+        if name in ("predictions.csv", "adapter.safetensors")
+    }
 
 
 def digest_file(path):
@@ -1256,22 +1536,46 @@ def digest_file(path):
         return hashlib.sha256(f.read()).hexdigest()
 
 
-@pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")])
+@pytest.mark.parametrize(
+    "method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")]
+)
 def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method, model):
     found = []
     for out in ("a", "b"):
-        status, stdout, err = plm_command(method, "--model", model, "--max-steps", "4",
-                                          "--max-eval", "40", "--out", str(tmp_path / out))
+        status, stdout, err = plm_command(
+            method,
+            "--model",
+            model,
+            "--max-steps",
+            "4",
+            "--max-eval",
+            "40",
+            "--out",
+            str(tmp_path / out),
+        )
         assert status == 0, err
         folder = tmp_path / out / "sample" / model / method / "seed42"
         found.append(files_of(folder))
         metrics = json.loads((folder / "metrics.json").read_text())
-        assert {"method", "model", "data", "seed", "f1_macro", "f1_micro", "per_label", "rows",
-                "seconds", "peak_memory_mb", "config"} <= set(metrics)
+        assert {
+            "method",
+            "model",
+            "data",
+            "seed",
+            "f1_macro",
+            "f1_micro",
+            "per_label",
+            "rows",
+            "seconds",
+            "peak_memory_mb",
+            "config",
+        } <= set(metrics)
         with open(folder / "predictions.csv", encoding="utf-8") as f:
             lines = list(csv.DictReader(f))
-        gold, predicted = ([plm.parse_answer(line[c], metrics["labels"])[0] for line in lines]
-                           for c in ("gold", "predicted"))
+        gold, predicted = (
+            [plm.parse_answer(line[c], metrics["labels"])[0] for line in lines]
+            for c in ("gold", "predicted")
+        )
         assert plm.f1_scores(gold, predicted)["f1_macro"] == metrics["f1_macro"]
         assert f"{metrics['f1_macro']:.4f}" in stdout and str(folder) in stdout
         if method != "q_2s_p":
@@ -1289,14 +1593,29 @@ def test_two_processes_train_as_one_does(tmp_path):
     args = ["cls_p", "--dropout", "0", "--max-steps", "6", "--max-eval", "100", "--out"]
     assert plm_command(*args, str(tmp_path / "one"), OMP_NUM_THREADS="1")[0] == 0
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         os.path.join(HERE, "plm.py"), *args, str(tmp_path / "two")], capture_output=True, text=True,
-        timeout=300, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            os.path.join(HERE, "plm.py"),
+            *args,
+            str(tmp_path / "two"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("F1-macro") == 1  # rank 0 alone prints
     folders = [tmp_path / n / "sample" / "tiny" / "cls_p" / "seed42" for n in ("one", "two")]
-    one, two = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-                for folder in folders)
+    one, two = (
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        for folder in folders
+    )
     for a, b in zip(one, two, strict=True):
         key = "val_loss" if "val_loss" in a else "loss"
         assert abs(a[key] - b[key]) < 1e-5
@@ -1368,8 +1687,10 @@ def test_every_target_of_the_makefile_is_a_command_and_readme_names_no_other():
 
 # ------------------------------------------------------------------------------ the original files
 
+
 class Server(BaseHTTPRequestHandler):
     """Serves `files`; `faults` path -> list of what goes wrong with the next requests of it."""
+
     protocol_version, files, faults, sent, etag = "HTTP/1.1", {}, {}, Counter(), '"v1"'
 
     def log_message(self, *args):
@@ -1390,7 +1711,11 @@ class Server(BaseHTTPRequestHandler):
         if fault == "html":
             body = b"<!DOCTYPE html><html>Please sign in</html>"
         start = 0
-        if "Range" in self.headers and self.headers["If-Range"] == self.etag and fault != "no ranges":
+        if (
+            "Range" in self.headers
+            and self.headers["If-Range"] == self.etag
+            and fault != "no ranges"
+        ):
             start = int(self.headers["Range"][6:-1])
         self.send_response(206 if start else 200)
         if start:
@@ -1409,8 +1734,15 @@ class Server(BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """(the handler class with the small originals to serve, empty folder to download to)"""
     rows = write_originals(tmp_path / "served")
-    handler = type("Handler", (Server,), dict(faults={}, sent=Counter(), files={
-        f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()}))
+    handler = type(
+        "Handler",
+        (Server,),
+        dict(
+            faults={},
+            sent=Counter(),
+            files={f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()},
+        ),
+    )
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
     row = row_for(tmp_path / "got", rows, f"http://127.0.0.1:{http.server_address[1]}")
@@ -1477,15 +1809,19 @@ def test_part_of_another_version_is_not_continued(server, change):
         plm.download_data("goemotions", str(folder))
     if change == "other version":
         handler.etag = '"v2"'
-        handler.files["/goemotions_1.csv"] = handler.files["/goemotions_1.csv"].replace(b"he", b"SHE")
+        handler.files["/goemotions_1.csv"] = handler.files["/goemotions_1.csv"].replace(
+            b"he", b"SHE"
+        )
     else:
         handler.faults["/goemotions_1.csv"] = ["no ranges"]
     plm.download_data("goemotions", str(folder))
     assert len(names(folder)) == 6 and same(handler, folder)
 
 
-@pytest.mark.parametrize("fault, says", [("html", "a web page and not the file"), (404, "404"),
-                                         ("no length", "broke off")])
+@pytest.mark.parametrize(
+    "fault, says",
+    [("html", "a web page and not the file"), (404, "404"), ("no length", "broke off")],
+)
 def test_wrong_answers_leave_nothing_under_the_name(server, fault, says):
     # an error page with status 200, a missing file, a body that stops without having named a length
     handler, folder = server
@@ -1493,7 +1829,11 @@ def test_wrong_answers_leave_nothing_under_the_name(server, fault, says):
     with pytest.raises(plm.BadInput, match=says) as e:
         plm.download_data("goemotions", str(folder))
     text = str(e.value)
-    assert "By hand" in text and f"-> {folder / 'train.tsv'}" in text and "goemotions_1.csv" not in text
+    assert (
+        "By hand" in text
+        and f"-> {folder / 'train.tsv'}" in text
+        and "goemotions_1.csv" not in text
+    )
     assert not os.path.exists(folder / "train.tsv")
 
 
@@ -1523,8 +1863,11 @@ def test_no_network_or_a_proxy_that_refuses(tmp_path, monkeypatch, proxy):
         monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{http.server_address[1]}")
     else:  # nobody listens on port 9
         row = plm.DATASETS["goemotions"]
-        monkeypatch.setitem(plm.DATASETS, "goemotions", dict(row, urls={
-            file: f"http://127.0.0.1:9/{file}" for file in row["urls"]}))
+        monkeypatch.setitem(
+            plm.DATASETS,
+            "goemotions",
+            dict(row, urls={file: f"http://127.0.0.1:9/{file}" for file in row["urls"]}),
+        )
     start = time.perf_counter()
     with pytest.raises(plm.BadInput, match="the proxy refuses" if proxy else "no connection") as e:
         plm.make_data("goemotions", str(tmp_path / "new"))

@@ -10,7 +10,7 @@ they come pretrained, so that fine-tuning has to teach them the readers alone. T
 What they have never seen: a reader of the sample, the personalized prompt, a number that stands for
 a person, or a comment that is too much like one of the sample's validation or test comments.
 
-    python data/make_tiny.py                # both, in about ten minutes on two cores
+    python data/make_tiny.py                # both, one after the other
     python data/make_tiny.py --model tiny   # one of the two
 """
 import argparse
