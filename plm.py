@@ -663,17 +663,18 @@ class NF4Linear(nn.Module):
     weight = None  # T5 asks a layer's weight for its dtype; there is no dense weight to ask
 
     @classmethod
-    def from_linear(cls, linear):
-        """The NF4Linear of an nn.Linear. It computes in the dtype of the linear's weight."""
+    def from_linear(cls, linear, dtype=None):
+        """The NF4Linear of an nn.Linear. It computes in `dtype`, or in that of the weight."""
         self = cls()
-        (self.N, self.K), self.dtype = linear.weight.shape, linear.weight.dtype
+        (self.N, self.K), self.dtype = linear.weight.shape, dtype or linear.weight.dtype
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
         self.register_buffer("absmax_code", code)
         self.register_buffer("absmax_scale", scale)
         self.register_buffer("absmax_offset", offset)
-        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+        bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
+        self.register_buffer("bias", bias)
         self.register_buffer("dense", None, persistent=False)  # see keep_dense
         return self
 
@@ -1014,15 +1015,16 @@ def load_quantized(folder, device, dtype):
         if tensor.shape != empty[name].shape:
             raise BadInput(f"{folder}: {name} is {tuple(tensor.shape)} in the checkpoint and "
                            f"{tuple(empty[name].shape)} by config.json")
-        param = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-        put(lm, name, param)
         path = name.rpartition(".")[0]
         layer = lm.get_submodule(path)
         if not isinstance(layer, nn.Linear) or layer is head:
-            given[id(empty[name])] = param
-        elif not any(p.is_meta for p in layer.parameters()):
-            put(lm, path, NF4Linear.from_linear(layer))
-        del param, tensor, layer  # so that the next tensor is the only dense one
+            given[id(empty[name])] = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
+            put(lm, name, given[id(empty[name])])
+            continue
+        put(lm, name, nn.Parameter(tensor.to(device), requires_grad=False))  # as it is on disk
+        if not any(p.is_meta for p in layer.parameters()):
+            put(lm, path, NF4Linear.from_linear(layer, dtype))
+        del layer, tensor  # so that the next one is the only dense one
     for name, param in list(lm.named_parameters(remove_duplicate=False)):
         if param.is_meta:
             if id(param) not in given:
