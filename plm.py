@@ -111,7 +111,7 @@ TRAINING = dict(
 # MLP; 400 tokens for a decoder, 1,040 for an encoder-decoder).
 MODELS = {  # name -> hub id or folder, and what differs from TRAINING
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=5, r=8),
-    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, head_lr=5, epochs=8, r=8),
+    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8, r=8),
     "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
     "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
