@@ -395,8 +395,8 @@ def load_annotations(name, row, folder, text_col, user_col, labels):
     paths, original = annotation_files(folder, row)
     get = f"python plm.py data --data {name} downloads them; " if "urls" in row else ""
     if not paths:
-        raise BadInput(f"{os.path.join(folder, row['files'][0])}: no such file ({get}"
-                       "--data-dir DIR says where the files are)")
+        hint = f" ({get}--data-dir DIR says where the files are)" if name in DATASETS else ""
+        raise BadInput(f"{os.path.join(folder, row['files'][0])}: no such file{hint}")
     annotations, labels = [], labels or row.get("labels")
     for path in paths:
         labels, part = read_annotations(path, text_col or row["text"], user_col or row["user"],

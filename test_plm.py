@@ -1523,9 +1523,15 @@ def plm_command(*args, cwd=HERE, **env):
         (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory"),
     ],
 )
-def test_bad_input_gets_one_line_and_status_2(args, says):
-    status, out, err = plm_command(*args)
-    assert status == 2 and says in err and err.count("\n") == 1 and "Traceback" not in err
+def test_bad_input_gets_one_line_and_status_2(args, says, capsys):
+    assert plm.main(args) == 2
+    err = capsys.readouterr().err
+    assert says in err and err.count("\n") == 1
+
+
+def test_the_exit_status_reaches_the_shell():
+    status, out, err = plm_command("cls", "--data", "nosuch.csv")
+    assert status == 2 and not out and err == "plm.py: nosuch.csv: no such file\n"
 
 
 def files_of(folder):
@@ -1629,26 +1635,27 @@ def test_two_processes_train_as_one_does(tmp_path):
     assert f1[0] == pytest.approx(f1[1], abs=0.01)
 
 
-def test_a_damaged_file_is_left_out_of_the_table_and_named(tmp_path):
+def test_a_damaged_file_is_left_out_of_the_table_and_named(tmp_path, capsys):
     for seed, text in enumerate(["{", "[]", '{"data": "d"}', ""]):
         folder = tmp_path / "d" / "m" / "cls" / f"seed{seed}"
         folder.mkdir(parents=True)
         (folder / "metrics.json").write_text(text)
     good = dict(data="d", method="cls", model="m", f1_macro=0.25)
     (tmp_path / "d" / "m" / "cls" / "seed3" / "metrics.json").write_text(json.dumps(good))
-    status, out, err = plm_command("table", "--out", str(tmp_path))
-    assert status == 0 and "0.2500" in out and err.count("is left out") == 3
+    assert plm.main(["table", "--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "0.2500" in out and err.count("is left out") == 3
 
 
-def test_a_run_never_takes_the_folder_of_another(tmp_path):
+def test_a_run_never_takes_the_folder_of_another(tmp_path, capsys):
     rows = some_rows()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         write_csv(tmp_path / name / "same.csv", rows)
     args = ["q_0s", "--max-eval", "5", "--out", str(tmp_path / "out"), "--data"]
-    assert plm_command(*args, str(tmp_path / "one" / "same.csv"))[0] == 0
-    status, _, err = plm_command(*args, str(tmp_path / "two" / "same.csv"))
-    assert status == 2 and "another folder with --out" in err
+    assert plm.main([*args, str(tmp_path / "one" / "same.csv")]) == 0
+    assert plm.main([*args, str(tmp_path / "two" / "same.csv")]) == 2
+    assert "another folder with --out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -1670,14 +1677,16 @@ def test_models_whose_attention_is_not_replaced_are_refused(tmp_path):
         model(plm.make_batch(model, random_rows()))
 
 
-def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path):
+def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path, capsys):
     args = ["cls", "--max-steps", "2", "--max-eval", "20", "--out", str(tmp_path)]
-    assert plm_command(*args)[0] == 0
+    assert plm.main(args) == 0
     folder = tmp_path / "sample" / "tiny" / "cls" / "seed42"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    status, _, err = plm_command(*args, "--lr", "1e20")  # the loss will not be finite
-    assert status == 2 and "lower --lr" in err
+    assert set(before) == {"log.jsonl", "predictions.csv", "adapter.safetensors", "metrics.json"}
+    assert plm.main([*args, "--lr", "1e18"]) == 2  # the loss will not be finite
+    assert "lower --lr" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert os.listdir(folder.parent) == ["seed42"]  # and nothing half-written beside it
 
 
 def test_every_target_of_the_makefile_is_a_command_and_readme_names_no_other():
