@@ -646,6 +646,7 @@ def random_rows(seed=1, texts=4):
 ARCHITECTURES = {
     "llama": ("LlamaConfig", dict(num_key_value_heads=2)),
     "mistral": ("MistralConfig", dict(num_key_value_heads=2)),
+    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
     "phi": ("PhiConfig", {}),
     "gpt_neox": ("GPTNeoXConfig", {}),
     "t5": ("T5Config", {}),
@@ -706,6 +707,7 @@ def test_only_the_linears_of_the_backbone_are_quantized(model_dir):
     leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.LoRALinear)}
     attention = {
         "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
+        "qwen2": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
         "mistral": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
         "phi": "q_proj k_proj v_proj dense fc1 fc2",
         "gpt_neox": "query_key_value dense dense_h_to_4h dense_4h_to_h",
