@@ -1064,21 +1064,22 @@ class PersonalizedLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def hidden(self, batch):
-        """(P, D) the hidden states that the head reads."""
+        """(P, D) the hidden states that the head reads. By index_select and not by x[index], whose
+        backward pass adds up in another order in every run."""
         inputs = dict(batch["inputs"])
         if not self.seq2seq:
             out = self.lm.base_model(**inputs, use_cache=False)
             if "used" not in inputs["tree"]:
                 raise BadInput(f"{type(self.lm).__name__}: transformers does not let its attention "
                                "be replaced; take another model")
-            return out.last_hidden_state[0, batch["at"]]
+            return out.last_hidden_state[0].index_select(0, batch["at"])
         row, mask = inputs.pop("encoder_row"), inputs["attention_mask"]
         decoder_input_ids = inputs.pop("decoder_input_ids")
         memory = self.lm.get_encoder()(**inputs).last_hidden_state
         out = self.lm.get_decoder()(
-            input_ids=decoder_input_ids, encoder_hidden_states=memory[row],
+            input_ids=decoder_input_ids, encoder_hidden_states=memory.index_select(0, row),
             encoder_attention_mask=mask[row], use_cache=False)
-        return out.last_hidden_state.flatten(0, 1)[batch["at"]]
+        return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
 
     def token_logits(self, hidden):
         """(P, D) -> (P, V) float32"""
@@ -1308,7 +1309,7 @@ def n_targets(rows, head):
 
 def summed_loss(model, batch):
     """() the loss of a batch, summed over its targets."""
-    out = model(batch)[batch["of"]]
+    out = model(batch).index_select(0, batch["of"])
     if model.head == "cls":
         return F.binary_cross_entropy_with_logits(out, batch["target"].float(), reduction="sum")
     return F.cross_entropy(out, batch["target"], reduction="sum")
