@@ -64,6 +64,10 @@ data: $(VENV)/ready  ## download and prepare DATA=goemotions or DATA=unhealthy
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
 	$(RUN) table $(ARGS)
 
+bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are installed
+	$(VENV)/bin/python plm.py bench $(FLAGS)
+	@BENCH='$(FLAGS)' $(VENV)/bin/python -m pytest -qs -k bench -rs test_plm.py
+
 test: $(VENV)/ready  ## the tests: under five minutes, no network, no GPU
 	$(VENV)/bin/python -m pytest -q test_plm.py
 

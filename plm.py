@@ -52,8 +52,10 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing, contextmanager
 from datetime import timedelta
+from multiprocessing import get_context
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -710,16 +712,15 @@ class NF4Linear(nn.Module):
 # and leaves its bytes alone.
 
 class LoRAMatmul(torch.autograd.Function):
-    """x (.., K), drop (.., K) bool or None -> layer(x) + scaling * x' A^T B^T (.., N), x' without
-    what is dropped. In training it takes the place of NF4Matmul, in one pass over x and y. Autograd
-    would keep a thinned-out copy of x for every layer. This keeps x, which the query, key and value
-    layers have in common, and one byte an entry."""
+    """x (.., K), keep (.., K) of 0 and 1 or None -> layer(x) + scaling * (x keep) A^T B^T (.., N).
+    In training it takes the place of NF4Matmul, in one pass over x and y. Autograd would save x
+    once more for every layer, thinned out. This saves x itself, which the query, key and value
+    layers have in common."""
 
     @staticmethod
-    def forward(ctx, x, layer, drop, lora_A, lora_B, scaling):
-        thin = x if drop is None else x.masked_fill(drop, 0)
-        low = F.linear(thin, lora_A.to(x.dtype))  # (.., r)
-        ctx.save_for_backward(x, drop, low, lora_A, lora_B)
+    def forward(ctx, x, layer, keep, lora_A, lora_B, scaling):
+        low = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (.., r)
+        ctx.save_for_backward(x, keep, low, lora_A, lora_B)
         ctx.layer, ctx.scaling = layer, scaling
         y = F.linear(x, layer.dequantize(), layer.bias)
         y.view(-1, layer.N).addmm_(low.flatten(0, -2), (scaling * lora_B.T).to(x.dtype))
@@ -727,28 +728,21 @@ class LoRAMatmul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        x, drop, low, lora_A, lora_B = ctx.saved_tensors
-        thin = x if drop is None else x.masked_fill(drop, 0)
+        x, keep, low, lora_A, lora_B = ctx.saved_tensors
         grad_low = grad @ (ctx.scaling * lora_B).to(x.dtype)  # (.., N) @ (N, r)
         through = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K)
         grad_x = grad @ ctx.layer.dequantize()  # (.., N) @ (N, K)
-        grad_x += through if drop is None else through.masked_fill_(drop, 0)
+        grad_x += through if keep is None else through.mul_(keep)
+        thin = x if keep is None else torch.mul(x, keep, out=through)  # through was its last use
         grad_A = grad_low.flatten(0, -2).T @ thin.flatten(0, -2)
-        grad_B = ctx.scaling * (grad.flatten(0, -2).T @ low.flatten(0, -2))
+        grad_B = ctx.scaling * (low.flatten(0, -2).T @ grad.flatten(0, -2)).T
         return grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
-
-
-def drop_mask(shape, p, device):
-    """(shape) bool, True with probability p to the nearest 1/256. One random byte an entry, eight
-    to a draw: on a CPU a fifth of the time of torch's own dropout."""
-    n = math.prod(shape)
-    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=device).random_(-2 ** 63, None)
-    return (words.view(torch.uint8)[:n] < round(256 * p)).view(shape)
 
 
 class LoRALinear(nn.Module):
     """base(x) + scaling * B A dropout(x)"""
     weight = None  # see NF4Linear
+    pool = None    # see draw_dropout
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
@@ -759,11 +753,28 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
     def forward(self, x):
-        drop, scaling = None, self.scaling
+        keep, scaling = None, self.scaling
         if self.training and self.dropout:
-            drop = drop_mask(x.shape, self.dropout, x.device)
+            start = int(torch.randint(len(self.pool) - x.numel() + 1, ()))
+            keep = self.pool[start:start + x.numel()].view(x.shape)
             scaling /= 1 - round(256 * self.dropout) / 256  # so that the expectation stays
-        return LoRAMatmul.apply(x, self.base, drop, self.lora_A, self.lora_B, scaling)
+        return LoRAMatmul.apply(x, self.base, keep, self.lora_A, self.lora_B, scaling)
+
+
+def draw_dropout(module, positions):
+    """Draws what the LoRA layers below `module` drop in one forward pass, of that many positions at
+    most: a pool of ones, and zeros with probability `dropout` (to the nearest 1/256). Each layer
+    takes a piece of it from a random place on. A draw for each layer of its own would take a fifth
+    of the time of a step."""
+    layers = [m for m in module.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
+    if not layers:
+        return
+    n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
+    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=base.packed.device)
+    words.random_(-2 ** 63, None)  # eight bytes to a draw, of which an entry takes one
+    pool = (words.view(torch.uint8) >= round(256 * layers[0].dropout)).to(base.dtype)
+    for layer in layers:
+        layer.pool = pool
 
 
 def add_lora(module, r, alpha, dropout):
@@ -1067,7 +1078,9 @@ class PersonalizedLM(nn.Module):
         """(P, D) the hidden states that the head reads. By index_select and not by x[index], whose
         backward pass adds up in another order in every run."""
         inputs = dict(batch["inputs"])
+        input_ids = inputs["input_ids"]
         if not self.seq2seq:
+            draw_dropout(self, input_ids.numel())
             out = self.lm.base_model(**inputs, use_cache=False)
             if "used" not in inputs["tree"]:
                 raise BadInput(f"{type(self.lm).__name__}: transformers does not let its attention "
@@ -1075,6 +1088,7 @@ class PersonalizedLM(nn.Module):
             return out.last_hidden_state[0].index_select(0, batch["at"])
         row, mask = inputs.pop("encoder_row"), inputs["attention_mask"]
         decoder_input_ids = inputs.pop("decoder_input_ids")
+        draw_dropout(self, len(row) * max(input_ids.shape[1], decoder_input_ids.shape[1]))
         memory = self.lm.get_encoder()(**inputs).last_hidden_state
         out = self.lm.get_decoder()(
             input_ids=decoder_input_ids, encoder_hidden_states=memory.index_select(0, row),
@@ -2086,7 +2100,134 @@ def print_table(out):
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. The original files. A file gets its name when it is complete and checked. Until then it is
+# 16. How fast. `plm.py bench` times training steps on rows of the dataset and compares them with
+# the floor: the operations that the distinct tokens cannot do without, at the rate at which this
+# machine multiplies matrices. A frozen weight costs 4 operations a token: 2 forward, and 2 for the
+# gradient of what went in; it needs none of its own.
+
+BENCH_ROWS = 256  # annotations timed for a line, after a step of warm-up
+BENCH = [  # a line of the bench: method, annotations a step, and annotators a text (0: all)
+    ("cls", 32, 0), ("cls_p", 32, 0), ("lm", 32, 0), ("lm_p", 32, 0),
+    ("cls_p", 8, 0), ("cls_p", 128, 0), ("cls_p", 32, 1), ("cls_p", 32, 3), ("cls_p", 32, 5)]
+
+
+def annotators(rows, n):
+    """The first n annotations of every text that has as many; all of all texts for n = 0."""
+    by_text = defaultdict(list)
+    for a in rows:
+        by_text[a.text].append(a)
+    return [a for group in by_text.values() if len(group) >= n for a in group[:n or None]]
+
+
+def matmul_rate(device, dtype, n=1024, repeats=8):
+    """Operations a second of (n, n) @ (n, n): the best of some."""
+    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
+    for _ in range(repeats):
+        start = time.perf_counter()
+        b = a @ a
+        b[0, 0].item()  # waits for a GPU
+        best = min(best, time.perf_counter() - start)
+    return 2 * n ** 3 / best
+
+
+@contextmanager
+def counted_operations(model):
+    """A Counter in which `operations` adds up what training steps inside need at least: 4 a weight
+    and token of linear layers; in a decoder also 12 D a layer for every token that a token sees."""
+    count, config = Counter(), model.lm.config
+
+    def linear(layer, args, out):
+        n = layer.base.N * layer.base.K if isinstance(layer, LoRALinear) else layer.weight.numel()
+        count["operations"] += 4 * n * math.prod(args[0].shape[:-1])
+
+    def attention(backbone, args, kwargs):
+        seen = (kwargs["position_ids"] + 1).sum().item()
+        width = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
+        width *= config.num_attention_heads
+        count["operations"] += 12 * config.num_hidden_layers * width * seen
+
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    hooks = [m.register_forward_hook(linear) for m in (*layers, model.lm.get_output_embeddings())]
+    if not model.seq2seq:
+        hooks.append(model.lm.base_model.register_forward_pre_hook(attention, with_kwargs=True))
+    yield count
+    for hook in hooks:
+        hook.remove()
+
+
+def bench_rows(args, kind, tokenizer, data, batch, n):
+    """The batches to time, the first for warming up: the same ones in every run."""
+    rows, _ = encode(tokenizer, kind, data.labels, annotators(data.train, n), args.max_text)
+    steps = min(args.max_steps or BENCH_ROWS, max(BENCH_ROWS // batch, 2))
+    return in_batches(rows, batch, random.Random(args.seed))[:1 + steps]
+
+
+def bench_line(args, method, batch, n):
+    """dict of what a line of BENCH measures, in a process of its own for its peak of memory."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, settings, share = METHODS[method], settings_of(args), not args.no_share
+    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
+                                  args.checkpoint)
+    dense = not args.no_dense and keep_dense(model)
+    parts = bench_rows(args, kind, tokenizer, data, batch, n)
+    optimizer = torch.optim.AdamW(model.trainable().values(), lr=settings["lr"], weight_decay=0.0)
+    budget = math.inf if args.micro_batch else token_budget(model, sum(parts, []), share)
+    done, needed, seconds, first = Counter(), 0, 0, None
+    for i, part in enumerate(progress(parts, f"{method} {batch} {n or 'all'}", "steps")):
+        distinct = make_batch(model, part)["tokens"]  # cut into pieces, a step computes some twice
+        start = time.perf_counter()
+        with counted_operations(model) as count:
+            loss, tokens = train_step(model, part, optimizer, settings["clip"], share, budget,
+                                      args.micro_batch)
+            loss, tokens = loss.item(), int(tokens)  # waits for a GPU
+        first = loss if i == 0 else first
+        if i:
+            seconds += time.perf_counter() - start
+            needed += count["operations"] * distinct / tokens
+            done.update(rows=len(part), tokens=tokens)
+    rate = matmul_rate(device, model.lm.dtype)
+    return dict(method=method, batch=batch, annotators=n or "all", steps=len(parts) - 1,
+                rows_per_second=done["rows"] / seconds, tokens_per_second=done["tokens"] / seconds,
+                tokens_per_row=done["tokens"] / done["rows"], matmul_gflops=rate / 1e9,
+                share_of_floor=needed / rate / seconds, peak_memory_mb=peak_memory_mb(device),
+                dense_copy=dense, first_loss=first)
+
+
+def in_own_process(function, *args):
+    """What function(*args) returns, computed in a new process."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def write_json(path, value):
+    """Writes a file that is there whole or not at all."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    os.replace(path + ".part", path)
+
+
+def bench(args):
+    """`plm.py bench`: prints the lines of BENCH and writes them to bench.json."""
+    lines = []
+    print(f"{args.model} on {args.data}, {torch.get_num_threads()} threads\n"
+          "method  batch  annotators  rows/s  tokens/s  tokens/row  of the floor  peak MB")
+    for case in BENCH:
+        m = in_own_process(bench_line, args, *case)
+        print(f"{m['method']:8}{m['batch']:5}{m['annotators']:>12}{m['rows_per_second']:8.2f}"
+              f"{m['tokens_per_second']:10.0f}{m['tokens_per_row']:12.1f}"
+              f"{m['share_of_floor']:13.0%}{m['peak_memory_mb']:10,}", flush=True)
+        lines.append(m)
+    data = args.data if args.data in DATASETS else model_name(args.data).removesuffix(".csv")
+    path = os.path.join(args.out, data, model_name(args.model), "bench.json")
+    write_json(path, lines)
+    print(f"files: {path}")
+
+
+# --------------------------------------------------------------------------------------------------
+# 17. The original files. A file gets its name when it is complete and checked. Until then it is
 # FILE.part, and FILE.part.version says which version of it the server was sending (its ETag), so
 # that a later run goes on where this one ended, or begins again if it has changed.
 
@@ -2232,7 +2373,7 @@ def make_data(name, data_dir=None, labels=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# 17. The command line.
+# 18. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -2260,8 +2401,9 @@ def make_parser():
         epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
                f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
     count = number(int, 1)
-    p.add_argument("command", choices=[*METHODS, "data", "table"], metavar="COMMAND",
-                   help="a method below; data: download and prepare; table: F1 of all runs")
+    p.add_argument("command", choices=[*METHODS, "data", "table", "bench"], metavar="COMMAND",
+                   help="a method below; data: download and prepare; table: F1 of all runs; "
+                        "bench: how fast")
     p.add_argument("--model", default="tiny", metavar="M",
                    help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")
     p.add_argument("--data", default="sample", metavar="D", help="a name below or a CSV (sample)")
@@ -2306,6 +2448,8 @@ def main(argv=None):
             print_table(args.out)
         elif args.command == "data":
             make_data(args.data, args.data_dir, args.labels)
+        elif args.command == "bench":
+            bench(args)
         else:
             join_ranks()
             run(args.command, args)

@@ -9,6 +9,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -596,24 +598,36 @@ def test_lora_begins_as_nothing_and_is_w_plus_ba():
 def test_lora_gradients_are_autograds():
     layer, x = small_lora(), torch.randn(3, 64)
     nn.init.normal_(layer.lora_B)
-    drop, layer.base.dtype = plm.drop_mask(x.shape, 0.3, CPU), torch.float64
+    keep, layer.base.dtype = (torch.rand(x.shape) < 0.7).double(), torch.float64
     inputs = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
 
     def matmul(x, A, B):
-        return plm.LoRAMatmul.apply(x, layer.base, drop, A, B, 1.7)
+        return plm.LoRAMatmul.apply(x, layer.base, keep, A, B, 1.7)
 
     assert torch.autograd.gradcheck(matmul, inputs)
     x, A, B = inputs
-    dense = F.linear(x, layer.base.dequantize()) + 1.7 * x.masked_fill(drop, 0) @ A.T @ B.T
+    dense = F.linear(x, layer.base.dequantize()) + 1.7 * (x * keep) @ A.T @ B.T
     assert torch.allclose(matmul(x, A, B), dense)
 
 
 def test_dropout_hits_five_percent_and_only_in_training():
-    assert abs(plm.drop_mask((1000, 1000), 0.05, CPU).float().mean() - 13 / 256) < 0.001
-    layer, x = small_lora(dropout=0.5), torch.randn(3, 64)
+    layer, x = small_lora(dropout=0.05), torch.randn(3, 64)
     nn.init.normal_(layer.lora_B)
-    assert not torch.equal(layer.train()(x), layer.eval()(x))
-    assert torch.equal(layer(x), layer(x))
+    plm.draw_dropout(layer, positions=10_000)
+    assert layer.pool.unique().tolist() == [0, 1]
+    assert abs(1 - layer.pool.mean() - 13 / 256) < 0.001
+    kept = [layer(x) for _ in range(2)]  # two pieces of the pool
+    assert not torch.equal(*kept)
+    layer.eval()
+    assert torch.equal(layer(x), layer(x)) and not torch.equal(layer(x), kept[0])
+
+
+def test_dropout_keeps_the_expectation():
+    layer, x = small_lora(dropout=0.5), torch.randn(1, 64)
+    nn.init.normal_(layer.lora_B)
+    plm.draw_dropout(layer, positions=20_000)
+    mean = layer(x.expand(20_000, -1)).mean(0)
+    assert torch.allclose(mean, layer.eval()(x)[0], atol=0.05 * float(mean.abs().max()))
 
 
 # ------------------------------------------------------- the prompt tree, the models, the batches
@@ -1910,3 +1924,185 @@ def test_bad_names_and_places(server, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(plm.BadInput, match="--data-dir DIR"):
         plm.make_data("goemotions", str(tmp_path / "file" / "sub"))
+
+
+# ------------------------------------------------------------------- how fast, beside other stacks
+# No tests but measurements, for `make bench`: left out of `make test`, and nothing in them depends
+# on a time. Needs `pip install peft bitsandbytes`; the model has to be a decoder.
+
+bench = pytest.mark.skipif("BENCH" not in os.environ, reason="a measurement: make bench")
+
+
+def on_gpu():
+    return torch.cuda.is_available()
+
+
+def bench_args():
+    return plm.make_parser().parse_args(["bench", *shlex.split(os.environ["BENCH"])])
+
+
+def in_nf4_and_peft(folder, settings):
+    """The stack that a user would pick: transformers' model, its linear layers by bitsandbytes with
+    double quantization, LoRA by PEFT. bfloat16 on a GPU, float32 on a CPU."""
+    import peft
+
+    dtype = torch.bfloat16 if on_gpu() else torch.float32
+    nf4 = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    lm = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=nf4, dtype=dtype, device_map={"": "cuda" if on_gpu() else "cpu"}
+    )
+    lora = peft.LoraConfig(
+        r=settings["r"],
+        lora_alpha=settings["alpha"],
+        lora_dropout=settings["dropout"],
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return peft.get_peft_model(lm, lora)
+
+
+def padded_loss(model, score, rows, head):
+    """The loss that plm.summed_loss returns, of prompts that are padded and computed in full."""
+    ids = [r.prompt + r.answer[:-1] * (head == "lm") for r in rows]
+    input_ids, mask = plm.padded(ids, model.device)
+    body = model.get_base_model().base_model
+    hidden = body(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
+    if head == "cls":
+        last = hidden[torch.arange(len(rows)), mask.sum(1) - 1].float()
+        target = torch.tensor([r.labels for r in rows], device=model.device)
+        return F.binary_cross_entropy_with_logits(score(last), target.float(), reduction="sum")
+    at = [(i, len(r.prompt) - 1 + j) for i, r in enumerate(rows) for j in range(len(r.answer))]
+    target = torch.tensor([token for r in rows for token in r.answer], device=model.device)
+    logits = model.get_base_model().get_output_embeddings()(hidden[tuple(zip(*at))])
+    return F.cross_entropy(logits.float(), target, reduction="sum")
+
+
+def peft_line(args, method, batch, micro=8):
+    """dict of what plm.bench_line measures, of PEFT and bitsandbytes on the very same prompts:
+    padded to the longest of `micro` rows, which are of about one length."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    kind, settings = plm.METHODS[method], plm.settings_of(args)
+    data = plm.load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
+    folder = plm.model_folder(args.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(args.seed)
+    model = in_nf4_and_peft(folder, settings).train()
+    score = nn.Linear(model.config.hidden_size, len(data.labels), bias=False, device=model.device)
+    params = [p for p in model.parameters() if p.requires_grad]
+    params += score.parameters() if kind.head == "cls" else []
+    optimizer = torch.optim.AdamW(params, lr=settings["lr"], weight_decay=0.0)
+    parts, seconds = plm.bench_rows(args, kind, tokenizer, data, batch, 0), 0
+    losses = [0.0] * len(parts)
+    for i, part in enumerate(parts):
+        start, part = time.perf_counter(), sorted(part, key=lambda r: len(r.prompt))
+        for at in range(0, len(part), micro):
+            loss = padded_loss(model, score, part[at : at + micro], kind.head)
+            loss = loss / plm.n_targets(part, kind.head)
+            loss.backward()
+            losses[i] += float(loss.detach())  # waits for a GPU
+        nn.utils.clip_grad_norm_(params, settings["clip"])
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds += time.perf_counter() - start if i else 0
+    rows = sum(map(len, parts[1:]))
+    memory = plm.peak_memory_mb(torch.device("cuda" if on_gpu() else "cpu"))
+    return dict(rows_per_second=rows / seconds, peak_memory_mb=memory, first_loss=losses[0])
+
+
+@bench
+@pytest.mark.parametrize("method", ["cls", "cls_p", "lm", "lm_p"])
+def test_bench_training_beside_peft(method):
+    pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
+    args, ratios = bench_args(), []
+    for _ in range(2):  # in turn, since the machine may be busier now than then
+        ours = plm.in_own_process(plm.bench_line, args, method, plm.TRAINING["batch"], 0)
+        peft = plm.in_own_process(peft_line, args, method, plm.TRAINING["batch"])
+        if method.startswith("lm"):  # a head for classification begins at random
+            assert abs(ours["first_loss"] / peft["first_loss"] - 1) < 1e-3
+        ratios.append(ours["rows_per_second"] / peft["rows_per_second"])
+        print(
+            f"\n{method}: {ours['rows_per_second']:.2f} rows/s in {ours['peak_memory_mb']:,} MB, "
+            f"PEFT {peft['rows_per_second']:.2f} in {peft['peak_memory_mb']:,} MB: "
+            f"{ratios[-1]:.1f} times as fast, "
+            f"{ours['peak_memory_mb'] / peft['peak_memory_mb']:.2f} of the memory; "
+            f"{ours['share_of_floor']:.0%} of the floor"
+        )
+
+
+def rounded_model(folder, model):
+    """transformers' own model with the weights that `model` has in NF4."""
+    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.lm.dtype)
+    for name, layer in model.lm.named_modules():
+        if isinstance(layer, plm.NF4Linear):
+            lm.get_submodule(name).weight.data = layer.dequantize()
+    return lm.to(model.device).eval()
+
+
+@bench
+def test_bench_prediction_beside_generate(tokens=8, size=64):
+    # As many new tokens as a trained model's answers have; both stop early where all have ended.
+    args, kind = bench_args(), plm.METHODS["lm_p"]
+    data = plm.load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    model, tokenizer = plm.load_model(args.model, "ask", len(data.labels), device)
+    plm.keep_dense(model)
+    rows, _ = plm.encode(tokenizer, kind, data.labels, data.test[:128], args.max_text)
+    theirs, end = rounded_model(plm.model_folder(args.model), model), tokenizer.eos_token_id
+
+    def grow(part):
+        return plm.grow_answers(model, part, end, tokens)
+
+    def generate(part):
+        width = max(len(r.prompt) for r in part)
+        ids = torch.tensor([[end] * (width - len(r.prompt)) + list(r.prompt) for r in part])
+        mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in part])
+        out = theirs.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end,
+        )[:, width:].tolist()
+        return [o[: o.index(end)] if end in o else o for o in out]
+
+    found, rates = [], []
+    for function in (grow, generate, grow, generate):
+        start = time.perf_counter()
+        found.append(plm.for_each_batch(model, rows, function, size))
+        rates.append(len(rows) / (time.perf_counter() - start))
+    same = sum(a == b for a, b in zip(found[0], found[1])) / len(rows)
+    print(
+        f"\nprediction: {rates[0]:.2f} and {rates[2]:.2f} rows/s, generate {rates[1]:.2f} and "
+        f"{rates[3]:.2f}: {(rates[0] + rates[2]) / (rates[1] + rates[3]):.1f} times as fast; "
+        f"{same:.0%} of the answers are the same"
+    )
+
+
+@bench
+def test_bench_quantizing_beside_bitsandbytes(n=4096, repeats=5):
+    functional = pytest.importorskip("bitsandbytes").functional
+    linear, best = nn.Linear(n, n, bias=False), [math.inf, math.inf]
+
+    def theirs():
+        return functional.quantize_4bit(
+            linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
+        )[0]
+
+    for _ in range(repeats):
+        for i, function in enumerate((lambda: plm.NF4Linear.from_linear(linear).packed, theirs)):
+            start = time.perf_counter()
+            packed = function()
+            best[i] = min(best[i], time.perf_counter() - start)
+    assert torch.equal(plm.NF4Linear.from_linear(linear).packed.view(-1), packed.view(-1))
+    print(
+        f"\nquantizing {n} x {n}: {best[0]:.3f} s, bitsandbytes {best[1]:.3f} s: "
+        f"{best[1] / best[0]:.1f} times as fast"
+    )
