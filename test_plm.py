@@ -1926,6 +1926,40 @@ def test_bad_names_and_places(server, tmp_path):
         plm.make_data("goemotions", str(tmp_path / "file" / "sub"))
 
 
+# --------------------------------------------------------------------------------------- the bench
+
+
+def test_annotators_takes_the_first_of_every_text_that_has_as_many():
+    rows = [plm.Annotation(text, str(i), (1,)) for i, text in enumerate("abcabca")]
+    assert [a.user for a in plm.annotators(rows, 2)] == ["0", "3", "1", "4", "2", "5"]
+    assert [a.user for a in plm.annotators(rows, 3)] == ["0", "3", "6"]
+    assert len(plm.annotators(rows, 0)) == len(rows)
+
+
+def test_operations_are_counted_as_on_paper(tmp_path):
+    path, _ = random_model_folder(tmp_path, "llama")
+    model = ready(path, "lm")
+    batch = plm.make_batch(model, random_rows())
+    with plm.counted_operations(model) as count:
+        model(batch)
+    config, inputs = model.lm.config, batch["inputs"]
+    linear = 4 * batch["tokens"] * plm.parameter_counts(model)["quantized"]
+    head = 4 * len(batch["at"]) * config.vocab_size * config.hidden_size
+    seen = sum(position + 1 for position in inputs["position_ids"][0].tolist())
+    width = config.num_attention_heads * model.lm.base_model.layers[0].self_attn.head_dim
+    attention = 12 * width * config.num_hidden_layers * seen
+    assert count["operations"] == linear + head + attention
+
+
+def test_bench_writes_what_it_prints(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plm, "BENCH", [("cls_p", 8, 3)])
+    assert plm.main(["bench", "--max-steps", "2", "--out", str(tmp_path)]) == 0
+    with open(tmp_path / "sample" / "tiny" / "bench.json", encoding="utf-8") as f:
+        (line,) = json.load(f)
+    assert line["steps"] == 2 and line["annotators"] == 3 and 0 < line["share_of_floor"] < 1
+    assert f"{line['rows_per_second']:8.2f}" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------- how fast, beside other stacks
 # No tests but measurements, for `make bench`: left out of `make test`, and nothing in them depends
 # on a time. Needs `pip install peft bitsandbytes`; the model has to be a decoder.
