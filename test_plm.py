@@ -2054,20 +2054,21 @@ def peft_line(args, method, batch, micro=8):
 @pytest.mark.parametrize("method", ["cls", "cls_p", "lm", "lm_p"])
 def test_bench_training_beside_peft(method):
     pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
-    args, ratios = bench_args(), []
-    for _ in range(2):  # in turn, since the machine may be busier now than then
-        ours = plm.in_own_process(plm.bench_line, args, method, plm.TRAINING["batch"], 0)
-        peft = plm.in_own_process(peft_line, args, method, plm.TRAINING["batch"])
-        if method.startswith("lm"):  # a head for classification begins at random
-            assert abs(ours["first_loss"] / peft["first_loss"] - 1) < 1e-3
-        ratios.append(ours["rows_per_second"] / peft["rows_per_second"])
-        print(
-            f"\n{method}: {ours['rows_per_second']:.2f} rows/s in {ours['peak_memory_mb']:,} MB, "
-            f"PEFT {peft['rows_per_second']:.2f} in {peft['peak_memory_mb']:,} MB: "
-            f"{ratios[-1]:.1f} times as fast, "
-            f"{ours['peak_memory_mb'] / peft['peak_memory_mb']:.2f} of the memory; "
-            f"{ours['share_of_floor']:.0%} of the floor"
-        )
+    args, batch = bench_args(), plm.TRAINING["batch"]
+    case = args, method, batch, 0
+    before = plm.in_own_process(plm.bench_line, *case)
+    peft = plm.in_own_process(peft_line, *case[:3])
+    after = plm.in_own_process(plm.bench_line, *case)  # the machine may be busier now than then
+    if method.startswith("lm"):  # a head for classification begins at random
+        assert abs(before["first_loss"] / peft["first_loss"] - 1) < 1e-3
+    rates = [line["rows_per_second"] for line in (before, peft, after)]
+    memory = before["peak_memory_mb"], peft["peak_memory_mb"]
+    print(
+        f"\n{method}: {rates[0]:.2f} and {rates[2]:.2f} rows/s in {memory[0]:,} MB, PEFT "
+        f"{rates[1]:.2f} in {memory[1]:,} MB: {(rates[0] + rates[2]) / 2 / rates[1]:.1f} times as "
+        f"fast, {memory[0] / memory[1]:.2f} of the memory; {before['share_of_floor']:.0%} and "
+        f"{after['share_of_floor']:.0%} of the floor"
+    )
 
 
 def rounded_model(folder, model):
