@@ -2111,12 +2111,15 @@ BENCH = [  # a line of the bench: method, annotations a step, and annotators a t
     ("cls_p", 8, 0), ("cls_p", 128, 0), ("cls_p", 32, 1), ("cls_p", 32, 3), ("cls_p", 32, 5)]
 
 
-def annotators(rows, n):
-    """The first n annotations of every text that has as many; all of all texts for n = 0."""
+def annotators(rows, n, rng):
+    """The first n annotations of every text that has as many, all of all texts for n = 0; the texts
+    in random order."""
     by_text = defaultdict(list)
     for a in rows:
         by_text[a.text].append(a)
-    return [a for group in by_text.values() if len(group) >= n for a in group[:n or None]]
+    groups = [group[:n or None] for group in by_text.values() if len(group) >= n]
+    rng.shuffle(groups)
+    return sum(groups, [])
 
 
 def matmul_rate(device, dtype, n=1024, repeats=8):
@@ -2156,10 +2159,12 @@ def counted_operations(model):
 
 
 def bench_rows(args, kind, tokenizer, data, batch, n):
-    """The batches to time, the first for warming up: the same ones in every run."""
-    rows, _ = encode(tokenizer, kind, data.labels, annotators(data.train, n), args.max_text)
-    steps = min(args.max_steps or BENCH_ROWS, max(BENCH_ROWS // batch, 2))
-    return in_batches(rows, batch, random.Random(args.seed))[:1 + steps]
+    """The batches to time, and before them the first of them for warming up. Of any size they hold
+    the same annotations, or else the length of the texts would tell more than the size."""
+    rng, most = random.Random(args.seed), min(BENCH_ROWS, (args.max_steps or BENCH_ROWS) * batch)
+    some = annotators(data.train, n, rng)[:most]
+    parts = in_batches(encode(tokenizer, kind, data.labels, some, args.max_text)[0], batch, rng)
+    return parts[:1] + parts
 
 
 def bench_line(args, method, batch, n):
@@ -2205,15 +2210,19 @@ def in_own_process(function, *args):
 def bench(args):
     """`plm.py bench`: prints the lines of BENCH and writes them to bench.json."""
     lines = []
+    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
     print(f"{args.model} on {args.data}, {torch.get_num_threads()} threads\n"
           "method  batch  annotators  rows/s  tokens/s  tokens/row  of the floor  peak MB")
-    for case in BENCH:
-        m = in_own_process(bench_line, args, *case)
+    for method, batch, n in BENCH:
+        if not annotators(data.train, n, random):
+            print(f"{method:8}{batch:5}{n:12}  no text has as many")
+            continue
+        m = in_own_process(bench_line, args, method, batch, n)
         print(f"{m['method']:8}{m['batch']:5}{m['annotators']:>12}{m['rows_per_second']:8.2f}"
               f"{m['tokens_per_second']:10.0f}{m['tokens_per_row']:12.1f}"
               f"{m['share_of_floor']:13.0%}{m['peak_memory_mb']:10,}", flush=True)
         lines.append(m)
-    folder = os.path.join(args.out, lines[0]["data"], model_name(args.model))
+    folder = os.path.join(args.out, data.name, model_name(args.model))
     with run_files(folder) as part:
         with open(os.path.join(part, "bench.json"), "w", encoding="utf-8") as f:
             json.dump(lines, f, indent=1)

@@ -1931,9 +1931,10 @@ def test_bad_names_and_places(server, tmp_path):
 
 def test_annotators_takes_the_first_of_every_text_that_has_as_many():
     rows = [plm.Annotation(text, str(i), (1,)) for i, text in enumerate("abcabca")]
-    assert [a.user for a in plm.annotators(rows, 2)] == ["0", "3", "1", "4", "2", "5"]
-    assert [a.user for a in plm.annotators(rows, 3)] == ["0", "3", "6"]
-    assert len(plm.annotators(rows, 0)) == len(rows)
+    rng = random.Random(0)
+    assert {a.user for a in plm.annotators(rows, 2, rng)} == set("031425")
+    assert [a.user for a in plm.annotators(rows, 3, rng)] == ["0", "3", "6"]
+    assert set(plm.annotators(rows, 0, rng)) == set(rows)
 
 
 def test_operations_are_counted_as_on_paper(tmp_path):
@@ -1952,12 +1953,28 @@ def test_operations_are_counted_as_on_paper(tmp_path):
 
 
 def test_bench_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plm, "BENCH", [("cls_p", 8, 3)])
+    monkeypatch.setattr(plm, "BENCH", [("cls_p", 8, 3), ("cls_p", 16, 99)])
     assert plm.main(["bench", "--max-steps", "2", "--out", str(tmp_path)]) == 0
     with open(tmp_path / "sample" / "tiny" / "bench.json", encoding="utf-8") as f:
         (line,) = json.load(f)
     assert line["steps"] == 2 and line["annotators"] == 3 and 0 < line["share_of_floor"] < 1
-    assert f"{line['rows_per_second']:8.2f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{line['rows_per_second']:8.2f}" in printed and "no text has as many" in printed
+
+
+def test_bench_trains_the_same_annotations_in_steps_of_any_size():
+    args = plm.make_parser().parse_args(["bench"])
+    data, tokenizer = plm.load_data("sample"), tokenizers()["tiny"]
+    parts = {
+        size: plm.bench_rows(args, plm.METHODS["cls_p"], tokenizer, data, size, 0)
+        for size in (8, 32, 128)
+    }
+    timed = {
+        size: sorted((r.text, r.prompt) for part in some[1:] for r in part)
+        for size, some in parts.items()
+    }
+    assert timed[8] == timed[32] == timed[128] and len(timed[8]) == plm.BENCH_ROWS
+    assert all(some[0] == some[1] for some in parts.values())
 
 
 # ------------------------------------------------------------------- how fast, beside other stacks
