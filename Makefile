@@ -17,7 +17,8 @@ RUN = $(LAUNCH) plm.py
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table bench test tiny sample clean
+.PHONY: help cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table bench test tiny \
+	sample clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 10
