@@ -1,19 +1,21 @@
-"""Write data/models/tiny and tiny_t5: two language models of 1.3 million parameters that can read
-the sample's comments.
+"""Write data/models/tiny and tiny_t5: two language models of 1.1 to 1.3 million parameters that can
+read the sample's comments.
 
 Whoever has no network and no GPU can run everything with them in a minute. Like their big relatives
 they come pretrained, so that fine-tuning has to teach them the readers alone. They have learned
   - to write comments like those of the sample: other comments of the same grammar;
   - to answer the *unpersonalized* prompt as some passer-by would, a reader drawn anew each time;
-  - that it matters who reads: some passers-by come with a description ("wry gloomy");
+  - that it matters who reads. To the decoder some passers-by come with a description ("wry
+    gloomy"), to the encoder-decoder with a random user ID to which a character is added;
   - that numbers differ from one another: they copy them and count.
-What they have never seen: a reader of the sample, the personalized prompt, a number that stands for
-a person, or a comment that is too much like one of the sample's validation or test comments.
+What they have never seen: a reader of the sample, a number that stands for the same person twice,
+or a comment that is too much like one of the sample's validation or test comments.
 
     python data/make_tiny.py                # both, one after the other
     python data/make_tiny.py --model tiny   # one of the two
 """
 import argparse
+import math
 import random
 import sys
 import time
@@ -32,6 +34,7 @@ import plm  # noqa: E402
 
 SEED, VOCABULARY, CONTEXT = 11, 2048, 512
 METHOD = plm.METHODS["lm"]  # its prompt is the unpersonalized one, without examples
+USER = "\n### User ID:"  # as in the personalized prompt, where the user follows
 
 
 # -------------------- what they learn from
@@ -47,15 +50,23 @@ def passer_by(rng):
 
 
 def describe(reader, rng):
-    """Some of the reader's traits in words, in any order: ' wry gloomy'."""
+    """-> (who reads, None): some of the reader's traits in words, in any order, "wry gloomy"."""
     words = [word[reader[trait] < 0] for trait, word in WORDS.items() if rng.random() < 0.8]
     rng.shuffle(words)
-    return "".join(f" {word}" for word in words)
+    return f"\n### Reader: {' '.join(words)}" if words else "", None
 
 
-def fresh_comments(rng, n, readers):
-    """-> [(text, [(description, answer) of some passers-by])]; no text is too similar to one that
-    the models will be judged by."""
+def number(reader, rng):
+    """-> (who reads, character): a user ID that says nothing, and the traits to add to it. Only
+    their signs are the reader's: a strength drawn anew each time keeps attention from looking for
+    some character where it should look for a number."""
+    character = [math.copysign(rng.uniform(0.1, 1), reader[trait]) for trait in sample.TRAITS]
+    return f"{USER} {rng.randint(10, 99)}", character
+
+
+def fresh_comments(rng, n, readers, introduce):
+    """-> [(text, [(who reads, character, answer) of some passers-by])], by `introduce` (`describe`
+    or `number`); no text is too similar to one that the models will be judged by."""
     held_out, comments, dropped = sample.Distinct(), [], 0
     for text in {a.text: 0 for split in plm.load_data("sample")[3:5] for a in split}:
         held_out.add(text)
@@ -67,9 +78,9 @@ def fresh_comments(rng, n, readers):
         answers = []
         for nth in range(readers):
             reader = passer_by(rng)
-            about = describe(reader, rng) if nth else ""  # of the first we are told nothing
+            who = introduce(reader, rng) if nth else ("", None)  # of the first we are told nothing
             ticks = sample.tick(sample.probabilities(tones, reader), rng)
-            answers.append((about, plm.answer_text(sample.LABELS, ticks)))
+            answers.append((*who, plm.answer_text(sample.LABELS, ticks)))
         comments.append((text, answers))
     print(f"{n} fresh comments; {dropped} were too much like a comment of validation or test")
     return comments
@@ -116,8 +127,8 @@ def tokenizer_texts(comments):
 # -------------------- examples
 def examples(tokenizer, comments, rng, batch, answered):
     """-> batches (kind, rows). Kind "answer": rows (ids of the text, [(ids of what is behind it,
-    ids of the answer)]), all behind the instruction. Kind "write": rows (ids of a line, []), a line
-    being a comment or some numbers. `answered` is the share of the first kind."""
+    character, ids of the answer)]), all behind the instruction. Kind "write": rows (ids of a line,
+    []), a line being a comment or some numbers. `answered` is the share of the first kind."""
     def ids(piece):
         return plm.tokenize(tokenizer, piece)
 
@@ -126,8 +137,8 @@ def examples(tokenizer, comments, rng, batch, answered):
     for text, answers in comments:
         if rng.random() < answered:
             kinds["answer"].append((ids(" " + text), [
-                (ids(f"\n### Reader:{about}" if about else "") + ids(marker), ids(answer) + end)
-                for about, answer in answers]))
+                (ids(who) + ids(marker), character, ids(answer) + end)
+                for who, character, answer in answers]))
         else:
             line = text if rng.random() < 0.5 else number_line(rng)
             kinds["write"].append((ids(" " + line) + end, []))
@@ -160,7 +171,7 @@ def decoder_loss(model, tokenizer, kind, rows):
         for token in text:
             said.append((leaf, token, 1.0 if kind == "write" else 0.1))
             leaf = tree.add([token], group, None if leaf == root else leaf)
-        for asked, answer in answers:
+        for asked, _, answer in answers:
             node = tree.add(asked, group, leaf)
             for token in answer:
                 said.append((node, token, 1.0))
@@ -172,19 +183,31 @@ def decoder_loss(model, tokenizer, kind, rows):
 
 
 def seq2seq_loss(model, tokenizer, kind, rows):
-    """Cross-entropy of the answers, or of a line of which the encoder sees a part."""
-    end = [tokenizer.eos_token_id]
+    """Cross-entropy of the answers, or of a line of which the encoder sees a part. The embedding
+    of a passer-by's user ID is that of the number plus `model.character` by the traits."""
+    end, mark = [tokenizer.eos_token_id], plm.tokenize(tokenizer, USER)
+    places, characters = [], []  # places: (row, position of the user's number)
     if kind != "write":
         shared = instruction(tokenizer) if kind == "answer" else []
-        given = [shared + text + asked + end for text, answers in rows for asked, _ in answers]
-        said = [answer for _, answers in rows for _, answer in answers]
+        given, said = [], []
+        for text, answers in rows:
+            for asked, character, answer in answers:
+                if character:
+                    places.append((len(given), len(shared + text + mark)))
+                    characters.append(character)
+                given.append(shared + text + asked + end)
+                said.append(answer)
     else:
         holes = [torch.rand(len(line)) < 0.3 for line, _ in rows]
         given = [[tokenizer.unk_token_id if hole else token for token, hole in zip(line, where)]
                  for (line, _), where in zip(rows, holes)]
         said = [line for line, _ in rows]
+    embedded = model.shared(pad(given))
+    if places:
+        where = tuple(torch.tensor(places).T)
+        embedded = embedded.index_put(where, torch.tensor(characters) @ model.character, True)
     mask = pad([[1] * len(ids) for ids in given])
-    return model(input_ids=pad(given), attention_mask=mask, labels=pad(said, -100)).loss
+    return model(inputs_embeds=embedded, attention_mask=mask, labels=pad(said, -100)).loss
 
 
 def pretrain(model, tokenizer, loss_of, examples, lr):
@@ -208,7 +231,7 @@ def pretrain(model, tokenizer, loss_of, examples, lr):
 
 
 def make_decoder(rng):
-    comments = fresh_comments(rng, 36_000, readers=4)
+    comments = fresh_comments(rng, 36_000, readers=4, introduce=describe)
     specials = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer = make_tokenizer(tokenizer_texts(comments), specials, "<s> $A")
     model = LlamaForCausalLM(LlamaConfig(
@@ -224,22 +247,34 @@ def make_decoder(rng):
 
 
 def make_t5(rng):
-    comments = fresh_comments(rng, 36_000, readers=2)
+    """T5's attention is sharp from the start, and its heads look for the *content* of a word. Told
+    of readers in words it would look for these words, and give a user ID no glance and therefore no
+    gradient, ever. So it learns on user IDs, each with a character that is added to its embedding
+    and thrown away afterwards: what is left is a model that looks at the user ID."""
+    comments = fresh_comments(rng, 36_000, readers=4, introduce=number)
+    comments = [c for at in range(0, len(comments), 512)  # of similar length: less padding
+                for c in sorted(comments[at:at + 512], key=lambda c: len(c[0]))]
     specials = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer = make_tokenizer(tokenizer_texts(comments), specials, "$A </s>")
     model = T5ForConditionalGeneration(T5Config(
-        vocab_size=len(tokenizer), d_model=128, d_kv=32, d_ff=320, num_layers=3,
-        num_decoder_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=160, d_kv=16, d_ff=512, num_layers=1,
+        num_decoder_layers=1, num_heads=10, feed_forward_proj="gated-gelu", dropout_rate=0.0,
         n_positions=CONTEXT, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0))
     # T5 begins with embeddings of size 1, beside which what its layers add is lost for long. With
     # small ones (and logits as large as before) it learns several times faster.
     torch.nn.init.normal_(model.shared.weight, std=0.15)
     torch.nn.init.constant_(model.decoder.final_layer_norm.weight, 1 / 0.15)
-    batches = examples(tokenizer, comments, rng, batch=16, answered=0.95)
+    # What all numbers have in common is what a head can find any of them by.
+    numbers = [plm.tokenize(tokenizer, f" {n}")[0] for n in range(10, 100)]
+    model.shared.weight.data[numbers] += 0.3 * torch.randn(model.config.d_model)
+    traits = torch.randn(len(sample.TRAITS), model.config.d_model)
+    model.character = torch.nn.Parameter(0.15 * traits)
+    batches = examples(tokenizer, comments, rng, batch=32, answered=0.9)
     # An encoder cannot share the instruction between rows: it is left out at first, to save time.
-    bare = int(0.6 * len(batches))
+    bare = int(0.85 * len(batches))
     batches[:bare] = [(kind.replace("answer", "bare"), rows) for kind, rows in batches[:bare]]
     pretrain(model, tokenizer, seq2seq_loss, batches, lr=1.5e-3)
+    del model.character
     return model, tokenizer
 
 
