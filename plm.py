@@ -1933,7 +1933,8 @@ def fit(model, rows, val_rows, settings, folder, args):
 
         done = train(model, rows, val_rows, settings, log, args.seed, not args.no_share,
                      args.micro_batch, args.max_steps)
-    lengths = [len(r.prompt) + (len(r.answer) - 1) * (model.head == "lm") for r in rows]
+    lengths = [len(r.prompt) + (len(r.answer) - 1) * (model.head == "lm")
+               + model.seq2seq for r in rows]  # a decoder beside an encoder has a start token
     return dict(train_seconds=round(done["seconds"], 2), steps=done["steps"],
                 rows_per_second=round(done["rows"] / done["seconds"], 2), val_loss=done["val_loss"],
                 tokens_computed=done["tokens"],

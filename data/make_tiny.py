@@ -1,7 +1,7 @@
 """Write data/models/tiny and tiny_t5: two language models of 1.1 to 1.3 million parameters that can
 read the sample's comments.
 
-Whoever has no network and no GPU can run everything with them in a minute. Like their big relatives
+Whoever has no network and no GPU can run everything with them in minutes. Like their big relatives
 they come pretrained, so that fine-tuning has to teach them the readers alone. They have learned
   - to write comments like those of the sample: other comments of the same grammar;
   - to answer the *unpersonalized* prompt as some passer-by would, a reader drawn anew each time;
