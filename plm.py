@@ -1391,6 +1391,12 @@ def pieces(rows, head, budget, micro=0, share=True):
     return [part for part in parts if part]
 
 
+def tokens_alone(row, model):
+    """How many tokens a row has by itself, all of which are computed where nothing is shared."""
+    answer = len(row.answer) - 1 if model.head == "lm" else 0  # its end is not read again
+    return len(row.prompt) + answer + model.seq2seq            # a second stack has a start token
+
+
 def train_step(model, rows, optimizer, clip, share=True, budget=math.inf, micro=0):
     """(loss (), tokens computed) of one optimizer step on some rows, computed in `pieces`."""
     model.train(True)
@@ -1410,7 +1416,7 @@ def train_step(model, rows, optimizer, clip, share=True, budget=math.inf, micro=
 
 
 def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, max_steps=0):
-    """Trains in place and keeps the best epoch: dict(seconds, rows, tokens, steps, val_loss).
+    """dict(seconds, rows, tokens, unshared, steps, val_loss); trains in place, best epoch kept.
     `log` is called with a dict for every step and every validation."""
     params, rng = model.trainable(), random.Random(seed)
     heads = [p for name, p in params.items() if name.startswith("score")]
@@ -1438,7 +1444,8 @@ def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, ma
             if not math.isfinite(loss):
                 texts = ", ".join(sorted({text_id(row.source.text) for row in part}))
                 raise BadInput(f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
-            done.update(seconds=seconds, rows=len(part), tokens=tokens, steps=1)
+            unshared = sum(tokens_alone(row, model) for row in part)
+            done.update(seconds=seconds, rows=len(part), tokens=tokens, unshared=unshared, steps=1)
             bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
             bar.update()
         val_loss = mean_loss(model, val_rows, share, micro or 64)
@@ -1933,12 +1940,9 @@ def fit(model, rows, val_rows, settings, folder, args):
 
         done = train(model, rows, val_rows, settings, log, args.seed, not args.no_share,
                      args.micro_batch, args.max_steps)
-    lengths = [len(r.prompt) + (len(r.answer) - 1) * (model.head == "lm")
-               + model.seq2seq for r in rows]  # a decoder beside an encoder has a start token
     return dict(train_seconds=round(done["seconds"], 2), steps=done["steps"],
                 rows_per_second=round(done["rows"] / done["seconds"], 2), val_loss=done["val_loss"],
-                tokens_computed=done["tokens"],
-                tokens_unshared=round(sum(lengths) / len(rows) * done["rows"]))
+                tokens_computed=done["tokens"], tokens_unshared=done["unshared"])
 
 
 def run_local(kind, args, settings, data, val, test, folder):

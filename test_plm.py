@@ -774,6 +774,7 @@ def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, h
         results.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
     (loss, grads, tokens), (plain_loss, plain_grads, plain_tokens) = results
     assert abs(loss - plain_loss) < 1e-5 and tokens <= plain_tokens
+    assert plain_tokens == sum(plm.tokens_alone(row, model) for row in rows)
     for name in plain_grads:
         assert grads[name].abs().max() > 0, f"{name} gets no gradient"
         assert (grads[name] - plain_grads[name]).abs().max() < 1e-5, name
