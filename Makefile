@@ -12,13 +12,14 @@ PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 1
 
+PY = $(VENV)/bin/python
 LAUNCH = $(VENV)/bin/$(if $(filter-out 1,$(NPROC)),torchrun --standalone --nproc-per-node $(NPROC),python)
-RUN = $(LAUNCH) plm.py
+PLM = $(LAUNCH) plm.py
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table bench test tiny \
-	sample clean
+.PHONY: help majority prior cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table \
+	predict export report bench test tiny sample clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -26,57 +27,139 @@ help:  ## this list
 
 $(VENV)/ready: requirements.txt  # the virtual environment, made once
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
 cls: $(VENV)/ready  ## CLS: fine-tune with a classification head
-	$(RUN) cls $(FLAGS)
+	$(PLM) cls $(FLAGS)
 
 cls_p: $(VENV)/ready  ## CLS-P: ... and the user ID in the prompt
-	$(RUN) cls_p $(FLAGS)
+	$(PLM) cls_p $(FLAGS)
 
 lm: $(VENV)/ready  ## LM: fine-tune to write the labels
-	$(RUN) lm $(FLAGS)
+	$(PLM) lm $(FLAGS)
 
 lm_p: $(VENV)/ready  ## LM-P: ... and the user ID in the prompt
-	$(RUN) lm_p $(FLAGS)
+	$(PLM) lm_p $(FLAGS)
 
 q_0s: $(VENV)/ready  ## Q-0S: ask the untrained model
-	$(RUN) q_0s $(FLAGS)
+	$(PLM) q_0s $(FLAGS)
 
 q_0s_p: $(VENV)/ready  ## Q-0S-P: ... and the user ID in the prompt
-	$(RUN) q_0s_p $(FLAGS)
+	$(PLM) q_0s_p $(FLAGS)
 
 q_1s: $(VENV)/ready  ## Q-1S: ask, with one example
-	$(RUN) q_1s $(FLAGS)
+	$(PLM) q_1s $(FLAGS)
 
 q_1s_p: $(VENV)/ready  ## Q-1S-P: ... of the same user
-	$(RUN) q_1s_p $(FLAGS)
+	$(PLM) q_1s_p $(FLAGS)
 
 q_2s: $(VENV)/ready  ## Q-2S: ask, with two examples
-	$(RUN) q_2s $(FLAGS)
+	$(PLM) q_2s $(FLAGS)
 
 q_2s_p: $(VENV)/ready  ## Q-2S-P: ... of the same user
-	$(RUN) q_2s_p $(FLAGS)
+	$(PLM) q_2s_p $(FLAGS)
 
-data: $(VENV)/ready  ## download and prepare DATA=goemotions or DATA=unhealthy
-	$(RUN) data --data $(DATA) $(ARGS)
+majority: $(VENV)/ready  ## baseline: how often everybody chooses each label
+	$(PLM) majority $(FLAGS)
+
+prior: $(VENV)/ready  ## baseline: how often this user chooses each label
+	$(PLM) prior $(FLAGS)
+
+data: $(VENV)/ready  ## download and prepare DATA=goemotions, unhealthy or popquorn
+	$(PY) data/prepare.py $(DATA) $(ARGS)
 
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
-	$(RUN) table $(ARGS)
+	$(PY) plm.py table $(ARGS)
+
+predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b: one sentence, read by some people
+	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users $(USERS)) $(ARGS)
+
+export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one
+	$(PY) plm.py export $(RUN)
+
+report: $(VENV)/ready  ## out/report.html: every finished run, to look at
+	$(PY) data/report.py $(ARGS)
 
 bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are installed
-	$(VENV)/bin/python plm.py bench $(FLAGS)
-	@BENCH='$(FLAGS)' $(VENV)/bin/python -m pytest -qs -k bench -rs test_plm.py
+	@BENCH='$(FLAGS)' $(PY) -m pytest -qs -k bench -rs test_plm.py
 
 test: $(VENV)/ready  ## the tests: under five minutes, no network, no GPU
-	$(VENV)/bin/python -m pytest -q test_plm.py
+	$(PY) -m pytest -q test_plm.py
 
 sample: $(VENV)/ready  ## make the simulated annotations anew
-	$(VENV)/bin/python data/make_sample.py
+	$(PY) data/make_sample.py
 
 tiny: $(VENV)/ready  ## pretrain the tiny models anew
-	$(VENV)/bin/python data/make_tiny.py
+	$(PY) data/make_tiny.py
 
-clean:  ## remove the runs
-	rm -rf out
+# Studies of what the paper leaves open. A study runs rows of the table on CSVs that data/vary.py makes
+# of DATA, and prints the table. Stopped, it goes on by the same command. `paper`, `exp1`, `exp2` and
+# `architectures` keep their runs in OUT with all others; the rest in a folder of their own below it.
+
+OUT ?= out
+SEEDS ?= 42 43 44
+MODELS ?= tiny tiny_t5
+COUNTS ?= 2 4 7
+KNOWN ?= 0 5 15
+TIME ?= time
+COLS ?=
+
+NAME = $(basename $(notdir $(DATA)))
+VARY = $(PY) data/vary.py $(DATA)
+TABLE = $(PY) data/table.py --out
+BASELINES = majority prior
+METHODS = q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p
+
+.PHONY: paper exp1 exp2 exp3 unseen later private architectures
+
+paper: $(VENV)/ready  ## the paper's table: ten methods and two baselines, SEEDS="42 43 44"
+	@set -ex; for seed in $(SEEDS); do for method in $(BASELINES) $(METHODS); do \
+	    $(PLM) $$method $(FLAGS) --seed $$seed --out $(OUT); done; done
+	$(TABLE) $(OUT)
+
+exp1: $(VENV)/ready  ## is it worth training? Q-0S against CLS-P
+	$(PLM) q_0s $(FLAGS) --out $(OUT)
+	$(PLM) cls_p $(FLAGS) --out $(OUT)
+	$(TABLE) $(OUT)
+
+exp2: $(VENV)/ready  ## does an example help? Q-1S against Q-0S
+	$(PLM) q_0s $(FLAGS) --out $(OUT)
+	$(PLM) q_1s $(FLAGS) --out $(OUT)
+	$(TABLE) $(OUT)
+
+exp3: $(VENV)/ready  ## CLS-P against LM-P with the COUNTS="2 4 7" most frequent labels
+	@set -ex; for n in $(COUNTS); do csv=$(OUT)/exp3/$(NAME)_labels$$n.csv; \
+	    $(VARY) $$csv --labels $$n $(COLS); for method in cls_p lm_p; do \
+	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/exp3; done; done
+	$(TABLE) $(OUT)/exp3
+
+unseen: $(VENV)/ready  ## new people, of whom training has KNOWN="0 5 15" rows
+	@set -ex; for k in $(KNOWN); do csv=$(OUT)/unseen/$(NAME)_known$$k.csv; \
+	    $(VARY) $$csv --unseen --known $$k --seed $(SEED) $(COLS); \
+	    for method in $(BASELINES) cls cls_p q_2s q_2s_p; do \
+	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/unseen; done; done
+	$(TABLE) $(OUT)/unseen
+
+later: $(VENV)/ready  ## does it last? train on the earlier, test on the later by the column TIME
+	$(VARY) $(OUT)/later/$(NAME)_later.csv --by-time $(TIME) $(COLS)
+	@set -ex; for method in $(BASELINES) cls cls_p; do \
+	    $(PLM) $$method $(FLAGS) --data $(OUT)/later/$(NAME)_later.csv --out $(OUT)/later; done
+	$(TABLE) $(OUT)/later
+	$(PY) data/vary.py $(OUT)/later/$(NAME)_later.csv --quarters
+
+private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random with epsilon 1, 3, 8
+	@set -ex; for ids in "dp --epsilon inf" hash words "dp --epsilon 1" "dp --epsilon 3" \
+	    "dp --epsilon 8"; do csv=$(OUT)/private/$(NAME)_$$(echo $$ids | tr -d ' -').csv; \
+	    $(VARY) $$csv --ids $$ids --seed $(SEED) $(COLS); for method in prior cls_p; do \
+	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/private; done; done
+	$(PLM) cls $(FLAGS) --data $(OUT)/private/$(NAME)_dpepsiloninf.csv --out $(OUT)/private
+	$(TABLE) $(OUT)/private
+
+architectures: $(VENV)/ready  ## a decoder against an encoder-decoder, MODELS="tiny tiny_t5"
+	@set -ex; for model in $(MODELS); do for method in cls cls_p lm lm_p; do \
+	    $(PLM) $$method $(FLAGS) --model $$model --out $(OUT); done; done
+	$(TABLE) $(OUT)
+
+clean:  ## remove the runs, but for answers that were paid for
+	if [ -d out ]; then find out -type f ! -name answers.jsonl -delete; find out -type d -empty -delete; fi

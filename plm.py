@@ -2,29 +2,32 @@
 
 Two people read the same comment; one finds it funny, the other hostile. The paper puts the reader's
 user ID into the prompt of a language model, fine-tunes the model with QLoRA, and asks how much
-better it then predicts the labels that this reader chose. This file is that experiment, from the
-CSV of annotations to the F1 score, with its own LoRA, NF4 quantization, prompts, heads, training
-loop and scores.
+better it then predicts the labels that this reader chose. This file is that experiment, from a CSV
+of annotations to the F1 score, with its own LoRA, NF4 quantization, prompts, heads, training loop
+and scores.
 
     python plm.py cls_p                                 the default: tiny model, sample data
-    python plm.py cls_p --model phi2 --data goemotions  the paper's own
+    python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
     python plm.py lm --model DIR --data file.csv --text-col comment --user-col worker
-    python plm.py data --data goemotions                downloads and prepares the original data
-    python plm.py table                                 every finished run as a table
+    python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
+
+Around it stand scripts in data/ and targets of the Makefile: make data, table, report, export.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
 
     CLS               cls               a classification head reads the end of the prompt
     LM                lm                the language model writes the labels: "anger, joy"
     Q-0S Q-1S Q-2S    q_0s q_1s q_2s    the model is asked untrained, with 0, 1 or 2 examples
-    ...-P             ..._p             (examples then are the user's own)
+    ...-P             ..._p             (the examples are the user's own)
+    (baselines)       majority, prior   label rates of everybody, and of each user
 
 Letters in the shapes below:
 
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
-    T tokens computed            S tokens of the trunk   G groups (texts)            r rank of LoRA
-    N, K out- and inputs of a linear layer               H, E attention heads and their width
-    P positions that a head reads                        Lq, Lk nodes that ask and answer
+    T tokens computed            S tokens of the prefix that all prompts share       U users
+    N, K out- and inputs of a linear layer               r rank of LoRA
+    H, H' heads of queries, of keys and values           E their width
+    P positions that a head reads
 
 References
     [1] Wozniak et al., Personalized Large Language Models, 2024. arXiv 2402.09269
@@ -33,31 +36,33 @@ References
     [4] bitsandbytes 0.50, whose stored bytes section 4 reproduces: functional.py, csrc/cpu_ops.cpp
     [5] Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021. arXiv 2110.02861
     [6] shared prefixes: Prefix Grouper, arXiv 2506.05433; Tree Training, arXiv 2511.00413
+    [7] Sarumi et al., 2024, arXiv 2404.02340: a trained token for each user
 
 Left out: merging adapters into the base, quantization other than NF4, adapters other than LoRA.
 """
 import argparse
 import csv
-import glob
+import fcntl
+import functools
 import hashlib
+import io
 import json
 import math
 import os
+import platform
 import queue
 import random
 import re
 import resource
-import shutil
 import sys
 import threading
 import time
+import traceback
+import unicodedata
 from collections import Counter, defaultdict
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from multiprocessing import get_context
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 # How long an idle thread spins before it sleeps; torch reads it on import. The default makes a
 # busy machine ten times slower; not to spin at all makes a quiet one twice as slow.
@@ -70,115 +75,85 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import snapshot_download
-from requests.adapters import HTTPAdapter
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from urllib3.exceptions import HTTPError, InvalidHeader, MaxRetryError, ProtocolError
+from transformers.modeling_outputs import BaseModelOutput
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message, mostly of one line, says what
-    would have been."""
+    """What the user gave cannot be used; the message says in one line what would have been."""
 
 
-def progress(items=None, what="", unit="", total=None):
+def progress(items=None, what="", unit="", total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
-    return tqdm(items, what, total=total, unit=" " + unit, delay=2, leave=False,
+    return tqdm(items, what, total=total, initial=initial, unit=" " + unit, delay=2, leave=False,
                 disable=os.environ.get("RANK", "0") != "0",
                 dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
+def write_file(path, content):
+    """Writes bytes so that the file is the old one or the new one, whatever happens meanwhile."""
+    with open(path + ".part", "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
 # --------------------------------------------------------------------------------------------------
 # 1. What can be run. A model, a dataset or a method is a row of a table. What a model's row does
-# not say is as in TRAINING, which holds the values of the authors' code [1].
+# not say is as in the recipe, and a flag overrules both.
 
-TRAINING = dict(
-    r=2, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone; scaled by alpha / r [3]
-    lr=1e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
-    epochs=10,                    # the epoch with the lowest validation loss is kept
-    warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
-    batch=32,                     # annotations a step
-)
+RECIPES = {
+    "ours": dict(
+        ids="token",                  # how the prompt names the user: see section 3
+        r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
+        lr=4e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
+        user_lr=10,                   # ... and of the user tokens
+        epochs=3,                     # the epoch with the lowest validation loss is kept
+        warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
+        batch=32, micro_batch=32)}    # annotations a step; of these computed at once
+RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)  # [1]
 
-# gb: GPU memory for training with --micro-batch 8, computed and not measured: 4.127 bits for every
-# quantized weight, 16 for the rest, 18 D + 6 F values of 16 bits a layer and token (F: width of the
-# MLP; 400 tokens for a decoder, 1,040 for an encoder-decoder).
-MODELS = {  # name -> hub id or folder, and what differs from TRAINING
-    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4, r=8),
-    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8, r=8),
-    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=1e-3, gb=1),
+# gb: GPU memory for training, computed and not measured: 4.127 bits for every quantized weight, 16
+# for the rest, 18 D + 6 F values of 16 bits a layer and token (F: width of the MLP; 8 rows at once
+# of 400 tokens for a decoder, of 1,040 for an encoder-decoder).
+MODELS = {  # name -> hub id or folder, and what differs from the recipe
+    "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
+    "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8),
+    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
     "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
-    "flan_t5": dict(id="google/flan-t5-xl", gb=6),                        # 2.8 B [1]
-    "phi2": dict(id="microsoft/phi-2", gb=5),                             # 2.8 B [1]
-    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", gb=5),     # 3.6 B [1]
-    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", gb=9),       # 7.2 B [1]
-    "chatgpt": dict(chat="gpt-3.5-turbo"),                                # over HTTP; of 2023 [1]
+    "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8, gb=6),                      # 2.8 B [1]
+    "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8, gb=5),                  # 2.8 B [1]
+    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8, gb=5),  # [1]
+    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8, gb=9),    # [1]
+    "chatgpt": dict(chat="gpt-3.5-turbo"),  # over HTTP; of 2023 [1]
 }
 
-# files: patterns; the first that finds something is read. splits: the files that say which text is
-# in which split, the strongest last. rows, expected: what the original has, and what the authors'
-# notebooks printed after each rule, as (train, val, test, users) [1]. Unhealthy may be off by
-# `tolerance`: the authors' sample had no seed and took identical rows along, so that two runs of
-# their own notebook ended with 168,503 and 168,506 training annotations.
-GITHUB = "https://raw.githubusercontent.com"
-GOEMOTIONS_RAW = "https://storage.googleapis.com/gresearch/goemotions/data/full_dataset"
-GOEMOTIONS_SPLITS = f"{GITHUB}/google-research/google-research/master/goemotions/data"
-UNHEALTHY = f"{GITHUB}/conversationai/unhealthy-conversations/main"
-
-DATASETS = {
-    "sample": dict(dir=f"{HERE}/data/sample", files=("annotations.csv",), text="text", user="user"),
-    "goemotions": dict(
-        dir=f"{HERE}/data/goemotions", files=("goemotions_[123].csv", "goemotions_*.csv"),
-        text="text", user="rater_id",
-        ignore=("id", "author", "subreddit", "link_id", "parent_id", "created_utc",
-                "example_very_unclear"),
-        splits=dict(val="dev.tsv", test="test.tsv", train="train.tsv"),
-        urls={f"goemotions_{i}.csv": f"{GOEMOTIONS_RAW}/goemotions_{i}.csv" for i in (1, 2, 3)} | {
-            f"{part}.tsv": f"{GOEMOTIONS_SPLITS}/{part}.tsv" for part in ("train", "dev", "test")},
-        license="CC BY 4.0 (Demszky et al. 2020; github.com/google-research/google-research)",
-        rows=211_225, tolerance=0, expected={
-            "with a label": (207_814,),
-            "in a split": (153_797, 19_049, 19_123, 82),
-            "of users in all three": (153_796, 19_049, 19_123, 81),
-            "rare users dropped": (153_390, 19_017, 19_063),
-            "busy users cut": (146_659, 18_199, 18_244),
-            "of users in all three again": (146_574, 18_160, 18_233, 72)}),
-    "unhealthy": dict(
-        dir=f"{HERE}/data/unhealthy", files=("unhealthy_full.csv", "annotations.csv"),
-        text="comment", user="_worker_id",
-        labels=("antagonize", "condescending", "dismissive", "generalisation",
-                "generalisation_unfair", "healthy", "hostile", "sarcastic"),
-        splits=dict(val="corpus/val.csv", test="corpus/test.csv", train="corpus/train.csv"),
-        urls={file: f"{UNHEALTHY}/{file}" for file in (
-            "unhealthy_full.csv", "corpus/train.csv", "corpus/val.csv", "corpus/test.csv")},
-        license="CC BY-NC-SA 4.0, not for commercial use (Price et al. 2020; "
-                "github.com/conversationai/unhealthy-conversations)",
-        rows=227_975, tolerance=0.001, expected={
-            "with a label": (215_265,),
-            "in a split": (172_550, 20_893, 21_822, 588),
-            "of users in all three": (171_873, 20_847, 21_765, 510),
-            "rare users dropped": (171_058, 20_770, 21_679),
-            "of users in all three again": (168_503, 20_352, 21_289, 427)}),
-}
+# A dataset is data/NAME/annotations.csv; `make data DATA=NAME` makes those that are not there.
+DATASETS = {  # name -> columns with other names than text, user and split
+    "sample": {}, "goemotions": {}, "unhealthy": {},  # the last two: [1]
+    "popquorn": dict(split="draw1", label="offensiveness")}
 
 
 class Method(NamedTuple):
-    head: str           # "cls": trained classification head; "lm": trained LM; "ask": untrained LM
-    personalized: bool  # is the user ID in the prompt?
+    head: str           # "cls": trained classification head; "lm": trained LM; "ask": untrained LM;
+    personalized: bool  # ... "rates": no model. Is the user known?
     shots: int          # solved examples in the prompt
 
 
 METHODS = {
+    "majority": Method("rates", False, 0), "prior": Method("rates", True, 0),
     "q_0s": Method("ask", False, 0), "q_0s_p": Method("ask", True, 0),
     "q_1s": Method("ask", False, 1), "q_1s_p": Method("ask", True, 1),
     "q_2s": Method("ask", False, 2), "q_2s_p": Method("ask", True, 2),
@@ -188,9 +163,11 @@ METHODS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Annotations and splits. One row is one person's judgement of one text. Splits are by text, so
-# that no text is in two of them, and every user of validation and test is seen in training: the
-# model has met the reader, never the text [1]. The same rows serve every method and every seed.
+# 2. Annotations and splits. One row of a CSV is one person's judgement of one text. Its labels are
+# several 0/1 columns, any number of which may be chosen, or one column that names the single choice
+# (words, or a rating in numbers). A `split` column is followed to the letter. Without one, texts
+# are split by a hash, so that no text is in two splits, and validation and test keep the users
+# that training knows: the model has met the reader, never the text [1]. Every row is accounted for.
 
 class Annotation(NamedTuple):
     text: str
@@ -201,15 +178,28 @@ class Annotation(NamedTuple):
 class Dataset(NamedTuple):
     name: str
     labels: list   # (L) names
+    single: bool   # is exactly one label chosen in a row? softmax; else any number, and sigmoids
+    ordered: bool  # ... and is it a rating, whose labels are numbers in order?
+    none: bool     # are there rows in which nothing is chosen?
     train: list    # of Annotation, as are val and test
     val: list
     test: list
-    notes: dict    # what each rule left over, in order
+    notes: dict    # what became of the rows, in words -> number
+    sha: str       # of the file
+
+
+MISSING = {"", "NA", "N/A", "NaN", "nan", "NULL", "null"}
+SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
+             "yes/no": {"no": 0, "yes": 1}}
+ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
+SPLITS = {"train": "train", "training": "train", "val": "val", "dev": "val", "valid": "val",
+          "validation": "val", "test": "test"}
 
 
 def words_of(text):
-    """The words of a text, without case and punctuation."""
-    return re.findall(r"[^\W_]+", text.lower())
+    """The words of a text without case and punctuation; a combining mark belongs to its word."""
+    text = unicodedata.normalize("NFC", text).lower()
+    return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
 
 
 def text_id(text):
@@ -222,6 +212,11 @@ def split_of(text):
     """'train' (70 %), 'val' (15 %) or 'test' (15 %) by a hash of the text: no seed, no file."""
     share = int(text_id(text)[:8], 16) / 16 ** 8
     return "train" if share < 0.70 else "val" if share < 0.85 else "test"
+
+
+def user_id(cell):
+    """The user that a cell names: 11.0 and 11 are one person, and so are "ann" and "ann "."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip())
 
 
 @contextmanager
@@ -242,10 +237,13 @@ def readable(path):
 def csv_rows(path):
     """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
     with readable(path) as f:
-        reader, rows = csv.DictReader(f), []
+        delimiter = max(",;\t", key=f.readline().count)
+        f.seek(0)
+        reader, rows = csv.DictReader(f, delimiter=delimiter), []
         columns = reader.fieldnames or []
         if len(set(columns)) < len(columns):
-            raise BadInput(f"{path}: columns of the same name; there are: {', '.join(columns)}")
+            twice = max(columns, key=columns.count)
+            raise BadInput(f"{path}: {columns.count(twice)} columns are called {twice!r}")
         for number, row in enumerate(reader, 1):
             if None in row or None in row.values():
                 raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have the "
@@ -256,217 +254,186 @@ def csv_rows(path):
     return rows
 
 
-ZERO_ONE = {"0": 0, "1": 1, "0.0": 0, "1.0": 1}
+def label_columns(path, rows, others):
+    """(names of the columns that are mostly 0/1, names of other two-valued ones). Where columns
+    come in two spellings, one of them is probably no label, and the user has to say which are."""
+    found, two_valued = defaultdict(list), []
+    for column in (c for c in rows[0][1] if c not in others):
+        values = Counter(row[column].strip().lower() for _, row in rows)
+        spelling = next((name for name, words in SPELLINGS.items()
+                         if sum(values[word] for word in words) > len(rows) / 2), None)
+        if spelling:
+            found[spelling].append(column)
+        elif len(values) == 2:
+            two_valued.append(column)
+    if len(found) != 1:
+        kinds = "; ".join(f"{', '.join(names)} ({kind})" for kind, names in found.items())
+        kinds = kinds or f"no column of 0 and 1 beside {', '.join(others)}"
+        raise BadInput(f"{path}: {kinds}; say which are the labels with --labels A,B, or with "
+                       "--label-col C for a single choice")
+    return next(iter(found.values())), two_valued
 
 
-def label_columns(path, rows, text_col, user_col, labels, ignore):
-    """The names of the label columns: `labels`, or all whose values are mostly 0 or 1."""
-    columns = list(rows[0][1])
-    for column in (text_col, user_col, *(labels or ())):
-        if column not in columns:
-            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(columns)}")
-    labels = labels or [
-        column for column in columns if column not in (text_col, user_col, *ignore)
-        and sum(row[column].strip() in ZERO_ONE for _, row in rows) > len(rows) / 2]
+def choices(path, column, values):
+    """(label names, dict value -> place among them, are they numbers in order?) of the values of a
+    single-choice column. A yes/no column X has the labels "not X" and "X"."""
+    if {value.lower() for value in values} <= ZERO_ONE.keys():
+        return [f"not {column}", column], {v: ZERO_ONE[v.lower()] for v in values}, False
+    try:
+        names = {value: f"{float(value):.12g}" for value in values}
+        labels, ordered = sorted(set(names.values()), key=float), True
+    except ValueError:
+        names, labels, ordered = {value: value for value in values}, sorted(values), False
+    if len(labels) > 100:
+        raise BadInput(f"{path}: column {column!r} has {len(labels):,} values: not a choice of one")
+    return labels, {value: labels.index(name) for value, name in names.items()}, ordered
+
+
+def read_annotations(path, form, skip_missing=False):
+    """(list of (Annotation, what its split column says or None), dict of what a Dataset says of
+    labels, notes). `form` names the columns: text, user, split, and labels (several) or label."""
+    rows, texts = csv_rows(path), form["text"].split(",")
+    split_col = form.get("split") or ("split" if "split" in rows[0][1] else None)
+    others = [*texts, form["user"], *([split_col] if split_col else [])]
+    labels, two_valued = [form["label"]] if form.get("label") else form.get("labels"), []
+    for column in [*others, *(labels or ())]:
+        if column not in rows[0][1]:
+            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
     if not labels:
-        raise BadInput(f"{path}: no label column (0 or 1) beside {text_col!r} and {user_col!r}")
-    for label in labels:
-        if "," in label or "\n" in label or not words_of(label):
-            raise BadInput(f"{path}: label {label!r}: a comma-separated answer cannot hold it")
-    if len({tuple(words_of(label)) for label in labels}) < len(labels):
-        raise BadInput(f"{path}: two labels are the same but for case and punctuation: "
-                       f"{', '.join(labels)}")
-    return labels
-
-
-def read_annotations(path, text_col, user_col, labels=None, ignore=()):
-    """(label names, list of Annotation) of a CSV file."""
-    rows, annotations = csv_rows(path), []
-    labels = label_columns(path, rows, text_col, user_col, labels, ignore)
+        labels, two_valued = label_columns(path, rows, others)
+    missing = {number: c for number, row in rows for c in [*texts, form["user"], *labels]
+               if row[c].strip() in MISSING}
+    if missing and not skip_missing:
+        number, column = next(iter(missing.items()))
+        raise BadInput(f"{path}: row {number}: {column!r} is {rows[number - 1][1][column]!r} "
+                       "(--skip-missing leaves such rows out and counts them)")
+    notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
+             "columns taken as labels": ", ".join(labels),
+             "two-valued columns not taken": ", ".join(two_valued),
+             "split by": f"column {split_col}" if split_col else "a hash of the text"}
+    rows = [(number, row) for number, row in rows if number not in missing]
+    names, single, ordered, found = labels, len(labels) == 1, False, []
+    if single:
+        names, place, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
     for number, row in rows:
-        for column in (text_col, user_col):
-            if not row[column].strip():
-                raise BadInput(f"{path}: row {number}: {column!r} is empty")
-        chosen = tuple(ZERO_ONE.get(row[label].strip()) for label in labels)
+        cells = [row[label].strip() for label in labels]
+        chosen = (tuple(int(i == place[cells[0]]) for i in range(len(names))) if single else
+                  tuple(ZERO_ONE.get(cell.lower()) for cell in cells))
+        split = row[split_col].strip() if split_col else ""
         if None in chosen:
-            label = labels[chosen.index(None)]
-            raise BadInput(f"{path}: row {number}: label {label!r} is {row[label][:40]!r}, not 0 "
-                           "or 1 (--labels a,b,c says which columns are labels)")
-        annotations.append(Annotation(row[text_col], row[user_col], chosen))
-    return labels, annotations
+            raise BadInput(f"{path}: row {number}: label {labels[chosen.index(None)]!r} is "
+                           f"{cells[chosen.index(None)][:40]!r}, not 0 or 1 (see --labels)")
+        if split and split.lower() not in SPLITS:
+            raise BadInput(f"{path}: row {number}: {split_col!r} is {split[:40]!r}, not train, val "
+                           "or test")
+        a = Annotation("\n".join(row[c] for c in texts), user_id(row[form["user"]]), chosen)
+        found.append((a, SPLITS.get(split.lower())))
+    return found, dict(labels=names, single=single, ordered=ordered), notes
 
 
-# The authors' preparation, rule by rule. `split` is always dict(train, val, test) of lists of
-# Annotation, and every rule keeps the order of the rows.
-
-def split_texts(path, column):
-    """The texts of a file of a split: the first column of a .tsv, `column` of a .csv."""
-    if path.endswith(".tsv"):  # quotes in it are part of the text
-        with readable(path) as f:
-            lines = csv.reader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
-            return [line[0] for line in lines if line]
-    rows = csv_rows(path)
-    if column not in rows[0][1]:
-        raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
-    return [row[column] for _, row in rows]
-
-
-def official_splits(folder, row, needed):
-    """dict text -> its split by the dataset's own files; empty if there is none of them and none is
-    needed. A text in two files stays in training, or else in test, as the authors had it. Texts are
-    equal to the letter or different: anything softer does not arrive at the authors' counts."""
-    paths = {part: os.path.join(folder, file) for part, file in row["splits"].items()}
-    missing = [path for path in paths.values() if not os.path.exists(path)]
-    if missing and (needed or len(missing) < len(paths)):
-        raise BadInput(f"{missing[0]}: no such file; the official split needs "
-                       f"{', '.join(paths.values())}")
-    return {} if missing else {text: part for part, path in paths.items()
-                               for text in split_texts(path, row["text"])}
-
-
-def split_annotations(annotations, where):
-    """dict(train, val, test) of annotations, by `where` (text -> split) or, if empty, by a hash."""
-    split = {"train": [], "val": [], "test": []}
-    for a in annotations:
-        part = where.get(a.text) if where else split_of(a.text)
+def split_annotations(found, notes):
+    """dict(train, val, test) of lists of Annotation; what is left out goes into `notes`."""
+    by_hash, split = notes["split by"] == "a hash of the text", {"train": [], "val": [], "test": []}
+    for a, part in found:
+        part = split_of(a.text) if by_hash else part
         if part:
             split[part].append(a)
+    notes["left out: in no split"] = len(found) - sum(map(len, split.values()))
+    known = {a.user for a in split["train"]}
+    for part in ("val", "test"):
+        kept = [a for a in split[part] if a.user in known]
+        verb = "left out" if by_hash else "kept, as the split says"
+        notes[f"{verb}: {part}, user unknown to training"] = len(split[part]) - len(kept)
+        split[part] = kept if by_hash else split[part]
+    texts = Counter(x for rows in split.values() for x in {text_id(a.text) for a in rows})
+    notes["texts in two splits"] = sum(n > 1 for n in texts.values())
+    pairs = Counter(a[:2] for rows in split.values() for a in rows)
+    notes["rows that repeat a (text, user)"] = sum(n - 1 for n in pairs.values())
     return split
 
 
-def users_in_all(split):
-    """The split without the users that are missing in a part of it."""
-    users = set.intersection(*({a.user for a in rows} for rows in split.values()))
-    return {part: [a for a in rows if a.user in users] for part, rows in split.items()}
+def some_texts(rows, n):
+    """About n rows, all those of randomly chosen texts; the same ones whatever --seed says."""
+    own = Counter(a.text for a in rows)
+    texts, chosen, total = sorted(own), set(), 0
+    random.Random(0).shuffle(texts)
+    while texts and total < n:
+        chosen.add(texts[-1])
+        total += own[texts.pop()]
+    return [a for a in rows if a.text in chosen]
 
 
-def users_in_training(split):
-    """The split without users that training does not know: all that is asked of other CSV files."""
-    known = {a.user for a in split["train"]}
-    return {part: [a for a in rows if a.user in known] for part, rows in split.items()}
-
-
-def drop_rare_users(rows, share=0.01):
-    """The rows of all users that have at least `share` of the busiest user's number of rows."""
-    count = Counter(a.user for a in rows)
-    least = share * max(count.values(), default=0)
-    return [a for a in rows if count[a.user] >= least]
-
-
-def cut_busy_users(rows, share=0.60):
-    """The rows; of users above `share` of the busiest one's number only a sample of that size."""
-    own = defaultdict(list)
-    for i, a in enumerate(rows):
-        own[a.user].append(i)
-    most = math.ceil(share * max(map(len, own.values()), default=0))
-    kept = set()
-    for user, ids in own.items():  # seeded by the user: the same rows in every run, whatever --seed
-        kept.update(ids if len(ids) <= most else random.Random(user).sample(ids, most))
-    return [a for i, a in enumerate(rows) if i in kept]
-
-
-def each(rule):
-    """A rule for lists of rows as a rule for splits."""
-    return lambda split: {part: rule(rows) for part, rows in split.items()}
-
-
-OWN_CSV = {"of users seen in training": users_in_training}
-AS_THE_AUTHORS = {  # stage -> rule, in this order [1]
-    "of users in all three": users_in_all, "rare users dropped": each(drop_rare_users),
-    "busy users cut": each(cut_busy_users), "of users in all three again": users_in_all}
-
-
-def counts(split):
-    """dict(train, val, test, users) of numbers."""
-    users = {a.user for rows in split.values() for a in rows}
-    return {part: len(split[part]) for part in ("train", "val", "test")} | {"users": len(users)}
-
-
-def annotation_files(folder, row):
-    """(paths of the CSV files, are they the original ones, whose counts are known?)"""
-    for pattern in row["files"]:
-        path = os.path.join(folder, pattern)  # a name of the user's own may look like a pattern
-        paths = [path] if os.path.exists(path) else sorted(
-            glob.glob(os.path.join(glob.escape(folder), pattern)))
-        if paths:
-            return paths, {os.path.basename(path) for path in paths} <= set(row.get("urls", ()))
-    return [], False
-
-
-def load_annotations(name, row, folder, text_col, user_col, labels):
-    """(label names, list of Annotation, are they the original data?) of the files in the folder."""
-    paths, original = annotation_files(folder, row)
-    get = f"python plm.py data --data {name} downloads them; " if "urls" in row else ""
-    if not paths:
-        hint = f" ({get}--data-dir DIR says where the files are)" if name in DATASETS else ""
-        raise BadInput(f"{os.path.join(folder, row['files'][0])}: no such file{hint}")
-    annotations, labels = [], labels or row.get("labels")
-    for path in paths:
-        labels, part = read_annotations(path, text_col or row["text"], user_col or row["user"],
-                                        labels, row.get("ignore", ()))
-        annotations += part
-    if original and len(annotations) != row["rows"]:
-        raise BadInput(f"{', '.join(paths)}: {len(annotations):,} annotations, the original has "
-                       f"{row['rows']:,} ({get}delete what is damaged before)")
-    return list(labels), annotations, original
-
-
-def load_data(name, data_dir=None, text_col=None, user_col=None, labels=None):
-    """The Dataset of a row of DATASETS or of a CSV file of the user's own."""
+def load_data(name, max_eval=0, skip_missing=False, **columns):
+    """The Dataset of a row of DATASETS or of a CSV file; `columns` (text, user, ...) overrule."""
     row = DATASETS.get(name)
-    if row is None and not name.lower().endswith(".csv"):
+    if row is None and not name.lower().endswith((".csv", ".tsv")):
         raise BadInput(f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
-    row = row or dict(dir=os.path.dirname(name), files=(os.path.basename(name),), text="text",
-                      user="user")
-    folder = data_dir or row["dir"]
-    labels, annotations, original = load_annotations(name, row, folder, text_col, user_col, labels)
-    notes = {"annotations": len(annotations)}
-    annotations = [a for a in annotations if any(a.labels)]
-    notes["with a label"] = len(annotations)
-    where = official_splits(folder, row, needed=original) if "splits" in row else {}
-    notes["split by"] = ", ".join(row["splits"].values()) if where else "a hash of the text"
-    split = split_annotations(annotations, where)
-    notes["in a split"] = counts(split)
-    for stage, rule in (AS_THE_AUTHORS if "splits" in row else OWN_CSV).items():
-        split = rule(split)
-        notes[stage] = counts(split)
-    often = [n for n in Counter(a.text for rows in split.values() for a in rows).values() if n > 20]
-    notes["texts judged over 20 times"] = len(often)  # control comments; the authors kept them, too
-    notes["annotations of these"] = sum(often)
+    form = dict(text="text", user="user") | (row or {})
+    form |= {key: value for key, value in columns.items() if value}
+    path = name if row is None else f"{HERE}/data/{name}/annotations.csv"
+    if row is not None and not os.path.exists(path):
+        raise BadInput(f"{path}: no such file; make data DATA={name} makes it")
+    found, what, notes = read_annotations(path, form, skip_missing)
+    split = split_annotations(found, notes)
+    train = split["train"]
     for part, rows in split.items():
         if not rows:
             raise BadInput(f"--data {name}: no annotation is left for {part}, of "
-                           f"{notes['annotations']} in all; more texts are needed")
-    name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
-    return Dataset(name, labels, **split, notes=notes)
+                           f"{notes['rows read']} in all; more texts are needed")
+    for label, chosen in zip(what["labels"], np.sum([a.labels for a in train], 0)):
+        if chosen in (0, len(train)):
+            raise BadInput(f"--data {name}: label {label!r} never varies in training (chosen "
+                           f"{chosen:,} times of {len(train):,})")
+    split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
+    with open(path, "rb") as f:
+        sha = hashlib.sha256(f.read()).hexdigest()[:16]
+    return Dataset(name if row is not None else os.path.splitext(os.path.basename(name))[0], **what, **split,
+                   none=not all(any(a.labels) for a, _ in found), notes=notes, sha=sha)
+
+
+def print_data(data):
+    """The first lines of a run: what was read, left out and why, and what there is."""
+    print("; ".join(f"{key} {n:,}" if isinstance(n, int) else f"{key} {n}"
+                    for key, n in data.notes.items() if n))
+    print(f"{'':8}{'rows':>8}{'texts':>8}{'users':>7}  how often each label is chosen")
+    for part in ("train", "val", "test"):
+        rows = getattr(data, part)
+        rates = np.mean([[*a.labels, not any(a.labels)] for a in rows], 0)
+        often = ", ".join(f"{label} {rate:.1%}" for label, rate in
+                          zip([*data.labels, *["(nothing)"] * data.none], rates))
+        print(f"{part:8}{len(rows):8,}{len({a.text for a in rows}):8,}"
+              f"{len({a.user for a in rows}):7,}  {often}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. Prompts. Three parts, the constant one first: the instruction with the list of labels, the
 # text, the user. The paper puts the user ID before the text; the last token sees the same facts
-# either way, and in this order section 6 computes what prompts have in common once. Each piece is
-# tokenized by itself and the ids are joined: the same piece always has the same ids, a cut can
-# only ever shorten the text, and nothing inside a text can end the prompt, since special tokens
-# written there are read as plain letters. An example comes with its own labels, before the text
-# that is asked about: the user's own for a personalized prompt, other people's for a plain one,
-# always from the training rows.
+# either way, and in this order section 6 computes what prompts have in common once. How the prompt
+# names a user is a choice that moves numbers (`ids`): "number" is the paper's, the CSV's own ID;
+# "word" is an everyday word of the tokenizer, drawn by a hash of the ID; "token" is a token of the
+# user's own, which starts out as that word and whose embedding is trained [7].
 
-ASK = {  # personalized? -> the instruction, and what it adds when there are examples
+INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
     False: ("Which of the labels fit the text?", " First see how other people answered."),
     True: ("Which of the labels would this user choose for the text?",
            " First see how this user answered before."),
 }
+ANSWER_WITH = {  # single choice?, may nothing be chosen? -> how to answer
+    (True, False): "Answer with one label from the list.",
+    (False, False): "Answer with labels from the list, separated by commas.",
+    (False, True): "Answer with labels from the list, separated by commas, or with none."}
+NONE = "none"  # the answer where no label is chosen
 
 
-def prompt_parts(method, labels, text, user, examples=()):
+def prompt_parts(method, data, text, user, examples=()):
     """The prompt as (shared, text, user) parts, each a list of pieces that are tokenized alone."""
-    ask, see = ASK[method.personalized]
-    shared = [f"{ask}{see if method.shots else ''} Answer with labels from the list, separated by "
-              f"commas.\n### Labels: {', '.join(labels)}"]
+    question, see = INSTRUCTIONS[method.personalized]
+    shared = [f"{question}{see if method.shots else ''} "
+              f"{ANSWER_WITH[data.single, data.none]}\n### Labels: {', '.join(data.labels)}"]
     body = []
     for example in examples:
         body += ["\n### Text:", f" {example.text}", "\n### Response:",
-                 answer_text(labels, example.labels)]
+                 answer_text(data.labels, example.labels)]
     if method.shots:
         body += ["\n### Text:"]
     else:
@@ -479,41 +446,65 @@ def prompt_parts(method, labels, text, user, examples=()):
 
 def answer_text(labels, chosen):
     """The answer that an LM is trained to give, the chosen labels in the list's order: ' a, c'."""
-    return " " + ", ".join(label for label, y in zip(labels, chosen) if y)
+    return " " + (", ".join(label for label, y in zip(labels, chosen) if y) or NONE)
+
+
+def check_labels(data):
+    """BadInput if answers in words could not be told apart; that concerns LM and Q, not CLS."""
+    words = defaultdict(list)
+    for label in data.labels:
+        if "\n" in label or not label.strip() or "," in label and not data.single:
+            raise BadInput(f"label {label!r}: a comma-separated answer cannot hold it")
+        words[tuple(words_of(label)) or label].append(label)
+    if data.none:
+        words[NONE,].append(NONE)
+    same = next((names for names in words.values() if len(names) > 1), None)
+    if same:
+        raise BadInput(f"labels {same[0]!r} and {same[1]!r} are the same but for case and "
+                       "punctuation: an answer cannot tell them apart (cls and cls_p can)")
 
 
 def choose_examples(method, train):
-    """A function: annotation -> up to `shots` training rows, the same for every model and seed."""
-    by_user, distinct = defaultdict(list), Counter(a.user for a in set(train))
+    """A function: annotation -> up to `shots` training rows, the same for every model and seed:
+    the user's own for a personalized prompt, other people's for a plain one, never of its text."""
+    by_user = defaultdict(list)
     for a in train:
         by_user[a.user].append(a)
-    total = sum(distinct.values())
 
-    def choose(annotation):
-        rng = random.Random(f"{text_id(annotation.text)} {annotation.user}")
-        own = by_user[annotation.user]
+    def choose(asked):
+        rng = random.Random(f"{text_id(asked.text)} {asked.user}")
+        own = [a for a in by_user[asked.user] if a.text != asked.text]
         if method.personalized:
             return rng.sample(own, min(method.shots, len(own)))
         chosen = []
-        while len(chosen) < min(method.shots, total - distinct[annotation.user]):
+        for _ in range(100 * method.shots):  # enough where there are other people
             other = rng.choice(train)
-            if other.user != annotation.user and other not in chosen:
+            if other.user != asked.user and other.text != asked.text and other not in chosen:
                 chosen.append(other)
+            if len(chosen) == method.shots:
+                break
         return chosen
 
     return choose
 
 
-def tokenize(tokenizer, piece):
-    """Token ids of a piece of a prompt; special tokens written inside it are read as letters."""
-    def plain(piece):
-        return tokenizer(piece, add_special_tokens=False, split_special_tokens=True).input_ids
+def tokenize(tokenizer, piece, first=False):
+    """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
+    goes before it and is cut off again: a SentencePiece tokenizer would else mark the piece as the
+    beginning of a text. Special tokens written inside a piece are read as letters."""
+    def plain(text):
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    ids, special = plain(piece), set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    def inside(piece):
+        ids, mark = plain(letter + piece), plain(letter) if letter else []
+        return ids[len(mark):] if ids[:len(mark)] == mark else plain(piece)
+
+    letter = "" if first else "a"
+    ids, special = inside(piece), set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     if special.intersection(ids):  # a SentencePiece vocabulary has "</s>" as a word: take it apart
         for token in tokenizer.all_special_tokens:
             piece = piece.replace(token, f"{token[0]} {token[1:]}")
-        ids = [i for i in plain(piece) if i not in special]
+        ids = [i for i in inside(piece) if i not in special]
     return ids
 
 
@@ -527,6 +518,23 @@ def frame(tokenizer, chat):
     framed = tokenizer("a").input_ids
     start = next(i for i in range(len(framed)) if framed[i:i + len(alone)] == alone)
     return tuple(framed[:start]), tuple(framed[start + len(alone):])
+
+
+def user_words(tokenizer, users):
+    """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
+    def is_word(token):
+        return token and token[0] in "\u0120\u2581" and re.fullmatch("[a-z]{4,9}", token[1:])
+
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    words = [i for i, token in enumerate(tokens) if is_word(token)] or list(range(len(tokens)))
+    found, taken = {}, set()
+    for user in users:
+        place = int(hashlib.sha256(user.encode()).hexdigest()[:8], 16) % len(words)
+        while len(taken) < len(words) and place in taken:
+            place = (place + 1) % len(words)
+        taken.add(place)
+        found[user] = words[place]
+    return found
 
 
 class Row(NamedTuple):
@@ -543,15 +551,18 @@ class Row(NamedTuple):
         return self.shared + self.text + self.user
 
 
-def encode(tokenizer, method, labels, annotations, max_text=384, train=()):
-    """(list of Row, dict of counts: texts_cut to `max_text` tokens, too_few_examples in `train`)"""
-    known, cut, few, choose = {}, set(), 0, choose_examples(method, train)
+def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
+    """(list of Row, dict of counts: texts_cut to `max_text` tokens, too_few_examples). `user_ids`
+    is a function: user -> token ids, or None where the prompt has the ID as it is written."""
+    known, cut, few, choose = {}, set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
+    if tokenizer.eos_token_id is None:
+        raise BadInput("the tokenizer has no end token (eos_token): answers could not end")
 
-    def ids(pieces, texts=()):
+    def ids(pieces, texts=(), first=False):
         for piece in pieces:
             if piece not in known:
-                known[piece] = tuple(tokenize(tokenizer, piece))
+                known[piece] = tuple(tokenize(tokenizer, piece, first))
             if piece in texts and len(known[piece]) > max_text:
                 cut.add(piece)
         return sum((known[p][:max_text] if p in texts else known[p] for p in pieces), ())
@@ -560,10 +571,11 @@ def encode(tokenizer, method, labels, annotations, max_text=384, train=()):
     for a in annotations:
         examples = choose(a)
         few += len(examples) < method.shots
-        shared, body, user = prompt_parts(method, labels, a.text, a.user, examples)
+        shared, body, user = prompt_parts(method, data, a.text, a.user, examples)
         texts = {f" {x.text}" for x in (a, *examples)}
-        rows.append(Row(before + ids(shared), ids(body, texts), ids(user) + after,
-                        ids([answer_text(labels, a.labels)]) + (tokenizer.eos_token_id,),
+        who = user_ids(a.user) + ids(user[1:]) if user_ids and method.personalized else ids(user)
+        rows.append(Row(before + ids(shared, first=True), ids(body, texts), who + after,
+                        ids([answer_text(data.labels, a.labels)]) + (tokenizer.eos_token_id,),
                         a.labels, a))
     return rows, dict(texts_cut=len(cut), too_few_examples=few)
 
@@ -582,7 +594,6 @@ NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes 
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0])
-NF4_PAIRS = torch.cartesian_prod(NF4, NF4)  # byte -> its two values, (256, 2)
 
 
 def midpoints(code):
@@ -606,13 +617,22 @@ def dynamic_map():
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
-DYNAMIC = dynamic_map()
+@functools.cache
+def tables(device):
+    """(values of each byte's two indices (256, 2), dynamic map (256)), once a device: a copy for
+    every layer and step would make a GPU wait for the host each time."""
+    return torch.cartesian_prod(NF4, NF4).to(device), dynamic_map().to(device)
 
 
 def in_chunks(n, device):
     """Slices of n weights; on a CPU of a size that stays in its cache, which is 5 times faster."""
     size = 2 ** 18 if device.type == "cpu" else n
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def in_blocks(flat, size):
+    """(n) -> (blocks, size), filled up with zeros."""
+    return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
 
 
 def quantize_nf4(weight):
@@ -622,14 +642,13 @@ def quantize_nf4(weight):
     packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=device)
     absmax = torch.empty((flat.numel() + 63) // 64, device=device)
     for chunk in in_chunks(flat.numel(), device):
-        part = flat[chunk].float()
-        blocks = F.pad(part, (0, -part.numel() % 64)).view(-1, 64)
+        blocks = in_blocks(flat[chunk].float(), 64)
         largest = blocks.abs().amax(1)
         # Times the inverse and not divided by it, as [4] does it: the last bit differs.
         scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).view(-1)
         cell = (scaled * 16 + 16).int()
         index = index_of.index_select(0, cell) + (scaled > border_of.index_select(0, cell))
-        first, n = chunk.start // 2, (part.numel() + 1) // 2
+        first, n = chunk.start // 2, (chunk.stop - chunk.start + 1) // 2
         packed[first:first + n] = ((index[::2] << 4) | index[1::2])[:n]
         absmax[chunk.start // 64:chunk.start // 64 + len(largest)] = largest
     return packed, absmax
@@ -638,12 +657,32 @@ def quantize_nf4(weight):
 def quantize_absmax(absmax):
     """absmax (blocks) -> code (blocks) uint8, scale (blocks/256) float32, offset () float32."""
     offset = absmax.mean()
-    blocks = F.pad(absmax - offset, (0, -absmax.numel() % 256)).view(-1, 256)
+    blocks = in_blocks(absmax - offset, 256)
     scale = blocks.abs().amax(1)
     scaled = blocks * (1 / scale.clamp(min=1e-38))[:, None]
     step = (((scaled + 1) * 0.5) * 65535 + 0.5).floor()  # [4] first rounds to 65,536 even steps
-    code = torch.bucketize(step.view(-1) / 65535 * 2 - 1, midpoints(DYNAMIC).to(absmax.device))
+    code = torch.bucketize(step.view(-1) / 65535 * 2 - 1, midpoints(tables(absmax.device)[1]))
     return code[:absmax.numel()].to(torch.uint8), scale, offset
+
+
+def dequantize_nf4(packed, absmax, dtype):
+    """packed bytes, absmax (blocks) -> weights (2 a byte); products in float32, cast last."""
+    pairs = tables(packed.device)[0].view(torch.int64).view(-1)  # two floats moved as one word
+    values = pairs.index_select(0, packed.int()).view(torch.float32)
+    return (in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(values)].to(dtype)
+
+
+@functools.cache
+def dequantizer(device):
+    """dequantize_nf4; on a GPU in one kernel if torch.compile works there: 2.5 bytes a weight move
+    instead of 30."""
+    if device.type == "cuda":
+        with suppress(Exception):  # no compiler on that machine: the plain way
+            fused = torch.compile(dequantize_nf4, dynamic=True)
+            fused(torch.zeros(64, dtype=torch.uint8, device=device),
+                  torch.ones(2, device=device), torch.bfloat16)
+            return fused
+    return dequantize_nf4
 
 
 class NF4Matmul(torch.autograd.Function):
@@ -684,21 +723,20 @@ class NF4Linear(nn.Module):
     def absmax(self):
         """(blocks) float32"""
         scale = self.absmax_scale.repeat_interleave(256)[:self.absmax_code.numel()]
-        return DYNAMIC.to(scale.device)[self.absmax_code.int()] * scale + self.absmax_offset
+        dynamic = tables(scale.device)[1]
+        return dynamic.index_select(0, self.absmax_code.int()) * scale + self.absmax_offset
 
     def dequantize(self):
-        """(N, K) the rounded weights; products in float32, cast to the layer's dtype last."""
+        """(N, K) the rounded weights, in the layer's dtype."""
         if self.dense is not None:
             return self.dense
-        n, device, absmax = self.N * self.K, self.packed.device, self.absmax()
-        weight = torch.empty(n, dtype=self.dtype, device=device)
-        pairs = NF4_PAIRS.view(torch.int64).view(-1).to(device)  # two floats moved as one word
-        for chunk in in_chunks(n, device):
-            bytes_ = self.packed[chunk.start // 2:(chunk.stop + 1) // 2]
-            values = pairs.index_select(0, bytes_.int()).view(torch.float32)
-            values = F.pad(values, (0, -values.numel() % 64)).view(-1, 64)
-            values *= absmax[chunk.start // 64:chunk.start // 64 + len(values), None]
-            weight[chunk] = values.view(-1)[:chunk.stop - chunk.start]
+        n, absmax = self.N * self.K, self.absmax()
+        weight = torch.empty(n, dtype=self.dtype, device=self.packed.device)
+        for chunk in in_chunks(n, weight.device):
+            packed = self.packed[chunk.start // 2:(chunk.stop + 1) // 2]
+            scales = absmax[chunk.start // 64:(chunk.stop + 63) // 64]
+            part = dequantizer(weight.device)(packed, scales, self.dtype)
+            weight[chunk] = part[:chunk.stop - chunk.start]
         return weight.view(self.N, self.K)
 
     def forward(self, x):
@@ -711,38 +749,10 @@ class NF4Linear(nn.Module):
 # A is drawn at random and B is zero, so that the model begins as it was. LoRALinear wraps a layer
 # and leaves its bytes alone.
 
-class LoRAMatmul(torch.autograd.Function):
-    """x (.., K), keep (.., K) of 0 and 1 or None -> layer(x) + scaling * (x keep) A^T B^T (.., N).
-    In training it takes the place of NF4Matmul, in one pass over x and y. Autograd would save x
-    once more for every layer, thinned out. This saves x itself, which the query, key and value
-    layers have in common."""
-
-    @staticmethod
-    def forward(ctx, x, layer, keep, lora_A, lora_B, scaling):
-        low = F.linear(x if keep is None else x * keep, lora_A.to(x.dtype))  # (.., r)
-        ctx.save_for_backward(x, keep, low, lora_A, lora_B)
-        ctx.layer, ctx.scaling = layer, scaling
-        y = F.linear(x, layer.dequantize(), layer.bias)
-        y.view(-1, layer.N).addmm_(low.flatten(0, -2), (scaling * lora_B.T).to(x.dtype))
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, keep, low, lora_A, lora_B = ctx.saved_tensors
-        grad_low = grad @ (ctx.scaling * lora_B).to(x.dtype)  # (.., N) @ (N, r)
-        through = grad_low @ lora_A.to(x.dtype)  # (.., r) @ (r, K)
-        grad_x = grad @ ctx.layer.dequantize()  # (.., N) @ (N, K)
-        grad_x += through if keep is None else through.mul_(keep)
-        thin = x if keep is None else torch.mul(x, keep, out=through)  # through was its last use
-        grad_A = grad_low.flatten(0, -2).T @ thin.flatten(0, -2)
-        grad_B = ctx.scaling * (low.flatten(0, -2).T @ grad.flatten(0, -2)).T
-        return grad_x, None, None, grad_A.to(lora_A.dtype), grad_B.to(lora_B.dtype), None
-
-
 class LoRALinear(nn.Module):
     """base(x) + scaling * B A dropout(x)"""
     weight = None  # see NF4Linear
-    pool = None    # see draw_dropout
+    masks = None   # see draw_dropout
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
@@ -753,28 +763,26 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
     def forward(self, x):
-        keep, scaling = None, self.scaling
+        dropped, scaling = x, self.scaling
         if self.training and self.dropout:
-            start = int(torch.randint(len(self.pool) - x.numel() + 1, ()))
-            keep = self.pool[start:start + x.numel()].view(x.shape)
-            scaling /= 1 - round(256 * self.dropout) / 256  # so that the expectation stays
-        return LoRAMatmul.apply(x, self.base, keep, self.lora_A, self.lora_B, scaling)
+            start = 16 * int(torch.randint((len(self.masks) - x.numel()) // 16 + 1, ()))
+            dropped = x * self.masks[start:start + x.numel()].view(x.shape)
+            scaling /= 1 - self.dropout  # so that the expectation stays
+        low = F.linear(dropped, self.lora_A.to(x.dtype))  # (.., r)
+        return self.base(x) + F.linear(low, (scaling * self.lora_B).to(x.dtype))
 
 
 def draw_dropout(module, positions):
-    """Draws what the LoRA layers below `module` drop in one forward pass, of that many positions at
-    most: a pool of ones, and zeros with probability `dropout` (to the nearest 1/256). Each layer
-    takes a piece of it from a random place on: a draw for each layer of its own, and masks of
-    bool, took a tenth of the time of a step on a CPU."""
+    """Draws the dropout masks of one forward pass of at most that many positions: zeros with
+    probability `dropout`, else ones. Each layer reads its mask from a random place of this one
+    draw: a draw for each layer of its own would take a fifth of a step's time on a CPU."""
     layers = [m for m in module.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
     if not layers:
         return
     n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
-    words = torch.empty((n + 7) // 8, dtype=torch.int64, device=base.packed.device)
-    words.random_(-2 ** 63, None)  # eight bytes to a draw, of which an entry takes one
-    pool = (words.view(torch.uint8) >= round(256 * layers[0].dropout)).to(base.dtype)
+    masks = (torch.rand(n, device=base.packed.device) >= layers[0].dropout).to(base.dtype)
     for layer in layers:
-        layer.pool = pool
+        layer.masks = masks
 
 
 def add_lora(module, r, alpha, dropout):
@@ -792,271 +800,153 @@ def add_lora(module, r, alpha, dropout):
 
 
 # --------------------------------------------------------------------------------------------------
-# 6. The prompt tree. The prompts of a batch begin alike: all with the shared part, those of one
+# 6. The prompt tree. The prompts of a batch begin alike: all with the shared prefix, those of one
 # text with that text, and in training the answers of readers whose first labels agree. In a
 # decoder the hidden state of a token depends on the tokens before it and on nothing else, so every
 # distinct prefix need be computed only once, in training as in prediction, and loss and gradients
-# stay the same numbers [6]. A batch is one flat sequence without padding: the trunk (the shared
-# part), then the nodes of each group (a text and its readers). Everything but attention works on
-# single tokens and does not notice; a node's position counts along its branch; and attention,
-# below, lets it see the trunk and its own branch: one small rectangle a group.
+# stay the same numbers [6]. A batch is one flat sequence of nodes without padding: the shared
+# prefix, then text by text, branch by branch. Everything but attention works on single tokens and
+# does not notice; a token's position counts along its branch; and in attention a node sees what
+# its parent sees, and itself.
 
-class PromptTree:
-    """Token ids as a tree on a trunk. `add` makes nodes, `step` hands out those not computed yet.
-    Where `cache` is a dict, keys and values stay in it and the tree can grow on at its leaves."""
-
-    def __init__(self, trunk, cache=None):
-        self.ids, self.position, self.S = list(trunk), list(range(len(trunk))), len(trunk)
-        self.children = {}               # (group, parent, token) -> node
-        self.groups = defaultdict(list)  # group -> its nodes, by rank
-        self.sees = [0] * len(trunk)     # node -> which ranks of its group it sees, as bits
-        self.computed, self.cache = 0, cache
-
-    def add(self, ids, group, parent=None):
-        """The node at the end of the path `ids` from `parent` (None: the trunk)."""
-        for token in ids:
-            node = self.children.get((group, parent, token))
-            if node is None:
-                node = self.children[group, parent, token] = len(self.ids)
-                self.ids.append(token)
-                self.position.append(self.S if parent is None else self.position[parent] + 1)
-                above = 0 if parent is None else self.sees[parent]
-                self.sees.append(above | 1 << len(self.groups[group]))
-                self.groups[group].append(node)
-            parent = node
-        return parent
-
-    def step(self, device):
-        """What a model needs to compute the T new nodes: dict(input_ids (1, T), position_ids
-        (1, T), tree), where `tree` goes through to tree_attention: which nodes ask, which answer,
-        trunk first and then rectangle by rectangle."""
-        first, self.computed = self.computed, len(self.ids)
-        groups = [(nodes, [n for n in nodes if n >= first]) for nodes in self.groups.values()]
-        groups = sorted([g for g in groups if g[1]], key=lambda g: len(g[0]), reverse=True)
-        q_index, k_index, masks = [np.arange(first, self.S)], [np.arange(self.S)], []
-        while groups:  # groups of about one size together, so that little is padding
-            size = sum(1.5 * len(nodes) >= len(groups[0][0]) for nodes, _ in groups)
-            q, k, mask = self.rectangles(groups[:size])
-            q_index, k_index, masks = [*q_index, q.ravel()], [*k_index, k.ravel()], [*masks, mask]
-            groups = groups[size:]
-        q_index = np.concatenate(q_index) - first
-        padding, real = np.flatnonzero(q_index < 0), np.flatnonzero(q_index >= 0)
-        slot = np.zeros(self.computed - first, np.int64)
-        slot[q_index[real]] = real  # where each new node stands in q_index
-        q_index[padding] = 0
-
-        def tensor(a):
-            return torch.as_tensor(a).to(device, non_blocking=True)
-
-        return dict(
-            input_ids=tensor([self.ids[first:]]), position_ids=tensor([self.position[first:]]),
-            tree=dict(S=self.S, new_trunk=max(self.S - first, 0), cache=self.cache,
-                      q_index=tensor(q_index), k_index=tensor(np.concatenate(k_index)),
-                      slot=tensor(slot), padding=tensor(padding), masks=[*map(tensor, masks)]))
-
-    def rectangles(self, groups):
-        """For some groups, padded to the largest: which of their new nodes ask (G, Lq; -1 pads),
-        which of all nodes answer (G, Lk), who sees whom, trunk first (G, 1, Lq, S + Lk)."""
-        G, Lq, Lk = len(groups), max(len(new) for _, new in groups), len(groups[0][0])
-        q, k = np.full((G, Lq), -1), np.zeros((G, Lk), np.int64)
-        mask = np.zeros((G, 1, Lq, self.S + Lk), bool)
-        mask[..., :max(self.S, 1)] = True  # padding sees something, else its softmax were NaN
-        for g, (nodes, new) in enumerate(groups):
-            k[g, :len(nodes)], q[g, :len(new)] = nodes, new
-            bits = b"".join(self.sees[n].to_bytes((Lk + 7) // 8, "little") for n in new)
-            bits = np.frombuffer(bits, np.uint8).reshape(len(new), -1)
-            mask[g, 0, :len(new), self.S:] = np.unpackbits(
-                bits, axis=1, count=Lk, bitorder="little")
-        return q, k, mask
+def prompt_tree(paths, S):
+    """(ids, position, parent, group: lists over nodes; nodes: those of each path, in order) of
+    sorted (group, ids) paths. All share their first S ids, a group's share what they can."""
+    ids, position, parent = list(paths[0][1][:S]), list(range(S)), list(range(-1, S - 1))
+    groups, nodes, branch, last_group, last = [-1] * S, [], list(range(S)), None, ()
+    for group, path in paths:
+        known = S
+        while group == last_group and known < min(len(path), len(last)) \
+                and path[known] == last[known]:
+            known += 1
+        new = range(len(ids), len(ids) + len(path) - known)
+        parent += [branch[known - 1] if known else -1, *new][:len(new)]
+        branch, last_group, last = branch[:known] + [*new], group, path
+        ids += path[known:]
+        position += range(known, len(path))
+        groups += [group] * len(new)
+        nodes.append(branch)
+    return ids, position, parent, groups, nodes
 
 
-class Rearrange(torch.autograd.Function):
-    """Rows of x (n, ..) -> x[index]. Backward looks up as well, by the inverse index: autograd
-    would add row by row, as slow as a matmul. `padding`: rows of x that get no gradient."""
-
-    @staticmethod
-    def forward(ctx, x, index, inverse, padding=None):
-        ctx.save_for_backward(inverse, padding)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx, grad):
-        inverse, padding = ctx.saved_tensors
-        grad = grad.index_select(0, inverse)
-        return grad if padding is None else grad.index_fill_(0, padding, 0), None, None, None
-
-
-def attend(q, k, v, k_trunk, v_trunk, mask, scaling):
-    """(G, H, Lq, E): attention of q (G, H, Lq, E) to the trunk (1, H', S, E) and then to k, v
-    (G, H', Lk, E), where the bool mask (G, 1, Lq, S + Lk) is True. Query heads that share a key
-    head are stacked as more queries of it."""
-    G, H, Lq, E = q.shape
-    if k_trunk is not None:
-        k = torch.cat([k_trunk.expand(G, -1, -1, -1), k], 2)
-        v = torch.cat([v_trunk.expand(G, -1, -1, -1), v], 2)
-    share = H // k.shape[1]
-    q, mask = q.reshape(G, H // share, share * Lq, E), mask.repeat(1, 1, share, 1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return out.reshape(G, H, Lq, E)
+def attention_blocks(parent, groups, S, size, dtype):
+    """list of (first node, last + 1, mask): the shared prefix, then groups together until they have
+    `size` nodes. The mask (1, 1, n, S + n) is 0 where a node sees the prefix or a node of its
+    block, and -inf where it does not."""
+    ends = [i for i in range(S + 1, len(parent)) if groups[i] != groups[i - 1]] + [len(parent)]
+    blocks, first, ends = [], 0, [S, *ends] if S else ends
+    for end in ends:
+        if end - first < size and end not in (S, len(parent)):
+            continue
+        n, prefix = end - first, S if first else 0
+        sees = np.zeros((n, prefix + n), bool)
+        sees[:, :prefix] = True
+        for i in range(n):  # what its parent sees, and itself
+            if parent[first + i] >= first:
+                sees[i] = sees[parent[first + i] - first]
+            sees[i, prefix + i] = True
+        mask = torch.zeros(1, 1, *sees.shape, dtype=dtype)
+        blocks.append((first, end, mask.masked_fill_(torch.from_numpy(~sees), -math.inf)))
+        first = end
+    return blocks
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, *,
-                   tree=None, softcap=None, sliding_window=None, **kwargs):
-    """Attention over a PromptTree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
+def attend(q, k, v, mask, scaling):
+    """(1, H, n, E): attention of q (1, H, n, E) to k, v (1, H', m, E) under a mask (1, 1, n, m)."""
+    (_, H, n, E), (_, few, m, _) = q.shape, k.shape
+    if q.device.type == "cuda":  # its kernel wants as many heads of keys as of queries
+        k, v = (t.repeat_interleave(H // few, 1) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    # A CPU's kernel is three times slower than this in bfloat16. Query heads that share a key head
+    # are stacked as more queries of it.
+    weights = (q * (scaling or E ** -0.5)).reshape(1, few, -1, E) @ k.transpose(2, 3)
+    weights = (weights.view(1, H, n, m) + mask).softmax(-1)
+    return (weights.view(1, few, -1, m) @ v).view(1, H, n, E)
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling=None, *, tree=None, **kwargs):
+    """Attention over a prompt tree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
     transformers calls it in place of its own and hands `tree` through."""
-    if tree is None or softcap or (sliding_window or math.inf) < 4096:
-        raise BadInput(f"{type(module).__name__}: attention of this kind (soft-capped, in "
-                       "short windows, without keyword arguments) is not supported: take another")
-    tree["used"] = True
-    q, k, v = (t[0].transpose(0, 1).flatten(1) for t in (query, key, value))  # (T, H * E)
-    if tree["cache"] is not None:
-        old = tree["cache"].get(module.layer_idx)
-        k, v = (k, v) if old is None else (torch.cat([old[0], k]), torch.cat([old[1], v]))
-        tree["cache"][module.layer_idx] = k, v
-    S, E, slot, masks = tree["S"], query.shape[3], tree["slot"], tree["masks"]
-    q = Rearrange.apply(q, tree["q_index"], slot)
-    k, v = (Rearrange.apply(t, tree["k_index"], slot) for t in (k, v))  # in training as q
-    q_sizes = [tree["new_trunk"], *(m.shape[0] * m.shape[2] for m in masks)]
-    k_sizes = [S, *(m.shape[0] * (m.shape[3] - S) for m in masks)]
-
-    def heads(rows, G):  # (G * L, H * E) -> (G, H, L, E)
-        return rows.view(G, -1, rows.shape[1] // E, E).transpose(1, 2) if len(rows) else None
-
-    q_trunk, *q = q.split(q_sizes)
-    (k_trunk, *k), (v_trunk, *v) = k.split(k_sizes), v.split(k_sizes)
-    k_trunk, v_trunk, out = heads(k_trunk, 1), heads(v_trunk, 1), []
-    if len(q_trunk):
-        causal = torch.ones(1, 1, S, S, dtype=torch.bool, device=q_trunk.device).tril()
-        out.append(attend(heads(q_trunk, 1), k_trunk, v_trunk, None, None, causal, scaling))
-    for q_part, k_part, v_part, mask in zip(q, k, v, masks):
-        parts = (heads(part, len(mask)) for part in (q_part, k_part, v_part))
-        # A copy of the trunk's keys for every text is a fifth of what the backward pass would keep;
-        # made again, it costs 3 % of the time.
-        out.append(checkpoint(attend, *parts, k_trunk, v_trunk, mask, scaling, use_reentrant=False,
-                              preserve_rng_state=False))
-    out = torch.cat([o.transpose(1, 2).flatten(0, 1) for o in out])  # as q_index: (.., H, E)
-    return Rearrange.apply(out, slot, tree["q_index"], tree["padding"])[None], None
+    if tree is None:
+        raise BadInput(f"{type(module).__name__} does not pass arguments on to its attention")
+    S, cache, out = tree["S"], tree["cache"], []
+    if cache is not None:
+        if module.layer_idx in cache:
+            key, value = (torch.cat(pair, 2) for pair in zip(cache[module.layer_idx], (key, value)))
+        cache[module.layer_idx] = key, value
+    if "mask" in tree:  # answers grow: every node is new, and the mask is over all there are
+        return attend(query, key, value, tree["mask"], scaling).transpose(1, 2), None
+    for first, end, mask in tree["blocks"]:
+        k, v = (torch.cat([t[:, :, :S], t[:, :, first:end]], 2) if first else t[:, :, :end]
+                for t in (key, value))
+        out.append(attend(query[:, :, first:end], k, v, mask, scaling))
+    return torch.cat(out, 2).transpose(1, 2), None
 
 
 AttentionInterface.register("tree", tree_attention)
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The model and its two heads. The backbone is transformers' own module for the architecture,
-# built without weights; the checkpoint is read tensor by tensor, and a linear layer turns into an
-# NF4Linear as soon as its weights are there, so that never more than one is dense. Heads are
-# neither quantized nor given LoRA: the classification head (L, D) is trained whole, the language
-# model's (V, D) stays as it is. The backbone's own dropout stays off. In an encoder-decoder the
-# classification head reads the decoder's state at its start token.
+# 7. The model and its two heads. The backbone is transformers' own module for the architecture, its
+# linear layers turned into NF4Linear one after the other. Heads are neither quantized nor given
+# LoRA: the classification head (L, D) is trained whole, the language model's (V, D) stays as it is.
+# The backbone's own dropout stays off. In an encoder-decoder the classification head reads the
+# decoder's state at its start token. Users with a token of their own have the ids V, V + 1, ... and
+# a row each of one more trained matrix (U, D).
 
-def model_folder(name):
-    """The folder of a model: a row of MODELS, a folder or a Hugging Face id (fetched or cached)."""
-    spec = MODELS[name]["id"] if name in MODELS else name
-    if os.path.isdir(spec):
-        if not os.path.exists(os.path.join(spec, "config.json")):
-            raise BadInput(f"--model {name}: {spec} holds no config.json of a Hugging Face model")
-        return spec
+def load_quantized(name, device, dtype):
+    """(transformers' model, frozen, the linear layers of its backbone in NF4; its tokenizer) of a
+    row of MODELS, a folder or a Hugging Face id. BadInput for what NF4 cannot hold."""
+    source = MODELS.get(name, {}).get("id", name)
     known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
-    if spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+    if not os.path.isdir(source) and (source[0] in "./~" or source.count("/") != 1):
         raise BadInput(f"--model {name}: no such model ({known})")
-    wanted = ["*.json", "*.txt", "*.model"]
     try:
-        folder = snapshot_download(spec, allow_patterns=[*wanted, "*.safetensors"])
-        if not glob.glob(os.path.join(folder, "*.safetensors")):
-            folder = snapshot_download(spec, allow_patterns=[*wanted, "*.bin"])
-        return folder
-    except Exception as e:  # the hub's client raises errors of four packages; the remedy is one
-        raise BadInput(f"--model {name}: cannot fetch {spec} from the Hugging Face hub "
-                       f"({type(e).__name__}); run it once with a network, or give a folder that "
-                       f"holds the model: --model DIR ({known})") from None
-
-
-def checkpoint_tensors(folder):
-    """Yields (name, tensor) of every weight in a model folder, one at a time in memory."""
-    files = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
-    for path in files:
-        with safe_open(path, "pt") as f:
-            for name in f.keys():
-                yield name, f.get_tensor(name)
-    for path in [] if files else sorted(glob.glob(os.path.join(folder, "pytorch_model*.bin"))):
-        yield from torch.load(path, map_location="cpu", mmap=True, weights_only=True).items()
-
-
-@contextmanager
-def parameters_on_meta():
-    """Modules built inside have parameters without memory, and real buffers (rotary tables)."""
-    register = nn.Module.register_parameter
-
-    def on_meta(module, name, param):
-        if param is not None and not param.is_meta:  # if it is, it is tied: keep the object
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
-        register(module, name, param)
-
-    nn.Module.register_parameter = on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
-
-
-def put(model, name, value):
-    """Sets the parameter, buffer or module `name` ("a.b.c") of a model."""
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
-
-
-def load_quantized(folder, device, dtype):
-    """The transformers model in a folder, frozen, the linear layers of its backbone in NF4."""
-    config = AutoConfig.from_pretrained(folder)
-    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    with parameters_on_meta():
-        lm = kind.from_config(
-            config, attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
-    for buffer in lm.buffers():
-        buffer.data = buffer.to(device)
-    empty = dict(lm.named_parameters(remove_duplicate=False))  # a tied one under each of its names
-    given, head, prefix = {}, lm.get_output_embeddings(), lm.base_model_prefix + "."
-    head_name = next(name for name, module in lm.named_modules() if module is head)
-    for name, tensor in progress(checkpoint_tensors(folder), "quantize", "tensors"):
-        if name in ("lm_head.weight", "embed_out.weight"):  # GPT-NeoX: the one became the other
-            name = f"{head_name}.weight"
-        names = (name, prefix + name, name.removeprefix(prefix))
-        name = next((n for n in names if n in empty), None)
-        if name is None:
-            continue  # older versions of transformers stored buffers, too
-        if tensor.shape != empty[name].shape:
-            raise BadInput(f"{folder}: {name} is {tuple(tensor.shape)} in the checkpoint and "
-                           f"{tuple(empty[name].shape)} by config.json")
-        path = name.rpartition(".")[0]
-        layer = lm.get_submodule(path)
-        if not isinstance(layer, nn.Linear) or layer is head:
-            param = nn.Parameter(tensor.to(device, dtype), requires_grad=False)
-            put(lm, name, param)
-            if layer is not head or id(empty[name]) not in given:  # an untied head is its own
-                given[id(empty[name])] = param
-            continue
-        put(lm, name, nn.Parameter(tensor.to(device), requires_grad=False))  # as it is on disk
-        if not any(p.is_meta for p in layer.parameters()):
-            put(lm, path, NF4Linear.from_linear(layer, dtype))
-        del layer, tensor  # so that the next one is the only dense one
-    for name, param in list(lm.named_parameters(remove_duplicate=False)):
-        if param.is_meta:
-            if id(param) not in given:
-                raise BadInput(f"{folder}: the checkpoint has no weights for {name}")
-            put(lm, name, given[id(param)])  # tied to one that had weights
-    return lm.eval()
+        config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
+        for key in ("quantization_config", "num_local_experts", "num_experts"):
+            if getattr(config, key, None):
+                raise BadInput(f"--model {name}: weights that are quantized already and mixtures "
+                               f"of experts are not supported ({key} in config.json)")
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        lm, info = auto.from_pretrained(
+            source, dtype="auto", output_loading_info=True,
+            attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
+    except BadInput:
+        raise
+    except Exception as e:  # of five packages, for whatever is missing or damaged
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+        raise BadInput(f"--model {name}: cannot load {source} ({why}; {known})") from None
+    head = lm.get_output_embeddings()
+    linear = {path: layer for path, layer in lm.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not head}
+    odd = [*info["missing_keys"], *info["mismatched_keys"], *(  # scales, integers: quantized
+        key for key in info["unexpected_keys"] if "scale" in key), *(
+        path for path, layer in linear.items()
+        if not (layer.weight[:16] % 1).any())]
+    if odd:
+        raise BadInput(f"--model {name}: the checkpoint has no usable weights for {odd[0]}")
+    dtype = dtype or compute_dtype(device, lm.config.hidden_size)
+    for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
+        parent, _, leaf = path.rpartition(".")
+        setattr(lm.get_submodule(parent), leaf, NF4Linear.from_linear(layer.to(device), dtype))
+        layer.weight = None  # so that its dense weight goes now
+    for param in lm.parameters():  # not the buffers: scales of NF4 and rotary tables are float32
+        param.data = param.data.to(dtype)
+    return lm.requires_grad_(False).to(device).eval(), tokenizer
 
 
 class PersonalizedLM(nn.Module):
-    """A frozen backbone in NF4, with LoRA if it is to be trained, and one of the two heads."""
+    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and a token
+    for each user if `user_rows` (U, D), their first embeddings, are given."""
 
-    def __init__(self, lm, head, n_labels):
+    def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
             nn.init.normal_(self.score.weight, std=0.02)
+        self.user_embedding = None if user_rows is None else nn.Parameter(user_rows.float())
 
     @property
     def device(self):
@@ -1064,36 +954,48 @@ class PersonalizedLM(nn.Module):
 
     def train(self, mode=True):
         """Dropout is LoRA's alone: the backbone stays as it is at prediction, but for the layers
-        that compute their activations again where --checkpoint asks for that."""
+        that compute their activations again where --recompute asks for that."""
         for module in self.modules():
             if isinstance(module, (LoRALinear, GradientCheckpointingLayer)):
                 module.training = mode
         return self
 
     def trainable(self):
-        """dict name -> parameter of all that is trained: LoRA and the classification head."""
+        """dict name -> parameter of all that is trained: LoRA, the classification head, users."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+    def embed(self, input_ids):
+        """(.., D) the embeddings of tokens, those from V on of users. The last id of all, V + U,
+        stands for a user that training did not know: the mean of the others."""
+        words = self.lm.get_input_embeddings()
+        if self.user_embedding is None:
+            return words(input_ids)
+        V = words.weight.shape[0]
+        rows = torch.cat([self.user_embedding, self.user_embedding.mean(0, keepdim=True)])
+        rows = F.embedding((input_ids - V).clamp(min=0), rows).to(words.weight.dtype)
+        return torch.where((input_ids < V)[..., None], words(input_ids.clamp(max=V - 1)), rows)
 
     def hidden(self, batch):
         """(P, D) the hidden states that the head reads. By index_select and not by x[index], whose
-        backward pass adds up in another order in every run."""
+        backward pass on a CPU adds up in another order in every run (on a GPU both do)."""
         inputs = dict(batch["inputs"])
-        input_ids = inputs["input_ids"]
+        input_ids = inputs.pop("input_ids")
         if not self.seq2seq:
             draw_dropout(self, input_ids.numel())
-            out = self.lm.base_model(**inputs, use_cache=False)
-            if "used" not in inputs["tree"]:
-                raise BadInput(f"{type(self.lm).__name__}: transformers does not let its attention "
-                               "be replaced; take another model")
+            out = self.lm.base_model(inputs_embeds=self.embed(input_ids), use_cache=False, **inputs)
             return out.last_hidden_state[0].index_select(0, batch["at"])
-        row, mask = inputs.pop("encoder_row"), inputs["attention_mask"]
-        decoder_input_ids = inputs.pop("decoder_input_ids")
-        draw_dropout(self, len(row) * max(input_ids.shape[1], decoder_input_ids.shape[1]))
-        memory = self.lm.get_encoder()(**inputs).last_hidden_state
+        draw_dropout(self, len(inputs["pair"]) * max(input_ids.shape[1], inputs["start"].shape[1]))
+        memory = self.encode(input_ids, inputs["attention_mask"])
         out = self.lm.get_decoder()(
-            input_ids=decoder_input_ids, encoder_hidden_states=memory.index_select(0, row),
-            encoder_attention_mask=mask[row], use_cache=False)
+            input_ids=inputs["start"], encoder_hidden_states=memory.index_select(0, inputs["pair"]),
+            encoder_attention_mask=inputs["attention_mask"].index_select(0, inputs["pair"]),
+            use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
+
+    def encode(self, input_ids, attention_mask):
+        """(B, T, D) what the decoder of an encoder-decoder reads of some prompts."""
+        return self.lm.get_encoder()(inputs_embeds=self.embed(input_ids),
+                                     attention_mask=attention_mask).last_hidden_state
 
     def token_logits(self, hidden):
         """(P, D) -> (P, V) float32"""
@@ -1107,64 +1009,87 @@ class PersonalizedLM(nn.Module):
         return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
 
 
-def free_memory(device):
-    """Bytes that can still be had: of the GPU, else of the machine."""
+def find_device():
+    """The GPU if there is one, else the CPU. A GPU that does not start is an error and no reason to
+    compute a hundred times slower in silence."""
+    if torch.cuda.is_available():
+        # cuDNN's attention plans every new shape anew, and shapes change every step here.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        return torch.device("cuda", torch.cuda.current_device())
+    gpu = os.path.exists("/proc/driver/nvidia/version")
+    if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        why = "it does not start" if torch.version.cuda else "this torch is built without CUDA"
+        raise BadInput(f"there is an NVIDIA GPU and {why}; CUDA_VISIBLE_DEVICES= computes on the "
+                       "CPU all the same")
+    return torch.device("cpu")
+
+
+def device_name(device):
+    """The device in words."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as f:  # counts what caches would give back
-            return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", f.read())[1])
-    except OSError:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        return torch.cuda.get_device_name(device)
+    model = None
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = re.search(r"model name\s*: (.*)", f.read())
+    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def compute_dtype(device, width):
+    """bfloat16 where the device multiplies it clearly faster than float32: GPUs that have it in
+    hardware, and CPUs by a measurement at the model's own width. Narrow models gain nothing."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if bf16 else torch.float32
+
+    def seconds(dtype):  # the best of some
+        a, b, best = torch.ones(512, width, dtype=dtype), torch.ones(width, width, dtype=dtype), 9e9
+        for _ in range(5):
+            start = time.perf_counter()
+            a @ b
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    fast = width >= 256 and seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
+    return torch.bfloat16 if fast else torch.float32
 
 
 def keep_dense(model):
-    """Keeps a dense copy of the rounded weights if that takes less than a quarter of the free
-    memory: the same numbers without dequantizing. Returns whether it did."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    fits = sum(m.N * m.K * m.dtype.itemsize for m in layers) < free_memory(model.device) / 4
+    """Keeps a dense copy of the rounded weights if that takes less than a quarter of the memory (a
+    GPU: half of what is free, or held ready by torch): the same numbers without dequantizing.
+    Returns whether it did."""
+    layers, device = [m for m in model.modules() if isinstance(m, NF4Linear)], model.device
+    if device.type == "cuda":
+        ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        room = (torch.cuda.mem_get_info(device)[0] + ready) / 2
+    else:
+        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    fits = sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
     for layer in layers if fits else ():
         layer.dense = layer.dequantize()
     return fits
 
 
-def load_model(name, head, n_labels, device, settings=TRAINING, recompute=False):
-    """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked."""
-    folder = model_folder(name)
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        lm = load_quantized(folder, device, torch.bfloat16 if bf16 else torch.float32)
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as e:  # of four packages, for whatever is damaged in a folder
-        why = " ".join(str(e).split())[:200]
-        raise BadInput(f"--model {name}: cannot load {folder}: {type(e).__name__}: {why}") from None
-    if head != "ask":
-        if not add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]):
-            raise BadInput(f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
-        if recompute:
-            lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-    return PersonalizedLM(lm, head, n_labels), tokenizer
-
-
-def quantized_layers(model):
-    """The names, without their paths, of the layers whose weights are in NF4."""
-    names = {name.removesuffix(".base").rpartition(".")[2]
-             for name, module in model.named_modules() if isinstance(module, NF4Linear)}
-    return sorted(names)
+def user_namer(model, tokenizer, ids, users):
+    """A function: user -> the token ids that name the user in a prompt; None for "number"."""
+    if ids == "word":
+        known = user_words(tokenizer, users)
+        return lambda user: (known[user] if user in known else user_words(tokenizer, [user])[user],)
+    if ids == "token" and model.user_embedding is not None:
+        V = model.lm.get_input_embeddings().weight.shape[0]
+        place = {user: V + i for i, user in enumerate(users)}
+        return lambda user: (place.get(user, V + len(users)),)
+    return None
 
 
 def parameter_counts(model):
     """dict(total, trained, quantized) numbers of weights, and packed_bytes of the quantized."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
-    buffers = [b for m in layers
-               for b in (m.packed, m.absmax_code, m.absmax_scale, m.absmax_offset)]
+    stored = [b for m in layers for name, b in m.named_buffers() if name not in ("bias", "dense")]
     biases = sum(m.bias.numel() for m in layers if m.bias is not None)
     return dict(total=sum(p.numel() for p in model.parameters()) + biases + quantized,
                 trained=sum(p.numel() for p in model.trainable().values()), quantized=quantized,
-                packed_bytes=sum(b.numel() * b.element_size() for b in buffers))
+                packed_bytes=sum(b.numel() * b.element_size() for b in stored))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1173,24 +1098,24 @@ def parameter_counts(model):
 # `of`, which of these each target belongs to (the readers of one text share one where their ID is
 # not told); `target`, labels (R, L) or the ids of all answers.
 
-def tree_batch(rows, head, device, share=True):
+def tree_batch(rows, head, dtype=torch.float32, share=True, block=64):
     """A batch for a decoder. Without `share`, every row computes its whole prompt."""
-    tree, at, of, target = PromptTree(rows[0].shared if share else ()), {}, [], []
-    for i, row in enumerate(rows):
-        group = row.text if share else i
-        node = tree.add(row.text + row.user if share else row.prompt, group)
-        if head == "cls":
-            of.append(at.setdefault(node, len(at)))
-            target.append(row.labels)
-            continue
-        for j, token in enumerate(row.answer):  # the state at a token predicts the next one
-            node = tree.add(row.answer[max(j - 1, 0):j], group, node)
-            of.append(at.setdefault(node, len(at)))
-            target.append(token)
-    return as_batch(tree.step(device), list(at), of, target, device, tree.computed)
+    S, groups, paths = len(rows[0].shared) if share else 0, {}, []
+    for i, row in enumerate(rows):  # the state at a token predicts the next one of an answer
+        group = groups.setdefault(row.text if share else i, len(groups))
+        paths.append((group, row.prompt + (row.answer[:-1] if head == "lm" else ())))
+    distinct = sorted(set(paths))
+    ids, position, parent, group_of, nodes = prompt_tree(distinct, S)
+    nodes, at, of, target = dict(zip(distinct, nodes)), {}, [], []
+    for row, path in zip(rows, paths):
+        of += [at.setdefault(node, len(at)) for node in nodes[path][len(row.prompt) - 1:]]
+        target += [row.labels] if head == "cls" else row.answer
+    tree = dict(S=S, blocks=attention_blocks(parent, group_of, S, block, dtype), cache=None)
+    inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]), tree=tree)
+    return as_batch(inputs, at, of, target, len(ids)) | dict(branches=[nodes[p] for p in distinct])
 
 
-def pair_batch(rows, head, start, device, share=True):
+def pair_batch(rows, head, start, share=True):
     """A batch for an encoder-decoder: equal prompts are encoded once, equal (prompt, answer) pairs
     decoded once. Its encoder reads both ways: prompts that only begin alike share nothing."""
     prompts, pairs, at, of, target = {}, {}, {}, [], []
@@ -1200,36 +1125,46 @@ def pair_batch(rows, head, start, device, share=True):
         pair = pairs.setdefault((prompt, (start, *answer[:-1])), len(pairs))
         of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
         target += [row.labels] if head == "cls" else answer
-    input_ids, attention_mask = padded([ids for ids, _ in prompts], device)
-    decoder_input_ids, _ = padded([ids for _, ids in pairs], device)
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask,
-                  decoder_input_ids=decoder_input_ids,
-                  encoder_row=torch.tensor([prompt for prompt, _ in pairs], device=device))
+    input_ids, attention_mask = padded([ids for ids, _ in prompts])
+    decoder_input_ids, _ = padded([ids for _, ids in pairs])
+    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, start=decoder_input_ids,
+                  pair=torch.tensor([prompt for prompt, _ in pairs]))
     at = [pair * decoder_input_ids.shape[1] + j for pair, j in at]
     tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
-    return as_batch(inputs, at, of, target, device, tokens)
+    return as_batch(inputs, at, of, target, tokens)
 
 
-def padded(sequences, device):
+def padded(sequences):
     """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
     lengths = torch.tensor([len(s) for s in sequences])
     ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids.to(device), mask.long().to(device)
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
-def as_batch(inputs, at, of, target, device, tokens):
+def as_batch(inputs, at, of, target, tokens):
     """The dict that PersonalizedLM takes; `tokens` is how many are computed for it."""
-    at, of, target = (torch.tensor(x, device=device) for x in (at, of, target))
+    at, of, target = (torch.tensor(list(x)) for x in (at, of, target))
     return dict(inputs=inputs, at=at, of=of, target=target, tokens=tokens)
 
 
-def make_batch(model, rows, share=True):
+def to_device(x, device):
+    """A batch on the device. A GPU copies from pinned memory while the host goes on."""
+    if isinstance(x, torch.Tensor):
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if isinstance(x, (list, tuple)):
+        return type(x)(to_device(y, device) for y in x)
+    return {k: to_device(v, device) for k, v in x.items()} if isinstance(x, dict) else x
+
+
+def make_batch(model, rows, share=True, head=None):
     """The batch of some rows for this model."""
+    head = head or model.head
     if model.seq2seq:
-        start = model.lm.config.decoder_start_token_id
-        return pair_batch(rows, model.head, start, model.device, share)
-    return tree_batch(rows, model.head, model.device, share)
+        batch = pair_batch(rows, head, model.lm.config.decoder_start_token_id, share)
+    else:
+        block = 64 if model.device.type == "cpu" else 2048  # a GPU likes few and large calls
+        batch = tree_batch(rows, head, model.lm.dtype, share, block)
+    return to_device(batch, model.device)
 
 
 def in_batches(rows, size, rng=None):
@@ -1253,37 +1188,217 @@ def in_batches(rows, size, rng=None):
     return batches
 
 
+@torch.no_grad()
+def check_forward(model):
+    """BadInput if ours is not transformers' own forward pass, its own attention and all logits, on
+    the weights as they stand: what an architecture does beside what we know of is found here."""
+    lm, V = model.lm, model.lm.get_input_embeddings().weight.shape[0]
+    ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
+    rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
+    model.train(False)
+    try:
+        batch = make_batch(model, rows, head="lm")
+        ours = model.token_logits(model.hidden(batch)).index_select(0, batch["of"])
+        lm.set_attn_implementation("sdpa")
+        theirs = []
+        for row in rows:
+            prompt, answer = [torch.tensor([x], device=lm.device) for x in (row.prompt, row.answer)]
+            if model.seq2seq:
+                start = torch.full_like(answer[:, :1], lm.config.decoder_start_token_id)
+                answer = torch.cat([start, answer[:, :-1]], 1)
+                theirs.append(lm(input_ids=prompt, decoder_input_ids=answer).logits[0])
+            else:
+                logits = lm(torch.cat([prompt, answer[:, :-1]], 1), use_cache=False).logits[0]
+                theirs.append(logits[len(row.prompt) - 1:])
+    except (TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as e:
+        why = " ".join(str(e).split())[:99]
+        raise BadInput(f"{type(lm).__name__} is not supported ({why}): take another model") from None
+    finally:
+        lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
+    theirs = torch.cat(theirs).float()
+    off = float((ours - theirs).norm() / theirs.norm())
+    if os.environ.get("SHOWOFF"): print("OFF", type(lm).__name__, lm.dtype, off)
+    if not off < (1e-3 if lm.dtype == torch.float32 else 0.05):
+        raise BadInput(f"{type(lm).__name__}: our forward pass differs from transformers' own by "
+                       f"{off:.1%} (something in it is not supported): take another model")
+
+
+def load_model(name, head, n_labels, device, dtype, settings, users=(), recompute=False):
+    """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked. `users` get a
+    token each if the settings' ids say so."""
+    lm, tokenizer = load_quantized(name, device, dtype)
+    user_rows = None
+    if head != "ask":
+        if not add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]):
+            raise BadInput(f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
+        if recompute:
+            lm.gradient_checkpointing_enable(dict(use_reentrant=False))
+        if settings["ids"] == "token" and users:
+            words = torch.tensor([*user_words(tokenizer, users).values()], device=device)
+            user_rows = lm.get_input_embeddings().weight.index_select(0, words)
+    model = PersonalizedLM(lm, head, n_labels, user_rows)
+    check_forward(model)
+    return model, tokenizer
+
+
 # --------------------------------------------------------------------------------------------------
-# 9. Ranks. Under torchrun several processes do one run: each computes its share of the rows of a
-# step, gradients are added up, and since every part of the loss is divided by the targets of the
-# whole step, their sum is the gradient of one process. Rank 0 alone prints and writes.
+# 9. Scores and controls. The paper's score is the F1 of each label and their plain mean. One
+# number is no evidence, so beside it stand: an interval from a bootstrap over texts; F1 with
+# thresholds tuned on validation; F1 of each user, and on texts that people read differently; the
+# same rows with the user IDs shuffled, where the gain of knowing the user has to vanish; `listens`,
+# which is 0 for a model that is deaf to the user; and the plain model with a bias for each user,
+# which a personalized one has to beat, or it has learned no more than a table.
+
+def f1_of(hits, ticks):
+    """(..) macro F1 of (.., L) counts: hits 2TP, ticks 2TP + FP + FN; 0 where there are none
+    (scikit-learn's zero_division=0)."""
+    return (hits / np.maximum(ticks, 1)).mean(-1)
+
+
+def f1_scores(gold, predicted):
+    """dict(f1_macro, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays (R, L)."""
+    gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
+    hits, ticks = 2 * (gold & predicted).sum(0), gold.sum(0) + predicted.sum(0)
+    return dict(f1_macro=float(f1_of(hits, ticks)),
+                f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
+                accuracy=float((gold == predicted).all(1).mean()),
+                per_label=(hits / np.maximum(ticks, 1)).tolist())
+
+
+def bootstrap_f1(gold, predicted, texts, draws=1000):
+    """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
+    gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
+    names, of = np.unique(texts, return_inverse=True)
+    counts = np.zeros((len(names), 2, gold.shape[1]))
+    np.add.at(counts, of, np.stack([2 * (gold & predicted), gold.astype(int) + predicted], 1))
+    times = np.random.default_rng(0).multinomial(
+        len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, texts)
+    hits, ticks = np.tensordot(times, counts, 1).transpose(1, 0, 2)
+    return f1_of(hits, ticks)
+
+
+def interval(draws):
+    """[low, high] of 95 %."""
+    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
+
+
+def listens(scores, texts):
+    """(share of the variance of scores (R, L) that lies between readers of one text, their standard
+    deviation over all rows). 0 for a model that does not look at the user."""
+    scores = np.asarray(scores, float)
+    _, of = np.unique(texts, return_inverse=True)
+    means = np.stack([np.bincount(of, column) for column in scores.T], 1) / np.bincount(of)[:, None]
+    total = ((scores - scores.mean(0)) ** 2).mean(0).sum()
+    within = ((scores - means[of]) ** 2).mean(0).sum()
+    return float(within / max(total, 1e-12)), float(math.sqrt(total / scores.shape[1]))
+
+
+def probabilities(scores, single):
+    """(R, L) of scores."""
+    if not single:
+        return 1 / (1 + np.exp(-scores))
+    e = np.exp(scores - scores.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def tuned_thresholds(gold, scores):
+    """(L) the threshold of each label with the best F1 on these rows."""
+    best = np.zeros(scores.shape[1])
+    for label, (y, s) in enumerate(zip(np.asarray(gold).T, scores.T)):
+        order = np.argsort(-s)
+        y, s = y[order], np.append(s[order], -np.inf)  # the first i + 1 rows are ticked
+        f1 = 2 * np.cumsum(y) / (np.arange(1, len(y) + 1) + y.sum())
+        i = int(np.where(s[:-1] > s[1:], f1, -1).argmax())  # equal scores are ticked together
+        best[label] = (s[i] + max(s[i + 1], s[i] - 1)) / 2
+    return best
+
+
+def user_bias(gold, scores, users, single, ridge=1.0):
+    """dict user -> (L) to add to the scores: the logistic regression of these rows on who answers,
+    with the scores as offset, by Newton steps on each bias alone; `ridge` keeps it near 0."""
+    names, of = np.unique(users, return_inverse=True)
+    gold, bias = np.asarray(gold, float), np.zeros((len(names), scores.shape[1]))
+
+    def by_user(x):
+        return np.stack([np.bincount(of, column, len(names)) for column in x.T], 1)
+
+    for _ in range(100):
+        p = probabilities(scores + bias[of], single)
+        bias += 0.7 * (by_user(gold - p) - ridge * bias) / (by_user(p * (1 - p)) + ridge)
+    return dict(zip(names.tolist(), bias))
+
+
+def rate_scores(data, rows, personalized, strength=5):
+    """(R, L) log odds of how often each label is chosen in training: by everybody, or by the user,
+    shrunk to everybody's as if `strength` rows of everybody's were the user's."""
+    overall = np.mean([a.labels for a in data.train], 0)
+    own = defaultdict(list)
+    for a in data.train:
+        own[a.user].append(a.labels)
+    p = np.array([(np.sum(own[a.user], 0) + strength * overall) / (len(own[a.user]) + strength)
+                  if personalized and own[a.user] else overall for a in rows])
+    return np.log(p) - (0 if data.single else np.log1p(-p))
+
+
+def score(data, rows, result):
+    """dict of the scores of a run's predictions on test rows."""
+    gold, predicted = np.array([a.labels for a in rows]), np.asarray(result["predicted"])
+    texts, users = np.array([text_id(a.text) for a in rows]), np.array([a.user for a in rows])
+    found = f1_scores(gold, predicted)
+    found["f1_macro_ci"] = interval(bootstrap_f1(gold, predicted, texts))
+    if data.ordered:
+        values = np.array([float(label) for label in data.labels])
+        found["mean_absolute_error"] = float(np.abs((gold - predicted) @ values).mean())
+    per_user = {u: f1_scores(gold[users == u], predicted[users == u])["f1_macro"]
+                for u in sorted(set(users))}
+    f1 = [*per_user.values()]
+    found["f1_per_user"] = dict(mean=float(np.mean(f1)), median=float(np.median(f1)),
+                                percentile_10=float(np.percentile(f1, 10)), users=per_user)
+    answers = defaultdict(set)
+    for text, labels in zip(texts, gold):
+        answers[text].add(tuple(labels))
+    disagreed = np.array([len(answers[text]) > 1 for text in texts])
+    found["rows_disagreed"] = int(disagreed.sum())
+    found["f1_disagreed"] = f1_scores(gold[disagreed], predicted[disagreed])["f1_macro"] \
+        if disagreed.any() else None
+    shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
+    heard, spread = listens(shown, texts)
+    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
+    found["spread"] = spread
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# 10. Training. Cross-entropy of the chosen label or binary cross-entropy of all labels (CLS), or
+# cross-entropy of the answer's tokens (LM): the mean over all targets of the 32 rows of a step,
+# however these are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
+# clipped gradients; the epoch with the lowest validation loss is kept [1]. Under torchrun each process
+# ("rank") computes its share of a step, and since every part of the loss is divided by the targets
+# of the whole step, the sum of their gradients is that of one process. Dropout depends on the seed,
+# the step and the rank alone, so a run that is taken up again needs no random state.
 
 def ranks():
     """(rank of this process, number of processes)"""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def join_ranks():
     """Under torchrun: finds the other processes, takes a GPU if there are any."""
     if "LOCAL_RANK" not in os.environ:
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    if dist.get_rank():
+    rank, world, gpus = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), 0
+    if rank:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if world > gpus:
+            raise BadInput(f"NPROC={world}: there are {gpus} GPUs, and each process needs one"
+                           if rank == 0 else "")
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=10))
 
 
-def own_share(rows):
-    """This rank's part of some rows: neighbours, which have most in common."""
-    rank, world = ranks()
-    return rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
-
-
-def summed(tensor):
+def sum_over_ranks(tensor):
     """The tensor, added up over all ranks in place."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
@@ -1292,41 +1407,26 @@ def summed(tensor):
 
 def sum_gradients(params):
     """Adds the gradients of all ranks up, in one message."""
-    if not dist.is_initialized():
-        return
-    for p in params:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = summed(torch.cat([p.grad.view(-1) for p in params]))
-    for p, grad in zip(params, flat.split([p.numel() for p in params])):
-        p.grad.copy_(grad.view_as(p))
+    if dist.is_initialized():
+        flat = sum_over_ranks(torch.cat([
+            (torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in params]))
+        for p, grad in zip(params, flat.split([p.numel() for p in params])):
+            p.grad = grad.view_as(p)
 
-
-def merged(results):
-    """dict of what all ranks found: dict index -> result."""
-    if not dist.is_initialized():
-        return results
-    found = [None] * ranks()[1]
-    dist.all_gather_object(found, results)
-    return {i: result for part in found for i, result in part.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# 10. Training. Binary cross-entropy over the labels (CLS) or cross-entropy over the tokens of the
-# answer (LM): the mean over all targets of the 32 rows of a step, however these are cut into
-# pieces for memory. AdamW in float32, a cosine schedule with warm-up, clipped gradients. The
-# validation loss is taken after every epoch, and the epoch where it was lowest is kept [1].
 
 def n_targets(rows, head):
     """How many targets the rows have: labels, or tokens of answers."""
     return sum(len(row.labels if head == "cls" else row.answer) for row in rows)
 
 
-def summed_loss(model, batch):
-    """() the loss of a batch, summed over its targets."""
-    out = model(batch).index_select(0, batch["of"])
-    if model.head == "cls":
-        return F.binary_cross_entropy_with_logits(out, batch["target"].float(), reduction="sum")
-    return F.cross_entropy(out, batch["target"], reduction="sum")
+def summed_loss(out, batch, head, single):
+    """() the loss of a batch, summed over its targets. out: (P, L) scores or (P, V) logits."""
+    out, target = out.index_select(0, batch["of"]), batch["target"]
+    if head == "cls" and not single:
+        return F.binary_cross_entropy_with_logits(out, target.float(), reduction="sum")
+    if head == "cls":  # times L: a row counts as L targets, as it does with binary cross-entropy
+        return F.cross_entropy(out, target.argmax(1), reduction="sum") * target.shape[1]
+    return F.cross_entropy(out, target, reduction="sum")
 
 
 def learning_rate(step, steps, lr, warmup):
@@ -1337,135 +1437,195 @@ def learning_rate(step, steps, lr, warmup):
     return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
 
 
-@torch.no_grad()
-def mean_loss(model, rows, share=True, size=64):
-    """The mean loss over all targets of some rows, without dropout."""
-    model.train(False)
+def make_optimizer(model, settings):
+    """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
+    times = {"score": settings["head_lr"], "user_embedding": settings["user_lr"]}
+    groups = [dict(params=[p], times=times.get(name.partition(".")[0], 1))
+              for name, p in model.trainable().items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
+
+
+def set_learning_rate(optimizer, step, steps, settings):
+    """The rate of a step, set for all parameters, each at its multiple of it."""
+    lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["times"]
+    return lr
+
+
+def micro_batches(model, rows, size, share=True):
+    """The batches that this rank computes of the rows of a step: neighbours have most in common."""
     rank, world = ranks()
-    parts = progress(in_batches(rows, size)[rank::world], "validate", "batches")
-    total = sum(summed_loss(model, make_batch(model, part, share)).item() for part in parts)
-    return summed(torch.tensor(total, device=model.device)).item() / n_targets(rows, model.head)
+    own = rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
+    return [make_batch(model, own[i:i + size], share) for i in range(0, len(own), size)]
 
 
-def bytes_per_token(model, rows, share=True):
-    """What the backward pass keeps of a token, measured on some rows."""
+def step_batches(model, rows, settings, steps, first=0, seed=42, share=True):
+    """Yields (epoch, is it the epoch's last step?, rows, batches) for the steps from `first` on."""
+    per_epoch = math.ceil(len(rows) / settings["batch"])
+    for step in range(first, steps):
+        epoch, place = divmod(step, per_epoch)
+        if place == 0 or step == first:
+            order = in_batches(rows, settings["batch"], random.Random(f"{seed} {epoch}"))
+        last = place + 1 == per_epoch or step + 1 == steps
+        yield epoch + 1, last, order[place], micro_batches(
+            model, order[place], settings["micro_batch"], share)
+
+
+def train_step(model, batches, targets, optimizer, clip, single=False):
+    """(2): loss, tokens computed; of one optimizer step on batches of `targets` targets in all."""
     model.train(True)
-    kept, batch = {}, make_batch(model, rows, share)
-
-    def note(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        loss = summed_loss(model, batch)
-    for t in [*model.parameters(), *model.buffers()]:
-        kept.pop(t.untyped_storage().data_ptr(), None)
-    del loss
-    return sum(kept.values()) / batch["tokens"]
-
-
-def token_budget(model, rows, share=True):
-    """How many tokens to compute at once: what half of a GPU's free memory holds, or 1/25 of a
-    computer's, which others need too and which is no faster with more."""
-    longest = sorted(rows, key=lambda row: len(row.text))[-1:]
-    room = free_memory(model.device) * (1 / 2 if model.device.type == "cuda" else 1 / 25)
-    return room / bytes_per_token(model, longest, share)
-
-
-def pieces(rows, head, budget, micro=0, share=True):
-    """The rows of a step in as few lists as keep to about the budget of tokens, or `micro` each."""
-    if micro:
-        return [rows[i:i + micro] for i in range(0, len(rows), micro)]
-    cost, seen = [], set()
-    for row in rows:
-        own = len(row.user) + len(row.answer) * (head == "lm")
-        new = row.text not in seen or not share
-        cost.append(own + (len(row.text) if new else 0) + (0 if share else len(row.shared)))
-        seen.add(row.text)
-    trunk = len(rows[0].shared) if share else 0
-    n = min(max(math.ceil(sum(cost) / max(budget - trunk, 1)), 1), len(rows))
-    parts, done = [[] for _ in range(n)], 0
-    for row, tokens in zip(rows, cost):
-        parts[min(int(done * n / sum(cost)), n - 1)].append(row)
-        done += tokens
-    return [part for part in parts if part]
-
-
-def tokens_alone(row, model):
-    """How many tokens a row has by itself, all of which are computed where nothing is shared."""
-    answer = len(row.answer) - 1 if model.head == "lm" else 0  # its end is not read again
-    return len(row.prompt) + answer + model.seq2seq            # a second stack has a start token
-
-
-def train_step(model, rows, optimizer, clip, share=True, budget=math.inf, micro=0):
-    """(loss (), tokens computed) of one optimizer step on some rows, computed in `pieces`."""
-    model.train(True)
-    params, total = list(model.trainable().values()), n_targets(rows, model.head)
-    loss, tokens, own = torch.zeros((), device=model.device), 0, own_share(rows)
-    for part in pieces(own, model.head, budget, micro, share) if own else ():
-        batch = make_batch(model, part, share)
-        part_loss = summed_loss(model, batch) / total
-        part_loss.backward()
-        loss, tokens = loss + part_loss.detach(), tokens + batch["tokens"]
+    params, loss = list(model.trainable().values()), torch.zeros((), device=model.device)
+    for batch in batches:
+        part = summed_loss(model(batch), batch, model.head, single) / targets
+        part.backward()
+        loss = loss + part.detach()
     sum_gradients(params)
     nn.utils.clip_grad_norm_(params, clip)
     optimizer.step()
     optimizer.zero_grad()
-    loss, tokens = summed(torch.stack([loss, torch.tensor(float(tokens), device=model.device)]))
-    return loss, tokens
+    tokens = float(sum(batch["tokens"] for batch in batches))
+    return sum_over_ranks(torch.stack([loss, torch.tensor(tokens, device=model.device)]))
 
 
-def train(model, rows, val_rows, settings, log, seed=42, share=True, micro=0, max_steps=0):
-    """dict(seconds, rows, tokens, unshared, steps, val_loss); trains in place, best epoch kept.
-    `log` is called with a dict for every step and every validation."""
-    params, rng = model.trainable(), random.Random(seed)
-    heads = [p for name, p in params.items() if name.startswith("score")]
-    lora = [p for name, p in params.items() if not name.startswith("score")]
-    optimizer = torch.optim.AdamW([dict(params=lora, times=1),
-                                   dict(params=heads, times=settings["head_lr"])], weight_decay=0.0)
+@torch.no_grad()
+def validate(model, rows, single, label_ids, share=True, size=64):
+    """dict(val_loss: mean over all targets, listens, spread: see section 9) of some rows, without
+    dropout. Probabilities are those of CLS, or LM's of the first token in which labels differ
+    (`label_ids`: its place in the answer, and what it is for each label)."""
+    model.train(False)
+    total, found, (rank, world) = torch.zeros((), device=model.device), [], ranks()
+    for part in progress(in_batches(rows, size)[rank::world], "validate", "batches"):
+        batch = make_batch(model, part, share)
+        out = model(batch)
+        total += summed_loss(out, batch, model.head, single)
+        if model.head == "lm":
+            starts = np.cumsum([0] + [len(row.answer) for row in part[:-1]])
+            p = out[batch["of"][starts + label_ids[0]]].softmax(1)[:, label_ids[1]]
+        else:
+            p = out[batch["of"]].softmax(1) if single else out[batch["of"]].sigmoid()
+        found += zip(p.cpu().numpy(), (row.source.text for row in part))
+    heard = listens(*zip(*found)) if found else (0.0, 0.0)  # of this rank's rows
+    loss = sum_over_ranks(total).item() / n_targets(rows, model.head)
+    return dict(val_loss=loss, listens=round(heard[0], 4), spread=round(heard[1], 4))
+
+
+def save_state(path, state, params, optimizer, best):
+    """Writes what a run needs to go on: trained parameters, those of the best epoch, AdamW's."""
+    tensors = {f"param.{name}": p.detach() for name, p in params.items()}
+    tensors |= {f"best.{name}": p for name, p in best.items()}
+    tensors |= {f"{key}.{name}": value for name, p in params.items()
+                for key, value in optimizer.state[p].items()}
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write_file(path, safetensors_bytes(tensors, {"state": json.dumps(state)}))
+
+
+def load_state(path, params, optimizer):
+    """(state, parameters of the best epoch) of save_state, all else put in its place; a new state
+    if there is none."""
+    state, best = Counter(val_loss=math.inf), {}
+    if os.path.exists(path):
+        with safe_open(path, "pt") as f:
+            state = Counter(json.loads(f.metadata()["state"]))
+            for name, p in params.items():
+                p.data.copy_(f.get_tensor(f"param.{name}"))
+                optimizer.state[p] = {key: f.get_tensor(f"{key}.{name}").to(p.device)
+                                      for key in ("step", "exp_avg", "exp_avg_sq")}
+                if f"best.{name}" in f.keys():
+                    best[name] = f.get_tensor(f"best.{name}").to(p.device)
+    return state, best
+
+
+def saved_dtype(path):
+    """The dtype in which a stopped run computed: it goes on in the same one. None if there is none."""
+    if os.path.exists(path):
+        with safe_open(path, "pt") as f:
+            state = json.loads(f.metadata()["state"])
+        print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
+        return state["dtype"]
+
+
+@contextmanager
+def open_log(path, step):
+    """A function that appends a dict to log.jsonl, of which the lines up to `step` stay."""
+    if ranks()[0]:
+        yield lambda line: None
+        return
+    lines = []
+    if step and os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_file(path, "".join(lines).encode())
+    with open(path, "a", encoding="utf-8", buffering=1) as f:
+        yield lambda line: f.write(json.dumps(line) + "\n")
+
+
+STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
+
+
+def train(model, rows, val_rows, single, settings, folder, label_ids=None, seed=42, share=True,
+          max_steps=0):
+    """Counter(step, val_loss, seconds, rows, tokens, unshared); trains in place, best epoch kept.
+    Goes on from the state in `folder` if there is one. log.jsonl gets a line a step."""
+    params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
-    best, kept, step, done = math.inf, {}, 0, Counter()
-    budget = math.inf if micro else token_budget(model, rows, share)
-    torch.manual_seed(seed + ranks()[0])  # dropout: the same in every run, another in every rank
-    bar = progress(what="train", unit="steps", total=steps)
-    for epoch in range(1, settings["epochs"] + 1):
-        for part in in_batches(rows, settings["batch"], rng)[:steps - step]:
-            start = time.perf_counter()
-            lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["times"]
-            loss, tokens = train_step(
-                model, part, optimizer, settings["clip"], share, budget, micro)
-            loss, tokens = loss.item(), int(tokens)
-            step, seconds = step + 1, time.perf_counter() - start
-            log(dict(step=step, epoch=epoch, loss=round(loss, 6), lr=lr, rows=len(part),
-                     tokens=tokens, seconds=round(seconds, 4)))
-            if not math.isfinite(loss):
-                texts = ", ".join(sorted({text_id(row.source.text) for row in part}))
-                raise BadInput(f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
-            unshared = sum(tokens_alone(row, model) for row in part)
-            done.update(seconds=seconds, rows=len(part), tokens=tokens, unshared=unshared, steps=1)
-            bar.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
+    state, best = load_state(f"{folder}/{STATE}", params, optimizer)
+    state["dtype"] = str(model.lm.dtype).removeprefix("torch.")
+    stream = step_batches(model, rows, settings, steps, state["step"], seed, share)
+    ahead = next(stream, None)
+    with (open_log(f"{folder}/log.jsonl", state["step"]) as log,
+          progress(None, "train", "steps", steps, state["step"]) as bar):
+        while ahead:
+            start, (epoch, last, part, batches) = time.perf_counter(), ahead
+            lr = set_learning_rate(optimizer, state["step"], steps, settings)
+            torch.manual_seed(1000003 * seed + 1009 * state["step"] + ranks()[0])
+            targets = n_targets(part, model.head)
+            result = train_step(model, batches, targets, optimizer, settings["clip"], single)
+            ahead = next(stream, None)  # built while a GPU computes
+            loss, tokens = result.tolist()
+            count_step(state, model, part, tokens, time.perf_counter() - start)
+            log(dict(step=state["step"], epoch=epoch, loss=loss, lr=lr, tokens=int(tokens)))
+            check_finite(loss, state["step"], part)
+            heard = f"listens {state['listens']:.2f}"  # of the last validation
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
             bar.update()
-        val_loss = mean_loss(model, val_rows, share, micro or 64)
-        if not math.isfinite(val_loss):
-            raise BadInput(f"the validation loss is {val_loss} after step {step}: lower --lr")
-        log(dict(step=step, epoch=epoch, val_loss=round(val_loss, 6)))
-        if val_loss < best:
-            best, kept = val_loss, {name: p.detach().clone() for name, p in params.items()}
-        if step == steps:
-            break
-    bar.close()
-    for name, value in kept.items():
-        params[name].data.copy_(value)
-    return dict(done, val_loss=best)
+            if last:
+                found = validate(model, val_rows, single, label_ids, share, settings["micro_batch"])
+                check_finite(found["val_loss"], state["step"], val_rows[:1])
+                log(dict(step=state["step"], epoch=epoch, **found))
+                say = bar.write if state["seconds"] > 2 and not bar.disable else print
+                say(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+                state["listens"] = found["listens"]
+                if found["val_loss"] < state["val_loss"]:
+                    state["val_loss"] = found["val_loss"]
+                    best = {name: p.detach().clone() for name, p in params.items()}
+            if (last or time.time() - saved > SAVE_EVERY) and not ranks()[0]:
+                save_state(f"{folder}/{STATE}", state, params, optimizer, best)
+                saved = time.time()
+    model.load_state_dict(best, strict=False)
+    return state
+
+
+def count_step(state, model, rows, tokens, seconds):
+    """Adds a step to the counts; `unshared` is how many tokens the rows have by themselves."""
+    unshared = sum(len(row.prompt) + model.seq2seq for row in rows)  # a T5's decoder has a start
+    if model.head == "lm":
+        unshared += sum(len(row.answer) - 1 for row in rows)  # an answer's end is not read again
+    state.update(step=1, rows=len(rows), tokens=int(tokens), unshared=unshared, seconds=seconds)
+
+
+def check_finite(loss, step, rows):
+    """BadInput if a loss is infinite or not a number."""
+    if not math.isfinite(loss):
+        texts = ", ".join(sorted({text_id(row.source.text) for row in rows}))
+        raise BadInput(f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
-# 11. Prediction. CLS ticks a label where its score is above 0. LM writes: greedy decoding, in
-# which the prompts of a batch are a tree as before and every answer grows on at its leaf; the
-# answer is read back into labels.
+# 11. Prediction. CLS ticks a label where its score is above 0, or of a single choice the highest
+# one. LM writes: greedy decoding, in which the prompts of a batch are a tree as before and every
+# answer grows on at its leaf; the answer is read back into labels.
 
 MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, which nobody ticks
 
@@ -1480,7 +1640,10 @@ def for_each_batch(model, rows, function, size=64):
         found.update(zip((place[id(row)] for row in part), function(part)))
         bar.update(len(part) * world)
     bar.close()
-    found = merged(found)
+    if dist.is_initialized():
+        parts = [None] * world
+        dist.all_gather_object(parts, found)
+        found = {i: result for part in parts for i, result in part.items()}
     return [found[i] for i in range(len(rows))]
 
 
@@ -1493,369 +1656,286 @@ def label_scores(model, rows, share=True, size=64):
     return np.array(for_each_batch(model, rows, scores, size))
 
 
-def grow_answers(model, rows, end, limit, share=True):
-    """Greedy decoding with a decoder: the answer of each row in ids, without the end token."""
-    tree, group_of, leaves, first = PromptTree(rows[0].shared if share else (), cache={}), {}, [], 0
-    for i, row in enumerate(rows):
-        group = row.text if share else i
-        leaves.append(tree.add(row.text + row.user if share else row.prompt, group))
-        group_of[leaves[-1]] = group
-    answers, tips = {leaf: [] for leaf in leaves}, {leaf: leaf for leaf in leaves}
-    while tips:
-        inputs = tree.step(model.device)
-        at = torch.tensor([tip - first for tip in tips.values()], device=model.device)
-        logits = model.token_logits(model.hidden(dict(inputs=inputs, at=at)))
-        first = tree.computed
-        for (leaf, tip), token in zip(list(tips.items()), logits.argmax(1).tolist()):
-            if token == end or len(answers[leaf]) == limit:
-                del tips[leaf]
-            else:
-                answers[leaf].append(token)
-                tips[leaf] = tree.add((token,), group_of[leaf], tip)
-    return [answers[leaf] for leaf in leaves]
+def chosen_labels(scores, single):
+    """(R, L) of 0 and 1: the highest score of a single choice, else all above 0."""
+    if single:
+        return np.eye(scores.shape[1], dtype=int)[scores.argmax(1)]
+    return (scores > 0).astype(int)
 
 
-def write_answers(model, rows, end, limit, share=True):
+def grow_answers(model, rows, ends, limit, share=True):
+    """Greedy decoding with a decoder: the answer of each row in ids, without the end token. New
+    nodes go behind all others in the cache; `sees` (answers growing, nodes) is their mask."""
+    batch, cache = make_batch(model, rows, share, head="cls"), {}
+    batch["inputs"]["tree"]["cache"] = cache
+    hidden, answers = model.hidden(batch), [[] for _ in batch["at"]]
+    sees = torch.zeros(len(answers), batch["tokens"], dtype=torch.bool)
+    branch_of = {branch[-1]: branch for branch in batch["branches"]}
+    for i, leaf in enumerate(batch["at"].tolist()):
+        sees[i, branch_of[leaf]] = True
+    growing, sees, position = list(range(len(answers))), sees.to(model.device), sees.sum(1)
+    while True:
+        tokens = model.token_logits(hidden).argmax(1).tolist()
+        alive = [j for j, (i, token) in enumerate(zip(growing, tokens))
+                 if token not in ends and len(answers[i]) < limit]
+        if not alive:
+            return [answers[i] for i in batch["of"].tolist()]
+        growing, tokens = [growing[j] for j in alive], [tokens[j] for j in alive]
+        for i, token in zip(growing, tokens):
+            answers[i].append(token)
+        own = torch.eye(len(alive), dtype=torch.bool, device=model.device)
+        sees = torch.cat([sees[torch.tensor(alive, device=model.device)], own], 1)
+        mask = torch.zeros(sees.shape, dtype=model.lm.dtype, device=model.device)
+        tree = dict(S=0, cache=cache, mask=mask.masked_fill_(~sees, -math.inf)[None, None])
+        new = to_device(dict(input_ids=torch.tensor([tokens]), position_ids=position[None, alive]),
+                        model.device)
+        position = position[alive] + 1
+        hidden = model.hidden(dict(inputs=dict(new, tree=tree),
+                                   at=torch.arange(len(alive), device=model.device)))
+
+
+def write_answers(model, rows, ends, limit, share=True):
     """Greedy decoding with an encoder-decoder: the answer of each row in ids."""
     prompts = {}
     for i, row in enumerate(rows):
         prompts.setdefault((row.prompt, share or i), len(prompts))
-    ids, mask = padded([ids for ids, _ in prompts], model.device)
+    ids, mask = (t.to(model.device) for t in padded([ids for ids, _ in prompts]))
+    memory = BaseModelOutput(last_hidden_state=model.encode(ids, mask))
     out = model.lm.generate(
-        input_ids=ids, attention_mask=mask, max_new_tokens=limit, do_sample=False, num_beams=1,
-        eos_token_id=end, pad_token_id=end)[:, 1:].tolist()
-    out = [ids[:ids.index(end)] if end in ids else ids for ids in out]
+        encoder_outputs=memory, attention_mask=mask, max_new_tokens=limit, do_sample=False,
+        num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends), past_key_values=(
+            EncoderDecoderCache(DynamicCache(), DynamicCache())))[:, 1:].tolist()
+    out = [ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in out]
     return [out[prompts[row.prompt, share or i]] for i, row in enumerate(rows)]
 
 
 def written_answers(model, tokenizer, rows, limit, share=True, size=64):
-    """The answer of each row as a string, in the order of the rows."""
+    """The answer of each row as a string, in the order of the rows. Many chat models end a turn
+    with another token than the tokenizer's; it stands in their generation config."""
+    also = getattr(model.lm.generation_config, "eos_token_id", None) or []
+    ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])}
+
     def answers(part):
         write = write_answers if model.seq2seq else grow_answers
-        ids = write(model, part, tokenizer.eos_token_id, limit, share)
+        ids = write(model, part, ends, limit, share)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     return for_each_batch(model, rows, answers, size)
 
 
-def parse_answer(answer, labels):
+def parse_answer(answer, labels, single=False):
     """((L) zeros and ones, number of words that belong to no label). Case, punctuation and order
-    are forgiven; of labels that begin alike ("unfair", "unfair_to_all") the longest is meant."""
-    names = sorted(((words_of(label), i) for i, label in enumerate(labels)),
+    are forgiven; of labels that begin alike ("unfair", "unfair_to_all") the longest is meant; of a
+    single choice the first counts. Finished thoughts are dropped; unfinished ones are no answer."""
+    answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.S | re.I)
+    answer = "" if "<think>" in answer.lower() else answer
+    names = sorted(((words_of(label), i) for i, label in enumerate(labels) if words_of(label)),
                    key=lambda name: -len(name[0]))
-    words, chosen, unknown = words_of(answer), [0] * len(labels), 0
+    found, unknown = [], 0
+    for i, label in sorted(enumerate(labels), key=lambda pair: -len(pair[1])):  # of symbols alone
+        if not words_of(label) and label in answer:
+            found.append(i)
+            answer = answer.replace(label, " ")
+    words = words_of(answer)
     while words:
         name, i = next((n for n in names if words[:len(n[0])] == n[0]), (words[:1], None))
-        if i is None:
-            unknown += 1
-        else:
-            chosen[i] = 1
+        found += [i] * (i is not None)
+        unknown += i is None and words[0] != NONE
         words = words[len(name):]
-    return tuple(chosen), unknown
+    found = found[:1] if single else found
+    return tuple(int(i in found) for i in range(len(labels))), unknown
 
 
-def read_answers(answers, labels):
-    """dict(predicted (R, L), answers, unknown_words, unreadable: answers without a label)"""
-    predicted, unknown = zip(*(parse_answer(answer, labels) for answer in answers))
+def read_answers(answers, data):
+    """dict(predicted (R, L), answers, unknown_words, unreadable: answers that say nothing)"""
+    predicted, unknown = zip(*(parse_answer(a, data.labels, data.single) for a in answers))
+    said = [any(p) or words_of(a) == [NONE] and not data.single for p, a in zip(predicted, answers)]
     return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
-                unreadable=sum(not any(chosen) for chosen in predicted))
+                unreadable=len(said) - sum(said))
 
 
-def predict(model, tokenizer, labels, rows, share=True, size=64):
+def predict(model, tokenizer, data, rows, share=True, size=64):
     """dict(predicted (R, L) and scores (R, L)), or what read_answers returns."""
     if model.head == "cls":
         scores = label_scores(model, rows, share, size)
-        return dict(predicted=scores > 0, scores=scores)
-    limit = len(tokenize(tokenizer, answer_text(labels, [1] * len(labels)))) + 1
+        return dict(predicted=chosen_labels(scores, data.single), scores=scores)
+    limit = len(tokenize(tokenizer, answer_text(data.labels, [1] * len(data.labels)))) + 1
     return read_answers(
-        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share, size), labels)
+        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share, size), data)
 
 
 # --------------------------------------------------------------------------------------------------
 # 12. ChatGPT. A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI
-# made and many servers speak. Answers cost money and networks fail, so: an answer is on disk as
-# soon as it is there and is never asked for again, rows with the same prompt are asked about once,
-# a failure that may pass is tried again within bounds, and one that will not (a wrong key) stops
-# the run. The key goes into the header of the request and nowhere else. Threads send and report
-# what happens through a queue; the main thread alone counts, writes and decides.
+# made and many servers speak. An answer costs money: it is on disk as soon as it is there, is never
+# asked for again and serves all rows with that prompt. Workers take requests from one queue and
+# report to another; the main thread alone counts and writes. The key gets into no file or message.
 
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
 TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
-CONNECT, READ = 10, 40  # seconds to reach the server; of its silence, and for a whole body
-RETRIES = 8     # where a third of all attempts fail, 9 in a row do for one request in 20,000
-PASSING = [408, 409, 425, 429, *range(500, 600)]  # statuses that may be another one the next time
-BACKOFF = 0.5   # the waits between attempts are 0, 2, 4, 8, .. times this, at most 20 s, and jitter
-DEADLINE = 120  # seconds for a request: all attempts and waits, those that the server asks for too
-GIVE_UP = 20    # requests that fail one after the other: it is not the rows then; the run stops
-STOP = {        # statuses that every request would get -> what to do
-    401: "the server does not accept the key: correct OPENAI_API_KEY",
-    403: "the server does not let the owner of OPENAI_API_KEY use {model}: another key, or --model "
-         "openai:NAME",
-    404: "no model {model}, or no such server: correct --model openai:NAME or OPENAI_BASE_URL "
-         "(.../v1)"}
+CONNECT, READ, DEADLINE = 10, 120, 600  # seconds to connect, of silence, for new attempts
+RETRIES = 8   # where a third of all attempts fail, 9 in a row do for one request in 20,000
+BACKOFF = 1   # seconds before the second attempt; each wait is twice the last, up to 20 s
+GIVE_UP = 20  # requests that fail one after the other: it is not the rows then; the run stops
 
 
 def chat_body(model, prompt, seed, limit):
-    """The body of the request for one prompt, as a dict."""
+    """The request for one prompt. Its hash is the name of the answer, however it is sent."""
     return dict(model=model, messages=[dict(role="user", content=prompt)], temperature=0, seed=seed,
                 max_tokens=limit)
 
 
-def server_and_key():
-    """(URL to post to, key) from the environment. No message repeats a value, maybe a secret."""
-    base = os.environ.get("OPENAI_BASE_URL", "").strip() or OPENAI
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not key:
-        raise BadInput("nothing was sent: OPENAI_API_KEY is not set; it has to hold the key of "
-                       "your account (or any word, for a server that asks for none)")
-    if not re.fullmatch(r"[!-~]+", key):
-        raise BadInput("nothing was sent: OPENAI_API_KEY holds spaces or letters that no key has")
-    try:
-        parts = urlsplit(base)
-        plain = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        plain = False
-    if not plain or re.search(r"[@?#\s]", base):
-        raise BadInput(f"nothing was sent: OPENAI_BASE_URL has to be an address like {OPENAI}, "
-                       "without a user name, password or key (that belongs into OPENAI_API_KEY)")
-    return base.rstrip("/") + "/chat/completions", key
+def parse_reply(said):
+    """("answered", reply) or ("failed", why) for a body; None if it is neither. A model that
+    declines (null, a refusal) has answered without labels; one cut off while thinking has not."""
+    with suppress(Exception):  # a body may be anything
+        reply = json.loads(said)
+        choice, usage = reply["choices"][0], reply.get("usage") or {}  # not every server counts
+        parts = choice["message"].get("content") or ""  # a list of parts; a string is one too
+        text = "".join(p if isinstance(p, str) else p.get("text") or "" for p in parts).strip()
+        if not text and choice.get("finish_reason") == "length":
+            return "failed", "the model used up its tokens before it began to answer"
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be kept
+        return "answered", dict(answer=text, **{k: int(usage.get(k) or 0) for k in TOKENS})
 
 
-class BoundedRetry(Retry):
-    """urllib3's Retry that calls `tell` before each new attempt, and in which no wait goes past
-    `deadline` (in time.monotonic) nor past the event `stop`."""
-
-    def __init__(self, deadline, stop, tell, **kw):
-        super().__init__(**kw)
-        self.deadline, self.stop, self.tell = deadline, stop, tell
-
-    def new(self, **kw):
-        return super().new(deadline=self.deadline, stop=self.stop, tell=self.tell, **kw)
-
-    def sleep(self, response=None):
+def ask_once(session, url, key, body, names, events):
+    """("answered", reply), ("failed", why) or ("stop", why), with one budget for all failures.
+    `names`, parameter -> its name on this server or None if refused, is what all workers learn."""
+    until, wait, model = time.monotonic() + DEADLINE, 0, body["model"]
+    for attempt in range(1 + RETRIES):
+        if time.monotonic() + wait > until:
+            why = f"too late for an attempt in {wait:.0f} s, after {why}"
+            break
+        time.sleep(wait)
+        events.put((None, "sent", None))
+        sent = {name: value for k, value in body.items() if (name := names.get(k, k))}
+        wait = min(20, BACKOFF * 2 ** attempt) * random.uniform(0.5, 1)
         try:
-            asked = (response and self.get_retry_after(response)) or 0
-        except (InvalidHeader, ValueError, OverflowError):
-            asked = 0  # a Retry-After that nobody can read
-        wait, last = max(asked, self.get_backoff_time()), self.history[-1]
-        if time.monotonic() + wait > self.deadline:
-            raise MaxRetryError(None, None, TimeoutError(
-                f"{last.error or f'HTTP {last.status}'}; the next attempt, in {wait:.0f} s, would "
-                f"be later than the {DEADLINE} s that a request may take"))
-        if self.stop.wait(wait):
-            raise MaxRetryError(None, None, InterruptedError("the run was stopped"))
-        self.tell()
-
-
-def new_session(key):
-    """A requests.Session that sends the key: by an auth callable, since a mere header is replaced
-    by what a .netrc holds for the host; trust_env=False prevents that but loses the proxies."""
-    def bearer(request):
-        request.headers["Authorization"] = f"Bearer {key}"
-        return request
-
-    session, adapter = requests.Session(), HTTPAdapter()
-    session.auth = bearer
-    session.mount("https://", adapter)
-    session.mount("http://", adapter)
-    return session
-
-
-def read_body(raw):
-    """The bytes of a urllib3 response. A server that sends a byte now and then never meets a
-    socket's time-out, so the whole body has its own; read1 hands over what is there at once."""
-    body, until = b"", time.monotonic() + READ
-    while part := raw.read1(2 ** 16, decode_content=True):
-        body += part
-        if time.monotonic() > until:
-            raise ProtocolError(f"the body took more than {READ} s")
-    return body
-
-
-def parse_reply(body):
-    """dict(answer, prompt_tokens, completion_tokens) of a body; ValueError if it has no answer."""
-    try:
-        reply = json.loads(body)
-        answer = reply["choices"][0]["message"]["content"].strip()
-        answer = answer.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be kept
-        usage = dict(reply.get("usage") or {})  # not every server counts
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-        answer = None
-    if not answer:
-        start = body[:80].decode("utf-8", "replace")
-        raise ValueError(f"no answer in the body: {start or '(empty)'}")
-    counts = {name: usage.get(name) for name in TOKENS}
-    return dict(answer=answer, **{k: n if isinstance(n, int) else 0 for k, n in counts.items()})
-
-
-def request_answer(session, url, body, retry):
-    """The parsed reply to one request. Retry handles statuses, connections and time-outs; what is
-    wrong with a body it cannot see, so that is charged to it here: one budget for both."""
-    while True:
-        session.get_adapter(url).max_retries = retry
-        with session.post(url, json=body, timeout=(CONNECT, READ), stream=True,
-                          allow_redirects=False) as response:
-            status, retry = response.status_code, response.raw.retries
-            if status in STOP or 300 <= status < 400:  # a redirect: the address is not quite right
-                remedy = STOP.get(status, STOP[404]).format(model=body["model"])
-                raise BadInput(f"HTTP {status}: {remedy}")
-            if status >= 400:
-                said = read_body(response.raw).decode("utf-8", "replace")
-                raise requests.HTTPError(f"HTTP {status}: {said}")
-            try:
-                return parse_reply(read_body(response.raw))
-            except (HTTPError, ValueError) as e:
-                retry = retry.increment("POST", url, error=ProtocolError(str(e)))
-        retry.sleep()
-
-
-def replies(bodies, url, key, concurrency):
-    """Yields (sha, kind, value) for dict sha -> body as it happens: "retried", and last "answered"
-    with the parsed reply or "failed" with the reason. Threads are daemons: one that hangs can be
-    left behind."""
-    events, stop, idle = queue.SimpleQueue(), threading.Event(), []
-
-    def work(sha, session, deadline):
-        retry = BoundedRetry(
-            deadline, stop, lambda: events.put((sha, "retried", None)), total=RETRIES,
-            allowed_methods=["POST"], status_forcelist=PASSING, raise_on_status=False,
-            backoff_factor=BACKOFF, backoff_jitter=BACKOFF, backoff_max=20)
-        try:
-            event = "answered", request_answer(session, url, bodies[sha], retry)
+            response = session.post(url, json=sent, timeout=(CONNECT, READ), allow_redirects=False)
+            status, said = response.status_code, response.content.decode("utf-8", "replace")
+            why = f"HTTP {status}: {said}"
+            if status < 300 and (event := parse_reply(said)):
+                names.update((k, k) for k in body if k in sent)  # a later 400 is about its row
+                return event
+            if status in (401, 403):
+                return "stop", f"HTTP {status}: correct OPENAI_API_KEY, not accepted for {model}"
+            if status == 404 or 300 <= status < 400:  # a redirect: the address is not quite right
+                return "stop", f"HTTP {status}: correct --model {model} or OPENAI_BASE_URL (.../v1)"
+            wait = max(wait, Retry().get_retry_after(response.raw) or 0)
+            named = status in (400, 422) and re.search(r"\b(max_tokens|temperature|seed)\b", said)
+            if named and named[1] in sent and names.get(named[1]) != named[1]:
+                wait, names[named[1]] = 0, {"max_tokens": "max_completion_tokens"}.get(named[1])
+            elif 400 <= status < 500 and status not in (408, 409, 425, 429):
+                break  # the next attempt would end like this one
+        except ValueError as e:  # an address or a proxy that cannot be
+            return "stop", str(e)
         except (requests.RequestException, HTTPError) as e:
             why = next((x.reason for x in (e, *e.args) if getattr(x, "reason", None)), e)
-            event = "failed", " ".join(str(why).replace(key, "[key]").split())[:200]
-        except Exception as e:
-            event = "stop", e
-        idle.append(session)
-        events.put((sha, *event))
+    return "failed", " ".join(str(why).replace(key, "[key]").split())[:200]
 
-    # running: sha -> its deadline, kept here too since a thread cannot stop its own blocking call
-    waiting, running = list(reversed(bodies)), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < concurrency:
-                sha = waiting.pop()
-                running[sha] = time.monotonic() + DEADLINE
-                args = sha, idle.pop() if idle else new_session(key), running[sha]
-                threading.Thread(target=work, args=args, daemon=True).start()
-            first = min(running, key=running.get)
-            try:
-                left = max(0, running[first] - time.monotonic())
-                sha, kind, value = events.get(timeout=left)
-            except queue.Empty:
-                sha, kind, value = first, "failed", f"no answer within {DEADLINE} s"
-            if kind == "stop":
-                raise value
-            if kind == "retried" or running.pop(sha, None):  # else it comes too late and has failed
-                yield sha, kind, value
-    finally:
-        stop.set()
+
+def start_workers(bodies, concurrency):
+    """The queue of events (sha, kind, value) for dict sha -> body. It holds one: a worker that is
+    not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    url = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/") + "/chat/completions"
+    if not re.fullmatch("[!-~]+", key):
+        raise BadInput("OPENAI_API_KEY has to be one word: your key, or any if none is needed")
+    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[^@?#\s]*", url, re.I):
+        raise BadInput(f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
+    todo, events, names = queue.SimpleQueue(), queue.Queue(1), {}
+
+    def work():
+        session = requests.Session()
+        session.headers["Authorization"] = f"Bearer {key}"
+        session.auth = lambda request: request  # without one, a .netrc would replace the header
+        try:
+            for sha, body in iter(todo.get, None):
+                events.put((sha, *ask_once(session, url, key, body, names, events)))
+        except Exception:  # a mistake in this file
+            events.put((None, "stop", traceback.format_exc().replace(key, "[key]")))
+
+    for item in (*bodies.items(), *[None] * concurrency):
+        todo.put(item)
+    for _ in range(concurrency):
+        threading.Thread(target=work, daemon=True).start()  # so none keeps the process
+    return events
 
 
 def finished_answers(path):
-    """dict sha -> line of the answers file. The half line that a killed run may have left at its
-    end is cut off, so that the next one starts on a line of its own."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, "rb+") as f:
-        whole, newline, _ = f.read().rpartition(b"\n")
-        f.truncate(len(whole + newline))
+    """dict sha -> reply of the answers file; half a line at its end, left by a kill, is cut off."""
     finished = {}
-    for line in whole.split(b"\n"):
-        try:
-            line = json.loads(line)
-            finished[line["sha"]] = dict(
-                answer=line["answer"], **{name: int(line[name]) for name in TOKENS})
-        except (ValueError, KeyError, TypeError):
-            continue  # no answer: it is asked for again
+    with suppress(FileNotFoundError), open(path, "rb+") as f:
+        *lines, half = f.read().split(b"\n")
+        f.truncate(f.tell() - len(half))
+        for line in lines:
+            with suppress(ValueError, KeyError, TypeError):  # no answer: it is asked for again
+                line = json.loads(line)
+                finished[line["sha"]] = {name: line[name] for name in ("answer", *TOKENS)}
     return finished
 
 
 def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
     """(dict row -> answer, dict of counts) for dict row -> prompt; answers are kept in `path`. Of
-    the counts, requests and retries were sent now, cached were answered before; tokens, as the
-    server counted them, are those of all the answers; failed is a list of (row, reason)."""
+    the counts, requests and retries were sent now; tokens are those of all the answers."""
     bodies = {row: chat_body(model, prompt, seed, limit) for row, prompt in prompts.items()}
     shas = {row: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
             for row, body in bodies.items()}
     row_of = {sha: row for row, sha in reversed(shas.items())}  # the first one with this prompt
-    answered = finished_answers(path)
-    cached = len(row_of.keys() & answered.keys())
+    answered, failed, count, in_a_row = finished_answers(path), {}, Counter(), 0
     todo = {sha: bodies[row_of[sha]] for sha in shas.values() if sha not in answered}
-    failed, count, in_a_row = {}, Counter(), 0
     if todo:
-        url, key = server_and_key()
+        events = start_workers(todo, concurrency)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-        with (open(path, "a", encoding="utf-8") as f,
-              closing(replies(todo, url, key, concurrency)) as events,
-              progress(what="ask", unit="requests", total=len(todo)) as bar):
-            for sha, kind, value in events:
+        with open(path, "a", buffering=1) as f, progress(None, "ask", "requests", len(todo)) as bar:
+            while count["answered"] + count["failed"] < len(todo):
+                sha, kind, value = events.get()
                 count[kind] += 1
+                bar.set_postfix(count, False)
+                bar.update(kind != "sent")
                 if kind == "answered":
                     answered[sha], in_a_row = value, 0
                     f.write(json.dumps(dict(key=row_of[sha], sha=sha, **value)) + "\n")
-                    f.flush()
                     os.fsync(f.fileno())
                 elif kind == "failed":
                     failed[sha], in_a_row = value, in_a_row + 1
-                    if in_a_row == GIVE_UP:
-                        raise BadInput(f"{GIVE_UP} requests failed one after the other, the last: "
-                                       f"{value} ({len(answered)} answers are kept in {path})")
-                bar.set_postfix({k: count[k] for k in ("answered", "failed", "retried")}, False)
-                bar.update(kind != "retried")
-    used = [answered[sha] for sha in row_of if sha in answered]
-    answers = {row: answered[sha]["answer"] for row, sha in shas.items() if sha in answered}
-    return answers, dict(
-        requests=len(todo) + count["retried"], retries=count["retried"], cached=cached,
-        **{name: sum(a[name] for a in used) for name in TOKENS},
+                if kind == "stop" or in_a_row == GIVE_UP:
+                    raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
+    return {row: answered[sha]["answer"] for row, sha in shas.items() if sha in answered}, dict(
+        requests=count["sent"], retries=count["sent"] - len(todo), cached=len(row_of) - len(todo),
+        **{name: sum(answered[sha][name] for sha in row_of if sha in answered) for name in TOKENS},
         failed=[(row, failed[sha]) for row, sha in shas.items() if sha in failed])
 
 
 def dry_run(prompts, model, limit):
     """Prints what ask_chatgpt would send, without sending it."""
     distinct = list(dict.fromkeys(prompts.values()))
-    tokens = sum(map(len, distinct)) // 4
-    print(f"{model}: {len(distinct):,} requests for {len(prompts):,} rows (the same prompt "
-          f"is sent once), about {tokens:,} tokens of prompts (estimated: 4 characters a token), "
-          f"at most {len(distinct) * limit:,} of answers ({limit} a request). Nothing was sent.\n"
-          "The first prompt:\n")
-    print(distinct[0] if distinct else "(none)")
+    print(f"{model}: {len(distinct):,} requests for {len(prompts):,} rows (the same prompt is sent "
+          f"once), about {sum(map(len, distinct)) // 4:,} tokens of prompts (estimated: 4 "
+          f"characters a token), at most {len(distinct) * limit:,} of answers ({limit} a request). "
+          "Nothing was sent.\nThe first prompt:\n", *distinct[:1], sep="\n")
 
 
 # --------------------------------------------------------------------------------------------------
-# 13. Scores. The paper's: the F1 of each label and their plain mean.
+# 13. One experiment from end to end. A run lives in out/<data>/<model>/<method>/seed<S>/, a folder
+# that belongs to one configuration (run.json) and to one process at a time. A run that was stopped
+# is taken up by the same command, a finished one prints its summary again. Every file is the old
+# one or the new one (write_file), and metrics.json comes last.
 
-def f1_scores(gold, predicted):
-    """dict(f1_macro, f1_micro, per_label) of 0/1 arrays (R, L): 2TP / (2TP + FP + FN), and 0 where
-    nobody chose the label and nothing predicted it (scikit-learn's zero_division=0)."""
-    gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
-    hits = 2 * (gold & predicted).sum(0)        # 2TP of each label
-    ticks = gold.sum(0) + predicted.sum(0)      # 2TP + FP + FN
-    per_label = hits / np.maximum(ticks, 1)
-    return dict(f1_macro=float(per_label.mean()), f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
-                per_label=per_label.tolist())
-
-
-# --------------------------------------------------------------------------------------------------
-# 14. Runs on disk: out/<data>/<model>/<method>/seed<S>/. A file takes its name when it is
-# complete; what stood there before stays until then.
-
-@contextmanager
-def run_files(folder):
-    """A folder to write a run's files into; they move to `folder` together when the block has ended
-    well, metrics.json last, and are gone if it has not. Only rank 0 moves any."""
-    part = f"{folder}.part" + (f"{ranks()[0]}" if ranks()[0] else "")
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
+def read_json(path):
+    """The value of a JSON file, None if there is no such file."""
     try:
-        yield part
-        if not ranks()[0]:
-            os.makedirs(folder, exist_ok=True)
-            for name in sorted(os.listdir(part), key=lambda name: name == "metrics.json"):
-                os.replace(os.path.join(part, name), os.path.join(folder, name))
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise BadInput(f"{path}: damaged (not JSON); --fresh starts the run over") from None
+
+
+def write_json(path, value):
+    """Writes a value as JSON."""
+    write_file(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def model_name(model):
@@ -1863,526 +1943,357 @@ def model_name(model):
     return os.path.basename(os.path.abspath(model)).replace(":", "_")
 
 
-def run_folder(out, data, model, method, seed):
-    """The folder of a run."""
-    return os.path.join(out, data, model_name(model), method, f"seed{seed}")
-
-
-def check_other_run(folder, source):
-    """BadInput if a run on other data or with another model of that name has this folder."""
-    for m in finished_runs([os.path.join(folder, "metrics.json")]):
-        if m.get("source") != source:
-            raise BadInput(f"{folder} holds a run of {m.get('source')}, and this is one of "
-                           f"{source}: give it another folder with --out")
-
-
-def finished_runs(paths):
-    """Yields the metrics in some metrics.json; what cannot be read is named on stderr."""
-    for path in paths:
+@contextmanager
+def run_folder(folder, config, fresh):
+    """Takes a run's folder: yields the metrics that it holds already, or None for a run to begin or
+    to go on. BadInput if it belongs to another configuration or another process."""
+    if ranks()[0]:  # the first rank decides for all
+        dist.barrier()
+        yield read_json(f"{folder}/metrics.json")
+        return
+    os.makedirs(folder, exist_ok=True)
+    with open(f"{folder}/lock", "w") as lock:
         try:
-            with open(path, encoding="utf-8") as f:
-                m = json.load(f)
-            names = {type(m[key]) for key in ("data", "method", "model")}
-            if names == {str} and 0 <= m["f1_macro"] <= 1:
-                yield m
-                continue
-            why = "not the metrics of a run"
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            why = f"{type(e).__name__}: {e}"
-        print(f"plm.py: {path} is left out ({why})", file=sys.stderr)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{folder}: another process is at this run; wait for it, or give this "
+                           "one another folder with --out") from None
+        for name in os.listdir(folder) if fresh else ():
+            if os.path.isfile(f"{folder}/{name}") and name not in ("lock", "answers.jsonl"):
+                os.remove(f"{folder}/{name}")  # not the answers: they were paid for
+        there = read_json(f"{folder}/run.json") or config
+        differ = [f"{key} {there.get(key)} there and {config.get(key)} here"
+                  for key in {**there, **config} if there.get(key) != config.get(key)]
+        if differ:
+            raise BadInput(f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
+                           "over, --out DIR keeps both")
+        write_json(f"{folder}/run.json", config)
+        if dist.is_initialized():
+            dist.barrier()
+        yield read_json(f"{folder}/metrics.json")
 
 
-def write_run(folder, metrics, data, rows, result, adapter):
-    """Writes predictions.csv (a record a test row), adapter.safetensors and metrics.json."""
+def write_predictions(path, data, rows, result):
+    """predictions.csv: a record a row."""
     scores, answers = result.get("scores"), result.get("answers")
-    with open(os.path.join(folder, "predictions.csv"), "w", encoding="utf-8", newline="") as f:
-        writer = csv.writer(f)
-        more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
-        writer.writerow(["text_id", "user", "gold", "predicted", *more])
-        for i, a in enumerate(rows):
-            more = [f"{s:.5f}" for s in scores[i]] if answers is None else [answers[i]]
-            gold, predicted = (answer_text(data.labels, chosen).strip()
-                               for chosen in (a.labels, result["predicted"][i]))
-            writer.writerow([text_id(a.text), a.user, gold, predicted, *more])
-    if adapter:
-        with open(os.path.join(folder, "adapter.safetensors"), "wb") as f:
-            f.write(safetensors_bytes({k: p.detach().cpu() for k, p in adapter.items()}))
-    with open(os.path.join(folder, "metrics.json"), "w", encoding="utf-8") as f:
-        json.dump(metrics, f, indent=1, allow_nan=False)
+    lines = io.StringIO(newline="")
+    writer = csv.writer(lines)
+    more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
+    writer.writerow(["text_id", "user", "gold", "predicted", *more])
+    for i, a in enumerate(rows):
+        more = [f"{s:.5f}" for s in scores[i]] if answers is None else [answers[i]]
+        gold, predicted = (answer_text(data.labels, chosen).strip()
+                           for chosen in (a.labels, result["predicted"][i]))
+        writer.writerow([text_id(a.text), a.user, gold, predicted, *more])
+    write_file(path, lines.getvalue().encode("utf-8", "replace"))
 
 
-def peak_memory_mb(device):
-    """The most memory in use so far: of the GPU, else of the process."""
-    if device.type == "cuda":
+def peak_memory_mb():
+    """The most memory in use so far: of a GPU, else of the process."""
+    if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
     unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
 
 
-# --------------------------------------------------------------------------------------------------
-# 15. One experiment from end to end, and the table of all of them.
-
 def settings_of(args):
-    """TRAINING, overruled by the model's row, overruled by flags."""
-    row = MODELS.get(args.model, {})
-    return {key: next(value for value in (getattr(args, key, None), row.get(key), TRAINING[key])
-                      if value is not None) for key in TRAINING}
+    """The recipe, overruled by the model's row (ours only), overruled by flags."""
+    recipe = RECIPES[args.recipe]
+    row = MODELS.get(args.model, {}) if args.recipe == "ours" else {}
+    return {key: next(value for value in (getattr(args, key, None), row.get(key), recipe[key])
+                      if value is not None) for key in recipe}
 
 
-def fit(model, rows, val_rows, settings, folder, args):
-    """Trains; returns what the metrics say of it. log.jsonl gets a line a step."""
-    with open(os.path.join(folder, "log.jsonl"), "w", encoding="utf-8") as f:
-        def log(line):
-            f.write(json.dumps(line) + "\n")
-            f.flush()
-
-        done = train(model, rows, val_rows, settings, log, args.seed, not args.no_share,
-                     args.micro_batch, args.max_steps)
-    return dict(train_seconds=round(done["seconds"], 2), steps=done["steps"],
-                rows_per_second=round(done["rows"] / done["seconds"], 2), val_loss=done["val_loss"],
-                tokens_computed=done["tokens"], tokens_unshared=done["unshared"])
-
-
-def run_local(kind, args, settings, data, val, test, folder):
-    """(what `predict` returns, facts for the metrics, dict of trained parameters)"""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
-                                  args.checkpoint)
-    counts, share = parameter_counts(model), not args.no_share
-    dense = not args.no_dense and keep_dense(model)
-    trained = kind.head != "ask"
-    (rows, cut), (val_rows, cut_val), (test_rows, cut_test) = (
-        encode(tokenizer, kind, data.labels, part, args.max_text, data.train)
-        for part in (data.train if trained else [], val if trained else [], test))
-    cut = {key: cut[key] + cut_val[key] + cut_test[key] for key in cut}
-    room = getattr(model.lm.config, "max_position_embeddings", math.inf)  # a T5 has no such end
-    longest = max(len(row.prompt) for row in (*rows, *val_rows, *test_rows)) + MAX_ANSWER
+def check_length(name, config, rows):
+    """BadInput if a prompt with its answer is longer than what the model reads at once."""
+    if config.is_encoder_decoder:
+        return  # a T5 knows distances, not places
+    room = getattr(config, "max_position_embeddings", None) or math.inf
+    if getattr(config, "use_sliding_window", True):
+        room = min(room, getattr(config, "sliding_window", None) or math.inf)
+    longest = max(len(row.prompt) for row in rows) + MAX_ANSWER
     if longest > room:
-        raise BadInput(f"--model {args.model} reads {room} tokens and the longest prompt with its "
-                       f"answer may have {longest}: cut texts with --max-text")
-    print(f"{args.model}: {counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M "
-          f"weights in {counts['packed_bytes'] / 1e6:.1f} MB of NF4 "
-          f"({', '.join(quantized_layers(model))})"
-          f"{' and, since memory allows, a dense copy of the rounded' * dense}; "
-          f"{cut['texts_cut']} texts cut to {args.max_text} tokens", flush=True)
-    facts = fit(model, rows, val_rows, settings, folder, args) if trained else {}
-    result = predict(model, tokenizer, data.labels, test_rows, share, args.micro_batch or 64)
-    facts |= dict(peak_memory_mb=peak_memory_mb(device), parameters=counts, dense_copy=dense,
-                  device=str(device), **cut)
-    return result, facts, model.trainable()
+        raise BadInput(f"--model {name} reads {room} tokens and the longest prompt with its answer "
+                       f"may have {longest}: cut texts with --max-text")
 
 
-def run_chat(chat, kind, args, data, test, folder):
+def run_local(method, args, config, data, folder):
+    """(function: annotations -> what `predict` returns, facts for the metrics, (trained parameters,
+    users)) of a model that runs here, after training if the method does."""
+    device, share, trained = find_device(), not args.no_share, method.head != "ask"
+    users = sorted({a.user for a in data.train}) if method.personalized else []
+    torch.manual_seed(args.seed)
+    dtype = args.dtype or saved_dtype(f"{folder}/{STATE}")
+    dtype = getattr(torch, dtype) if dtype else None
+    model, tokenizer = load_model(args.model, method.head, len(data.labels), device, dtype,
+                                  config, users, args.recompute)
+    read = reader(model, tokenizer, method, data, config, users)
+    rows, cut = {}, Counter()
+    for part in ("train", "val", "test") if trained else ("test",):
+        rows[part], counts = read(getattr(data, part), only_encode=True)
+        cut.update(counts)
+    check_length(args.model, model.lm.config, sum(rows.values(), []))
+    counts, dense = parameter_counts(model), not args.no_dense and keep_dense(model)
+    facts = dict(device=device_name(device), dtype=str(model.lm.dtype).removeprefix("torch."),
+                 parameters=counts, dense_copy=dense, **cut)
+    print(f"{args.model} on {facts['device']}, computing in {facts['dtype']}: "
+          f"{counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M weights in "
+          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}, "
+          f"{counts['trained'] / 1e6:.2f} M trained; {cut['texts_cut']} texts cut to "
+          f"{args.max_text} tokens", flush=True)
+    if trained:
+        ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id) for label in data.labels]
+        place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
+        label_ids = place, [x[place] for x in ids]
+        done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
+                     args.seed, share, args.max_steps)
+        facts |= dict(train_seconds=round(done["seconds"], 2), steps=done["step"],
+                      rows_per_second=round(done["rows"] / done["seconds"], 2),
+                      val_loss=done["val_loss"], tokens_computed=done["tokens"],
+                      tokens_unshared=done["unshared"])
+    return read, facts, (model.trainable(), users)
+
+
+def reader(model, tokenizer, method, data, config, users):
+    """A function: annotations -> what `predict` returns of them, or what `encode` does."""
+    name_of = user_namer(model, tokenizer, config["ids"], users)
+
+    def read(annotations, only_encode=False):
+        rows, counts = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
+        if only_encode:
+            return rows, counts
+        return predict(model, tokenizer, data, rows, not config["no_share"],
+                       2 * config["micro_batch"])
+
+    return read
+
+
+def run_rates(method, data):
+    """As run_local, of the baselines that read no text."""
+    def read(annotations):
+        scores = rate_scores(data, annotations, method.personalized)
+        return dict(scores=scores, predicted=chosen_labels(scores, data.single))
+
+    return read, {}, None
+
+
+def evaluate(method, data, read):
+    """(what `read` returns of the test rows, all scores) and what these are to be compared with:
+    thresholds tuned on validation, a bias for each user, the same rows with shuffled user IDs."""
+    result, gold = read(data.test), np.array([a.labels for a in data.test])
+    found = score(data, data.test, result)
+    if "scores" in result and not data.single:
+        tuned = tuned_thresholds([a.labels for a in data.val], read(data.val)["scores"])
+        found["f1_macro_tuned"] = f1_scores(gold, result["scores"] > tuned)["f1_macro"]
+    if method.head == "cls" and not method.personalized:
+        bias = user_bias([a.labels for a in data.train], read(data.train)["scores"],
+                         [a.user for a in data.train], data.single)
+        own = np.array([bias.get(a.user, np.zeros(len(data.labels))) for a in data.test])
+        chosen = chosen_labels(result["scores"] + own, data.single)
+        found["f1_macro_user_bias"] = f1_scores(gold, chosen)["f1_macro"]
+    if method.head in ("cls", "lm") and method.personalized:
+        users = [a.user for a in data.test]
+        random.Random(0).shuffle(users)
+        strangers = [a._replace(user=user) for a, user in zip(data.test, users)]
+        found["f1_macro_shuffled"] = f1_scores(gold, read(strangers)["predicted"])["f1_macro"]
+    return result, found
+
+
+def run_chat(chat, method, args, data, folder):
     """As run_local, of a model behind HTTP; BadInput if a row got no answer; None for --dry-run."""
-    if kind.head != "ask":
-        asking = ", ".join(name for name, method in METHODS.items() if method.head == "ask")
-        raise BadInput(f"--model {args.model} can only be asked ({asking}), not trained")
-    choose, prompts, few = choose_examples(kind, data.train), {}, 0
-    for i, a in enumerate(test):
+    choose, prompts, few = choose_examples(method, data.train), {}, 0
+    for i, a in enumerate(data.test):
         examples = [x._replace(text=x.text[:4 * args.max_text]) for x in choose(a)]
-        few += len(examples) < kind.shots
-        parts = prompt_parts(kind, data.labels, a.text[:4 * args.max_text], a.user, examples)
+        few += len(examples) < method.shots
+        parts = prompt_parts(method, data, a.text[:4 * args.max_text], a.user, examples)
         prompts[f"{i}:{text_id(a.text)}:{a.user}"] = "".join(sum(parts, []))
     if args.dry_run:
-        dry_run(prompts, chat, MAX_ANSWER)
-        return None
+        return dry_run(prompts, chat, MAX_ANSWER)
     path = os.path.join(folder, "answers.jsonl")
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
-    if counts["failed"]:
-        row, why = counts["failed"][0]
-        raise BadInput(f"{len(counts['failed'])} of {len(prompts)} rows got no answer, the first "
-                       f"({row}): {why}. Nothing is scored; the {len(answers)} answers are kept in "
-                       f"{path}, and the same command asks for the others only")
-    del counts["failed"]
-    facts = dict(chat=counts, too_few_examples=few,
-                 texts_cut=sum(len(a.text) > 4 * args.max_text for a in test))
-    return read_answers([answers[row] for row in prompts], data.labels), facts, {}
+    failed = counts.pop("failed")
+    if failed:
+        row, why = failed[0]
+        raise BadInput(f"{len(failed)} of {len(prompts)} rows got no answer, the first ({row}): "
+                       f"{why}. Nothing is scored; the {len(answers)} answers are kept in {path}, "
+                       "and the same command asks for the others only")
+    cut = sum(len(a.text) > 4 * args.max_text for a in data.test)
+    result = read_answers([answers[row] for row in prompts], data)
+    return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut), None
 
 
-def chat_model(name):
+def chat_model(args, method):
     """What a server calls the model that --model names, None if it runs here."""
-    if not name.startswith("openai:"):
-        return MODELS.get(name, {}).get("chat")
-    if name == "openai:":
-        raise BadInput("--model openai: needs a name behind it, as in openai:gpt-4o-mini")
-    return name.removeprefix("openai:")
-
-
-def run(method, args):
-    """One row of the paper's table for one model and dataset: trains (unless the method only asks),
-    predicts, scores, writes the run's files and prints a summary."""
-    start, kind, settings = time.perf_counter(), METHODS[method], settings_of(args)
-    chat = chat_model(args.model)
+    chat = MODELS.get(args.model, {}).get("chat")
+    if args.model.startswith("openai:"):
+        chat = args.model.removeprefix("openai:")
+        if not chat:
+            raise BadInput("--model openai: needs a name behind it, as in openai:gpt-4o-mini")
+    if chat and method.head != "ask":
+        asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
+        raise BadInput(f"--model {args.model} can only be asked ({asking}), not trained")
+    if chat and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise BadInput(f"--model {args.model} is asked by one process (NPROC=1): two pay twice")
     if args.dry_run and not chat:
         raise BadInput(f"--dry-run is for models that cost money, and --model {args.model} is free")
-    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    val, test = (rows[:args.max_eval or len(rows)] for rows in (data.val, data.test))
-    print(f"{method} on {data.name}: {len(data.train):,} train, {len(val):,} validation, "
-          f"{len(test):,} test annotations by {len({a.user for a in data.train})} users; "
-          f"{len(data.labels)} labels: {', '.join(data.labels)}", flush=True)
-    folder = run_folder(args.out, data.name, args.model, method, args.seed)
-    source = f"{args.model} on {args.data_dir or args.data}, labels {','.join(data.labels)}"
-    check_other_run(folder, source)
-    if chat:
-        outcome = run_chat(chat, kind, args, data, test, folder)
-        if outcome is None:
-            return
-    with run_files(folder) as part:
-        if not chat:
-            outcome = run_local(kind, args, settings, data, val, test, part)
-        result, facts, adapter = outcome
-        metrics = dict(
-            method=method, model=args.model, data=data.name, seed=args.seed, source=source,
-            **f1_scores([a.labels for a in test], result["predicted"]), labels=data.labels,
-            rows=dict(train=len(data.train), val=len(val), test=len(test), notes=data.notes),
-            seconds=round(time.perf_counter() - start, 1), **facts,
-            **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
-            config=settings | {key: getattr(args, key) for key in (
-                "max_text", "max_steps", "max_eval", "micro_batch", "no_share", "no_dense",
-                "checkpoint")})
-        write_run(part, metrics, data, test, result, adapter)
+    return chat
+
+
+def run(args):
+    """One row of the paper's table for one model and dataset: trains (unless the method only asks),
+    predicts, scores, writes the run's files and prints a summary."""
+    start, method, settings = time.perf_counter(), METHODS[args.command], settings_of(args)
+    chat = chat_model(args, method)
+    args.model = "baseline" if method.head == "rates" else args.model
+    data = load_data(args.data, args.max_eval, args.skip_missing, text=args.text_col,
+                     user=args.user_col, split=args.split_col, labels=args.labels,
+                     label=args.label_col)
+    print_data(data)
+    if method.head in ("lm", "ask"):
+        check_labels(data)
+    settings["ids"] = "number" if method.head == "ask" else settings["ids"]  # it knows no token
+    config = dict(
+        method=args.command, data=data.name, data_sha=data.sha, split=args.split_col,
+        labels=data.labels, single=data.single, none=data.none, ordered=data.ordered, **settings,
+        **{key: getattr(args, key) for key in (
+            "model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
+            "max_steps", "max_eval", "dtype", "no_share")})
+    folder = os.path.join(args.out, data.name + f".{args.split_col}" * bool(args.split_col),
+                          model_name(args.model), args.command, f"seed{args.seed}")
+    if args.dry_run:
+        return run_chat(chat, method, args, data, folder)
+    with run_folder(folder, config, args.fresh) as metrics:
+        if metrics:
+            print(f"{folder} is finished; --fresh runs it again")
+        else:
+            read, facts, adapter = (
+                run_rates(method, data) if method.head == "rates" else
+                run_chat(chat, method, args, data, folder) if chat else
+                run_local(method, args, config, data, folder))
+            result, found = evaluate(method, data, read)
+            metrics = config | found | facts | dict(
+                rows={part: len(getattr(data, part)) for part in ("train", "val", "test")},
+                notes=data.notes, seconds=round(time.perf_counter() - start, 1),
+                peak_memory_mb=peak_memory_mb(),
+                **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
+                versions={m.__name__: m.__version__ for m in (torch, transformers, np)},
+                python=platform.python_version(), command=" ".join(sys.argv))
+            finish(folder, metrics, data, result, adapter)
     print_summary(metrics, folder)
 
 
+def finish(folder, metrics, data, result, adapter):
+    """Writes a run's files, metrics.json last, and removes what only resuming needs."""
+    if ranks()[0]:
+        return
+    write_predictions(f"{folder}/predictions.csv", data, data.test, result)
+    if adapter and adapter[0]:
+        tensors = {name: p.detach().cpu().contiguous() for name, p in adapter[0].items()}
+        write_file(f"{folder}/adapter.safetensors",
+                   safetensors_bytes(tensors, {"users": json.dumps(adapter[1])}))
+    write_json(f"{folder}/metrics.json", metrics)
+    with suppress(FileNotFoundError):
+        os.remove(f"{folder}/{STATE}")
+
+
+SUMMARY = {  # key of the metrics -> its unit, or what it says
+    "seconds": "s in all", "rows_per_second": "annotations a second in training",
+    "peak_memory_mb": "MB at most",
+    "chat": "", "too_few_examples": "prompts have fewer examples than the method asks for",
+    "unreadable": "answers without a known label",
+    "unknown_words": "words in answers that belong to no label",
+    "f1_macro": "mean over labels", "f1_macro_ci": "95 % interval over texts",
+    "f1_macro_tuned": "with thresholds tuned on validation",
+    "f1_macro_user_bias": "with a bias for each user: what cls_p has to beat",
+    "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
+    "f1_disagreed": "on texts that people read differently", "accuracy": "of whole rows",
+    "mean_absolute_error": "points", "listens": "share of variance between readers of one text"}
+
+
 def print_summary(m, folder):
-    """What a run ends with, for people."""
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}")
-    if "parameters" in m:
-        p = m["parameters"]
-        print(f"  parameters  {p['total']:,} in all, {p['trained']:,} trained; the packed base has "
-              f"{p['packed_bytes']:,} bytes")
-        print(f"  memory      {m['peak_memory_mb']:,} MB at most")
-    print(f"  time        {m['seconds']:.0f} s")
-    if "chat" in m:
-        c = m["chat"]
-        print(f"  requests    {c['requests']:,} sent, {c['retries']:,} of them again, "
-              f"{c['cached']:,} answered before; tokens as the server counted them: "
-              f"{c['prompt_tokens']:,} of prompts, {c['completion_tokens']:,} of answers")
-    if "steps" in m:
-        print(f"  training    {m['steps']} steps in {m['train_seconds']:.0f} s, "
-              f"{m['rows_per_second']:.1f} annotations/s; {m['tokens_computed']:,} tokens "
-              f"computed, {m['tokens_unshared']:,} without sharing")
-    if m.get("too_few_examples"):
-        print(f"  examples    {m['too_few_examples']} prompts have fewer than the method asks for")
-    if "unreadable" in m:
-        print(f"  answers     {m['unreadable']} of {m['rows']['test']} without a known label; "
-              f"{m['unknown_words']} unknown words dropped")
-    print(f"  F1-macro    {m['f1_macro']:.4f} (micro {m['f1_micro']:.4f}) on {m['rows']['test']:,} "
-          "test annotations; by label:")
+    """What a run ends with, for people: the part of metrics.json that they look for first."""
+    def short(x):
+        if isinstance(x, dict):
+            return ", ".join(f"{key} {short(value)}" for key, value in x.items())
+        return " to ".join(map(short, x)) if isinstance(x, list) else f"{x:,.4g}"
+
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
+          f"{m['rows']['test']:,} test annotations")
+    for key, what in SUMMARY.items():
+        if m.get(key) is not None and (m[key] or key.startswith("f1")):
+            print(f"  {key:20} {short(m[key])}  {what}".rstrip())
     width = max(map(len, m["labels"]))
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {label:{width}}  {f1:.4f}  {'#' * round(40 * f1)}".rstrip())
-    print(f"  files       {folder}{os.sep}")
-
-
-def print_table(out):
-    """F1-macro (mean over seeds) of every finished run: methods in rows, models in columns, a table
-    a dataset, and behind each personalized value its gain over the plain twin."""
-    f1 = defaultdict(list)
-    pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
-    for m in finished_runs(sorted(glob.glob(pattern))):
-        f1[m["data"], m["method"], model_name(m["model"])].append(m["f1_macro"])
-    if not f1:
-        raise BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
-    mean = {key: sum(values) / len(values) for key, values in f1.items()}
-    for data in sorted({data for data, *_ in mean}):
-        models = sorted({model for d, _, model in mean if d == data})
-        width = max(18, *(len(model) + 2 for model in models))
-        print(f"\n{data}: F1-macro\n{'':8}" + "".join(f"{model:>{width}}" for model in models))
-        for method in METHODS:
-            cells = []
-            for model in models:
-                value = mean.get((data, method, model))
-                plain = mean.get((data, method.removesuffix("_p"), model))
-                gain = METHODS[method].personalized and None not in (value, plain)
-                cells.append(("" if value is None else f"{value:.4f}")
-                             + (f" ({value - plain:+.4f})" if gain else ""))
-            if any(cells):
-                print(f"{method:8}" + "".join(f"{cell:>{width}}" for cell in cells))
+    if m["spread"] < 0.01 and m["method"] != "majority":
+        print("  COLLAPSED: every row gets the same scores; try a lower --lr")
+    elif METHODS[m["method"]].personalized and m["listens"]["model"] < 0.02:
+        print("  DEAF: the scores hardly differ between the readers of a text")
+    print(f"  files: {folder}{os.sep}")
 
 
 # --------------------------------------------------------------------------------------------------
-# 16. How fast. `plm.py bench` times training steps on rows of the dataset and compares them with
-# the floor: the operations that the distinct tokens cannot do without, at the rate at which this
-# machine multiplies matrices. A frozen weight costs 4 operations a token: 2 forward, and 2 for the
-# gradient of what went in; it needs none of its own.
+# 14. A trained run reads new sentences.
 
-BENCH_ROWS = 256  # annotations timed for a line, after a step of warm-up
-BENCH = [  # a line of the bench: method, annotations a step, and annotators a text (0: all)
-    ("cls", 32, 0), ("cls_p", 32, 0), ("lm", 32, 0), ("lm_p", 32, 0),
-    ("cls_p", 8, 0), ("cls_p", 128, 0), ("cls_p", 32, 1), ("cls_p", 32, 3), ("cls_p", 32, 5)]
-
-
-def annotators(rows, n, rng):
-    """The first n annotations of every text that has as many, all of all texts for n = 0; the texts
-    in random order."""
-    by_text = defaultdict(list)
-    for a in rows:
-        by_text[a.text].append(a)
-    groups = [group[:n or None] for group in by_text.values() if len(group) >= n]
-    rng.shuffle(groups)
-    return [a for group in groups for a in group]
-
-
-def matmul_rate(device, dtype, n=1024, repeats=8):
-    """Operations a second of (n, n) @ (n, n): the best of some."""
-    a, best = torch.randn(n, n, device=device, dtype=dtype), math.inf
-    for _ in range(repeats):
-        start = time.perf_counter()
-        b = a @ a
-        b[0, 0].item()  # waits for a GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * n ** 3 / best
+def load_run(folder):
+    """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
+    m, path = read_json(f"{folder}/metrics.json"), f"{folder}/adapter.safetensors"
+    if m is None or not os.path.exists(path):
+        raise BadInput(f"{folder}: no finished run of a trained method (metrics.json and "
+                       "adapter.safetensors)")
+    try:
+        with safe_open(path, "pt") as f:
+            users = json.loads(f.metadata()["users"])
+            tensors = {name: f.get_tensor(name) for name in f.keys()}
+    except Exception as e:  # safetensors has one error for all that can be wrong with a file
+        raise BadInput(f"{path}: not the adapter of a run ({type(e).__name__}: {e})") from None
+    model, tokenizer = load_model(m["model"], METHODS[m["method"]].head, len(m["labels"]),
+                                  find_device(), getattr(torch, m["dtype"]), m, users)
+    params = model.trainable()
+    if {n: p.shape for n, p in params.items()} != {n: t.shape for n, t in tensors.items()}:
+        raise BadInput(f"{path}: does not fit {m['model']}: other layers or sizes")
+    for name, p in params.items():
+        p.data.copy_(tensors[name])
+    keep_dense(model)
+    return m, model, tokenizer, users
 
 
-@contextmanager
-def counted_operations(model):
-    """A Counter in which `operations` adds up what training steps inside need at least: 4 a weight
-    and token of linear layers; in a decoder also 12 D a layer for every token that a token sees."""
-    count, config = Counter(), model.lm.config
-
-    def linear(layer, args, out):
-        n = layer.base.N * layer.base.K if isinstance(layer, LoRALinear) else layer.weight.numel()
-        count["operations"] += 4 * n * math.prod(args[0].shape[:-1])
-
-    def attention(backbone, args, kwargs):
-        seen = (kwargs["position_ids"] + 1).sum().item()
-        width = getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
-        width *= config.num_attention_heads
-        count["operations"] += 12 * config.num_hidden_layers * width * seen
-
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
-    hooks = [m.register_forward_hook(linear) for m in (*layers, model.lm.get_output_embeddings())]
-    if not model.seq2seq:
-        hooks.append(model.lm.base_model.register_forward_pre_hook(attention, with_kwargs=True))
-    yield count
-    for hook in hooks:
-        hook.remove()
-
-
-def bench_rows(args, kind, tokenizer, data, batch, n):
-    """The batches to time, and before them the first of them for warming up. Without --max-steps
-    batches of any size hold the same annotations, or else the length of texts would tell more."""
-    rng, most = random.Random(args.seed), min(BENCH_ROWS, (args.max_steps or BENCH_ROWS) * batch)
-    some = annotators(data.train, n, rng)[:most]
-    parts = in_batches(encode(tokenizer, kind, data.labels, some, args.max_text)[0], batch, rng)
-    return parts[:1] + parts
-
-
-def bench_line(args, method, batch, n):
-    """dict of what a line of BENCH measures, in a process of its own for its peak of memory."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, settings, share = METHODS[method], settings_of(args), not args.no_share
-    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    torch.manual_seed(args.seed)
-    model, tokenizer = load_model(args.model, kind.head, len(data.labels), device, settings,
-                                  args.checkpoint)
-    dense = not args.no_dense and keep_dense(model)
-    parts = bench_rows(args, kind, tokenizer, data, batch, n)
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=settings["lr"], weight_decay=0.0)
-    budget = math.inf if args.micro_batch else token_budget(model, sum(parts, []), share)
-    done, needed, seconds, first = Counter(), 0, 0, None
-    for i, part in enumerate(progress(parts, f"{method} {batch} {n or 'all'}", "steps")):
-        distinct = make_batch(model, part)["tokens"]  # cut into pieces, a step computes some twice
-        start = time.perf_counter()
-        with counted_operations(model) as count:
-            loss, tokens = train_step(model, part, optimizer, settings["clip"], share, budget,
-                                      args.micro_batch)
-            loss, tokens = loss.item(), int(tokens)  # waits for a GPU
-        first = loss if i == 0 else first
-        if i:
-            seconds += time.perf_counter() - start
-            needed += count["operations"] * distinct / tokens
-            done.update(rows=len(part), tokens=tokens)
-    rate = matmul_rate(device, model.lm.dtype)
-    return dict(data=data.name, method=method, batch=batch, annotators=n or "all",
-                steps=len(parts) - 1,
-                rows_per_second=done["rows"] / seconds, tokens_per_second=done["tokens"] / seconds,
-                tokens_per_row=done["tokens"] / done["rows"], matmul_gflops=rate / 1e9,
-                share_of_floor=needed / rate / seconds, peak_memory_mb=peak_memory_mb(device),
-                dense_copy=dense, first_loss=first)
-
-
-def in_own_process(function, *args):
-    """What function(*args) returns, computed in a new process."""
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
-
-
-def bench(args):
-    """`plm.py bench`: prints the lines of BENCH and writes them to bench.json."""
-    lines = []
-    data = load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    most = max(Counter(a.text for a in data.train).values())
-    print(f"{args.model} on {args.data}, {torch.get_num_threads()} threads\n"
-          "method  batch  annotators  rows/s  tokens/s  tokens/row  of the floor  peak MB")
-    for method, batch, n in BENCH:
-        if n > most:
-            print(f"{method:8}{batch:5}{n:12}  no text has as many")
-            continue
-        m = in_own_process(bench_line, args, method, batch, n)
-        print(f"{m['method']:8}{m['batch']:5}{m['annotators']:>12}{m['rows_per_second']:8.2f}"
-              f"{m['tokens_per_second']:10.0f}{m['tokens_per_row']:12.1f}"
-              f"{m['share_of_floor']:13.0%}{m['peak_memory_mb']:10,}", flush=True)
-        lines.append(m)
-    folder = os.path.join(args.out, data.name, model_name(args.model))
-    with run_files(folder) as part:
-        with open(os.path.join(part, "bench.json"), "w", encoding="utf-8") as f:
-            json.dump(lines, f, indent=1)
-    print(f"files: {os.path.join(folder, 'bench.json')}")
-
-
-# --------------------------------------------------------------------------------------------------
-# 17. The original files. A file gets its name when it is complete and checked. Until then it is
-# FILE.part, and FILE.part.version says which version of it the server was sending (its ETag), so
-# that a later run goes on where this one ended, or begins again if it has changed.
-
-def no_answer(url, seconds=6):
-    """Why the server of an address does not answer at all; None if it does, whatever it says."""
-    why = [f"no answer in {seconds} s"]
-
-    def ask():
-        try:
-            requests.head(url, timeout=seconds)
-            why[0] = None
-        except requests.exceptions.ProxyError:
-            why[0] = "the proxy refuses"
-        except requests.RequestException:
-            why[0] = "no connection"
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no timeout
-    thread.start()
-    thread.join(seconds)
-    return why[0]
-
-
-def bad_content(path, file, row):
-    """Why this cannot be the file it should be, going by its first line; None if it can."""
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as f:
-        first = f.readline()
-    if not first.strip() or first.lstrip().startswith("<"):
-        return "a web page and not the file" if first.strip() else "nothing in it"
-    if file.endswith(".tsv"):
-        return None if first.count("\t") == 2 else "not three columns with tabs between them"
-    needed = {row["text"]} if file in row["splits"].values() else {
-        row["text"], row["user"], *row.get("labels", ())}
-    missing = needed - set(next(csv.reader([first])))
-    return f"no column {', '.join(sorted(missing))} in it" if missing else None
-
-
-def fetch(session, url, part):
-    """Asks once for what `part` lacks; True if it is whole then, going by the length named."""
-    have, known, headers = 0, None, {"Accept-Encoding": "identity"}  # ranges of the file itself
-    if os.path.exists(part) and os.path.exists(part + ".version"):
-        with open(part + ".version", encoding="utf-8") as f:
-            known = f.read()
-        have = os.path.getsize(part) if known else 0
-        headers |= {"Range": f"bytes={have}-", "If-Range": known} if have else {}
-    with session.get(url, headers=headers, stream=True, timeout=(5, 30)) as r:
-        version = r.headers.get("ETag", "W/")  # a weak ETag promises nothing about bytes
-        version = r.headers.get("Last-Modified", "") if version.startswith("W/") else version
-        if r.status_code == 416 or r.status_code == 206 and version != known:
-            os.remove(part + ".version")  # the rest of something else: the next try begins again
-            return False
-        r.raise_for_status()
-        have = have if r.status_code == 206 else 0
-        with open(part, "ab" if have else "wb") as f:
-            with open(part + ".version", "w", encoding="utf-8") as g:
-                g.write(version)
-            length, chunked = r.headers.get("Content-Length"), r.headers.get("Transfer-Encoding")
-            total = have + int(length) if length else None
-            with tqdm(total=total, initial=have, unit="B", unit_scale=True, dynamic_ncols=True,
-                      desc=os.path.basename(part).removesuffix(".part")) as bar:
-                for block in r.iter_content(1 << 13):
-                    f.write(block)
-                    bar.update(len(block))
-    return os.path.getsize(part) == total if length else bool(chunked)  # chunks say where they end
-
-
-def download(session, url, path, check, tries=5):
-    """None when the file is there, else why it is not; check(path) says what is wrong with it."""
-    part, complete = path + ".part", False
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for _ in range(tries):
-        try:
-            complete = fetch(session, url, part)
-        except requests.HTTPError as e:
-            return f"{url}: {e.response.status_code} {e.response.reason}"
-        except requests.RequestException:
-            continue  # it broke off; what has come stays
-        if complete:
-            break
-    if not complete:
-        return f"{url}: broke off {tries} times (run this again to go on from there)"
-    wrong = check(part)
-    if wrong:
-        os.remove(part)
+def predict_run(args):
+    """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
+    m, model, tokenizer, users = load_run(args.run)
+    method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
+    if args.csv:
+        rows = [row for _, row in csv_rows(args.csv)]
+        for column in ["text"] + ["user"] * method.personalized:
+            if column not in rows[0]:
+                raise BadInput(f"{args.csv}: no column {column!r}; there are: {', '.join(rows[0])}")
+        asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for row in rows]
+    elif args.text:
+        asked = [Annotation(args.text, user, nothing) for user in (
+            args.users or users[:5] if method.personalized else ["(anybody)"])]
     else:
-        os.replace(part, path)
-    os.remove(part + ".version")
-    return f"{url}: {wrong}" if wrong else None
-
-
-def download_data(name, folder):
-    """Fetches the original files that the folder does not have, or says how to do it by hand."""
-    row = DATASETS[name]
-    missing = [file for file in row["urls"] if not os.path.exists(os.path.join(folder, file))]
-    one_of_each_host = {urlsplit(row["urls"][file]).netloc: row["urls"][file] for file in missing}
-    silent = (f"{host}: {w}" for host, url in one_of_each_host.items() if (w := no_answer(url)))
-    why = next(silent, None)
-    with requests.Session() as session:
-        for scheme in ("https://", "http://"):  # a server that is busy is asked again
-            session.mount(scheme, HTTPAdapter(max_retries=Retry(
-                3, connect=1, backoff_factor=0.3, status_forcelist=(429, 500, 502, 503, 504),
-                raise_on_status=False)))
-        while missing and not why:
-            file = missing[0]
-            why = download(session, row["urls"][file], os.path.join(folder, file),
-                           lambda path: bad_content(path, file, row))
-            missing = missing if why else missing[1:]
-    if why:
-        raise BadInput("\n".join([
-            f"cannot download {name} ({why}). By hand: save these files where the arrow points, "
-            "then run this again",
-            *(f"  {row['urls'][file]} -> {os.path.join(folder, file)}" for file in missing)]))
-    for file in row["urls"]:  # also those that somebody put there by hand
-        wrong = bad_content(os.path.join(folder, file), file, row)
-        if wrong:
-            raise BadInput(f"{os.path.join(folder, file)}: {wrong}; delete it, then run this again")
-
-
-def make_data(name, data_dir=None, labels=None):
-    """`plm.py data`: downloads, prepares, and prints the counts beside those of the authors."""
-    row = DATASETS.get(name, {})
-    if "urls" not in row:
-        raise BadInput(f"--data {name}: nothing to download; there are: "
-                       f"{', '.join(n for n in DATASETS if 'urls' in DATASETS[n])}")
-    folder, expected, differ = data_dir or row["dir"], {}, False
-    paths, original = annotation_files(folder, row)
-    if original or not paths:
-        print(f"{name}: {row['license']}", flush=True)
-        try:
-            download_data(name, folder)
-        except OSError as e:
-            raise BadInput(f"{e.filename or folder}: {e.strerror} (see --data-dir DIR)") from None
-        expected = {"annotations": (row["rows"],)} | row["expected"]
-    print(f"{'':30}", *(f"{part:>8}" for part in ("train", "val", "test", "users")))
-    for stage, found in load_data(name, data_dir, labels=labels).notes.items():
-        found = tuple(found.values()) if isinstance(found, dict) else (found,)
-        print(f"{stage:30}", *(f"{n:>8,}" if isinstance(n, int) else n for n in found))
-        if stage in expected:
-            print(f"{'    the authors':30}", *(f"{n:>8,}" for n in expected[stage]))
-            differ |= any(abs(n - m) > row["tolerance"] * m for n, m in zip(found, expected[stage]))
-    if differ:
-        print("WARNING: these counts are not the authors'; scores do not compare with theirs")
-    elif not expected:
-        print(f"{', '.join(paths)}: not the original files, so there are no counts to compare with")
+        raise BadInput("predict needs --text TEXT (with --users A,B) or --csv FILE")
+    unknown = sorted({a.user for a in asked} - set(users)) if method.personalized else []
+    if unknown:
+        print(f"unknown to training: {', '.join(unknown[:20])}"
+              f"{' (read with the mean of all user tokens)' * (m['ids'] == 'token')}")
+    data = Dataset(m["data"], m["labels"], m["single"], m["ordered"], m["none"], [], [], [], {}, "")
+    result = reader(model, tokenizer, method, data, m, users)(asked)
+    if args.csv:
+        path = os.path.join(os.path.dirname(os.path.abspath(args.csv)), "predictions.csv")
+        write_predictions(path, data, asked, result)
+        return print(f"files       {path}")
+    shown = result["predicted"]
+    if "scores" in result:
+        shown = probabilities(result["scores"], m["single"])
+    print(f"{'user':12}" + "".join(f"  {label:>8}" for label in m["labels"]))
+    for a, line in zip(asked, shown):
+        print(f"{a.user[:12]:12}" + "".join(
+            f"  {p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"])))
 
 
 # --------------------------------------------------------------------------------------------------
-# 18. The command line.
+# 15. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -2402,68 +2313,74 @@ def number(kind, least, most=2 ** 62):
     return parse
 
 
+COUNT, NAMES = number(int, 1), lambda s: s.split(",")
+FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
+    ("--model", dict(default="tiny", metavar="M",
+                     help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")),
+    ("--data", dict(default="sample", metavar="D", help="a name below or a CSV (sample)")),
+    ("--text-col", dict(metavar="COL", help="column of the texts; A,B joins two (text)")),
+    ("--user-col", dict(dest="user_col", metavar="COL", help="column of the user IDs (user)")),
+    ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
+    ("--labels", dict(type=NAMES, metavar="A,B,C", help="0/1 columns of labels (all there are)")),
+    ("--label-col", dict(metavar="COL", help="one column that names the single choice")),
+    ("--skip-missing", dict(action="store_true", help="leave rows with a missing cell out")),
+    ("--seed", dict(type=number(int, 0), default=42, metavar="S", help="of what is random (42)")),
+    ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
+    ("--fresh", dict(action="store_true", help="start a run over that is there already")),
+    ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),
+    ("--ids", dict(choices=["number", "word", "token"], help="how the prompt names a user")),
+    ("--lr", dict(type=number(float, 1e-12), metavar="X", help="learning rate")),
+    ("--epochs", dict(type=COUNT, metavar="N", help="passes over the training rows")),
+    ("--r", dict(type=COUNT, metavar="N", help="rank of LoRA")),
+    ("--dropout", dict(type=number(float, 0, 0.9), metavar="X", help="dropout of LoRA")),
+    ("--batch", dict(type=COUNT, metavar="N", help="annotations a step")),
+    ("--micro-batch", dict(type=COUNT, metavar="N", help="compute N at once: less memory")),
+    ("--max-steps", dict(type=COUNT, default=0, metavar="N", help="train N steps at most")),
+    ("--max-eval", dict(type=COUNT, default=0, metavar="N", help="score about N rows")),
+    ("--max-text", dict(type=COUNT, default=384, metavar="N", help="tokens of a text (384)")),
+    ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
+    ("--recompute", dict(action="store_true", help="keep less for the backward pass: slower")),
+    ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
+    ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
+    ("--concurrency", dict(type=COUNT, default=8, metavar="N", help="requests at a time (8)")),
+    ("--dry-run", dict(action="store_true", help="print what would be asked, send nothing")),
+    ("--text", dict(metavar="TEXT", help="predict: this sentence")),
+    ("--users", dict(type=NAMES, metavar="A,B", help="predict: as these people read it")),
+    ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user")),
+]
+
+
 def make_parser():
-    """The argparse parser. What a flag overrules stands in the tables."""
+    """The argparse parser."""
     p = Parser(
         prog="plm.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Personalized Large Language Models: one experiment, from annotations to F1.",
         epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
                f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
-    count = number(int, 1)
-    p.add_argument("command", choices=[*METHODS, "data", "table", "bench"], metavar="COMMAND",
-                   help="a method below; data: download and prepare; table: F1 of all runs; "
-                        "bench: how fast")
-    p.add_argument("--model", default="tiny", metavar="M",
-                   help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")
-    p.add_argument("--data", default="sample", metavar="D", help="a name below or a CSV (sample)")
-    p.add_argument("--data-dir", metavar="DIR", help="where a named dataset is (data/NAME)")
-    p.add_argument("--text-col", metavar="COL", help="column of the texts")
-    p.add_argument("--user-col", metavar="COL", help="column of the user IDs")
-    p.add_argument("--labels", type=lambda s: s.split(","), metavar="A,B,C",
-                   help="columns of the labels (all others that are 0 or 1)")
-    p.add_argument("--seed", type=number(int, 0), default=42, metavar="S",
-                   help="of everything random in training (42)")
-    p.add_argument("--out", default="out", metavar="DIR", help="folder of all runs (out)")
-    for name, kind, what in (("lr", number(float, 1e-12), "learning rate"),
-                             ("epochs", count, "passes over the training rows"),
-                             ("r", count, "rank of LoRA"),
-                             ("dropout", number(float, 0, 0.9), "dropout of LoRA")):
-        p.add_argument(f"--{name}", type=kind, metavar="X",
-                       help=f"{what} (as the model's row says, else {TRAINING[name]})")
-    for name, default, what in (
-            ("max-steps", 0, "train N steps at most"),
-            ("max-eval", 0, "validate and test on the first N rows"),
-            ("max-text", 384, "read N tokens of a text (384)"),
-            ("micro-batch", 0, "compute N rows at once (what memory allows; this changes no result "
-             "but the draw of dropout)"),
-            ("concurrency", 8, "send N requests at a time to --model chatgpt (8)")):
-        p.add_argument(f"--{name}", type=count, default=default, metavar="N", help=what)
-    p.add_argument("--checkpoint", action="store_true",
-                   help="keep less for the backward pass and compute it again: less memory, slower")
-    p.add_argument("--no-dense", action="store_true",
-                   help="keep no dense copy of the rounded weights, even where memory allows it")
-    p.add_argument("--no-share", action="store_true", help="compute every prompt by itself")
-    p.add_argument("--dry-run", action="store_true",
-                   help="print what --model chatgpt would be asked and send nothing")
+    p.add_argument("command", choices=[*METHODS, "predict"], metavar="COMMAND",
+                   help="a method below, or predict RUN")
+    p.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
+    for flag, what in FLAGS:
+        p.add_argument(flag, **what)
     return p
 
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         args = make_parser().parse_args(argv)
-        if args.command == "table":
-            print_table(args.out)
-        elif args.command == "data":
-            make_data(args.data, args.data_dir, args.labels)
-        elif args.command == "bench":
-            bench(args)
+        if (args.run is None) == (args.command == "predict"):
+            raise BadInput("predict needs the folder of a run" if args.run is None else
+                           f"what is {args.run!r}? Only predict takes a folder")
+        if args.command == "predict":
+            predict_run(args)
         else:
             join_ranks()
-            run(args.command, args)
+            run(args)
     except BadInput as e:
-        print(f"plm.py: {e}", file=sys.stderr)
+        print(f"plm.py: {e}" * bool(str(e)), file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) \
@@ -2471,14 +2388,15 @@ def main(argv=None):
             raise
         gb = MODELS.get(args.model, {}).get("gb")
         need = f"; {args.model} was computed to need {gb} GB with --micro-batch 8" if gb else ""
-        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --checkpoint "
+        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --recompute "
               f"keeps less of it, --max-text 128 cuts long texts{need}", file=sys.stderr)
         return 2
     except OSError as e:
-        print(f"plm.py: {e.filename or 'output'}: {e.strerror or e}", file=sys.stderr)
+        print(f"plm.py: {e.filename or 'output'}: {e.strerror or e} (what was written is kept: the "
+              "same command goes on)", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nplm.py: stopped; the files of earlier runs are as they were", file=sys.stderr)
+        print("\nplm.py: stopped; the same command goes on where it was saved", file=sys.stderr)
         return 130
     return 0
 

@@ -1,9 +1,12 @@
-"""Tests of plm.py. Oracles are bitsandbytes' bytes, scikit-learn's numbers, transformers' own
-forward pass and generate, prompts word for word; `make test` needs no network and no GPU."""
-
+"""Tests of plm.py and of the scripts in data/. Oracles are bitsandbytes' bytes, scikit-learn's
+numbers, transformers' own forward pass and generate, PEFT, prompts word for word; no network, no GPU."""
+import contextlib
 import copy
 import csv
+import functools
 import hashlib
+import importlib.util
+import io
 import json
 import math
 import os
@@ -18,17 +21,27 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from email.utils import formatdate
+from html.parser import HTMLParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 import plm
 
@@ -37,441 +50,314 @@ CPU = torch.device("cpu")
 VOCABULARY = 97
 
 
-# ------------------------------------------------------------------------------- data and splits
+def go(*args):
+    """The exit status of a command, in this process: importing everything anew takes seconds."""
+    return plm.main([str(arg) for arg in args])
 
 
-def write_csv(path, rows, header=("text", "user", "calm", "angry")):
+def refused(capsys, *args):
+    """The one line that a command ends with which has status 2."""
+    capsys.readouterr()
+    assert go(*args) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("plm.py: ") and err.count("\n") == 1
+    return err
+
+
+# --------------------------------------------------------------------------------- data and splits
+
+def write_csv(path, rows, header=("text", "user", "calm", "angry"), delimiter=","):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([header, *rows])
+        csv.writer(f, delimiter=delimiter).writerows([header, *rows])
     return str(path)
 
 
 def some_rows(n=60):
-    return [
-        (f"comment number {i // 3} about thing {i // 3 * 7}", f"u{i % 3}", i % 2, 1 - i % 2)
-        for i in range(n)
-    ]
+    """Every text is read by three people who disagree."""
+    return [(f"comment number {i // 3} about thing {i // 3 * 7}", f"u{i % 3}", i % 2, 1 - i % 2)
+            for i in range(n)]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "cut, with a comma",
-        'a "quoted"\nline\r\nbreak',
-        "emoji \U0001f600",
-        "</s> ### Response: <|endoftext|>",
-        "x" * 1_000_000,
-    ],
-)
+def read(path, skip_missing=False, **form):
+    return plm.read_annotations(str(path), dict(text="text", user="user") | form, skip_missing)
+
+
+@pytest.mark.parametrize("text", [
+    "cut, with a comma", 'a "quoted"\nline\r\nbreak', "emoji \U0001f600",
+    "</s> ### Response: <|endoftext|>", "x" * 1_000_000])
 def test_any_text_survives_reading(tmp_path, text):
     path = write_csv(tmp_path / "a.csv", [(text, "user with\nnewline", 0, 1), *some_rows()])
-    labels, annotations = plm.read_annotations(path, "text", "user")
-    assert labels == ["calm", "angry"]
-    assert annotations[0] == plm.Annotation(text, "user with\nnewline", (0, 1))
+    found, what, _ = read(path)
+    assert what == dict(labels=["calm", "angry"], single=False, ordered=False)
+    assert found[0] == (plm.Annotation(text, "user with\nnewline", (0, 1)), None)
 
 
 def test_byte_order_mark_and_crlf_are_no_part_of_the_data(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"\xef\xbb\xbftext,user,calm\r\nhello,u1,1\r\n")
-    assert plm.read_annotations(str(path), "text", "user") == (["calm"], [("hello", "u1", (1,))])
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,user,calm\r\nhello,u1,1\r\nbye,u1,0\r\n")
+    assert [a for a, _ in read(tmp_path / "a.csv")[0]] == [
+        ("hello", "u1", (0, 1)), ("bye", "u1", (1, 0))]
 
 
-@pytest.mark.parametrize(
-    "header, row, says",
-    [
-        (("txt", "user", "calm"), ("t", "u", "1"), "no column 'text'; there are: txt, user, calm"),
-        (("text", "user", "calm"), ("t", "u", "2"), "row 2: label 'calm' is '2', not 0 or 1"),
-        (("text", "user", "calm"), (" ", "u", "1"), "row 2: 'text' is empty"),
-        (("text", "user", "calm"), ("t", "", "1"), "row 2: 'user' is empty"),
-        (("text", "user", "calm"), ("t", "u"), "row 2 (line 3) does not have the 3 columns"),
-        (("text", "user", "a,b"), ("t", "u", "1"), "label 'a,b'"),
-        (("text", "user", "user"), ("t", "u", "1"), "columns of the same name"),
-    ],
-)
+@pytest.mark.parametrize("delimiter", [";", "\t"])
+def test_semicolons_and_tabs_separate_as_commas_do(tmp_path, delimiter):
+    rows = [("one, two", "u", 0, 1), ("three; four\tfive", "u", 1, 0)]
+    assert read(write_csv(tmp_path / "a", rows, delimiter=delimiter)) == \
+        read(write_csv(tmp_path / "b", rows))
+
+
+@pytest.mark.parametrize("header, row, says", [
+    (("txt", "user", "calm", "b"), "tu11", "no column 'text'; there are: txt, user, calm, b"),
+    (("text", "user", "calm", "b"), "tu21", "row 2: label 'calm' is '2', not 0 or 1"),
+    (("text", "user", "calm", "b"), " u11", "row 2: 'text' is "),
+    (("text", "user", "calm", "b"), ("t", "", 1, 1), "row 2: 'user' is "),
+    (("text", "user", "calm", "b"), "tu1", "row 2 (line 3) does not have the 4 columns"),
+    (("text", "user", "user", "b"), "tu11", "2 columns are called 'user'"),
+    (("text", "user", "b", "split"), "tu1x", "row 2: 'split' is 'x', not train, val or test"),
+    (("text", "user", "c", "d"), ("t", "u", "x", "y"), "no column of 0 and 1")])
 def test_bad_rows_are_named(tmp_path, header, row, says):
-    path = write_csv(tmp_path / "a.csv", [("fine", "u", "1"), row, ("fine", "u", "1")], header)
+    fine = ("fine", "u", "joy", "x") if "c" in header else ("fine", "u", 1, "" if "split" in header
+                                                            else 1)
+    path = write_csv(tmp_path / "a.csv", [fine, row, fine], header)
     with pytest.raises(plm.BadInput, match=re.escape(says)):
-        plm.read_annotations(path, "text", "user")
+        read(path)
 
 
 def test_files_that_are_no_csv(tmp_path):
     (tmp_path / "latin.csv").write_bytes("text,user,a\ncaf\xe9,u,1\n".encode("latin-1"))
     (tmp_path / "empty.csv").write_text("")
-    for name, says in (
-        ("latin.csv", "not UTF-8"),
-        ("empty.csv", "no annotations"),
-        ("none.csv", "no such file"),
-    ):
+    (tmp_path / "header.csv").write_text("text,user,a\n")
+    for name, says in (("latin.csv", "not UTF-8"), ("empty.csv", "no annotations"), (
+            "header.csv", "no annotations"), ("none.csv", "no such file"), (".", "is a directory")):
         with pytest.raises(plm.BadInput, match=says):
-            plm.read_annotations(str(tmp_path / name), "text", "user")
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("cells, labels, ordered, chosen", [
+    ("0 1 1", "not X,X", False, "011"), ("1.0 0.0 1", "not X,X", False, "101"),
+    ("yes No YES", "not X,X", False, "101"), ("True false true", "not X,X", False, "101"),
+    ("3 1 10", "1,3,10", True, "102"), ("2 2.0 1.5", "1.5,2", True, "110"),
+    ("1 -1 0", "-1,0,1", True, "201"), ("joy fear joy", "fear,joy", False, "101"),
+    ("1000001 1000002 1000001", "1000001,1000002", True, "010")])
+def test_one_column_names_the_single_choice(tmp_path, cells, labels, ordered, chosen):
+    rows = [(f"t{i}", "u", 0, cell) for i, cell in enumerate(cells.split())]
+    found, what, _ = read(write_csv(tmp_path / "a.csv", rows, ("text", "user", "Z", "X")), label="X")
+    assert what == dict(labels=labels.split(","), single=True, ordered=ordered)
+    assert [a.labels.index(1) for a, _ in found] == [int(c) for c in chosen]
+    assert {sum(a.labels) for a, _ in found} == {1}
+
+
+def test_a_lone_column_of_0_and_1_is_a_single_choice_and_several_are_ticks(tmp_path):
+    rows = [("t", "u", "TRUE", "false"), ("s", "u", "false", "false")]
+    found, what, notes = read(write_csv(tmp_path / "b.csv", rows))
+    assert not what["single"] and [a.labels for a, _ in found] == [(1, 0), (0, 0)]
+    assert notes["columns taken as labels"] == "calm, angry"
+    rows = [("t", "u", 1, "m"), ("s", "u", 0, "f")]
+    _, what, notes = read(write_csv(tmp_path / "a.csv", rows, ("text", "user", "calm", "sex")))
+    assert what == dict(labels=["not calm", "calm"], single=True, ordered=False)
+    assert notes["two-valued columns not taken"] == "sex"  # said, since it may have been meant
+
+
+def test_label_columns_in_two_spellings_are_doubtful_until_the_user_says(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("t", "u", 0, 1, "True"), ("s", "u", 1, 1, "False")],
+                     ("text", "user", "calm", "angry", "unclear"))
+    with pytest.raises(plm.BadInput, match=r"calm, angry \(0/1\); unclear \(true/false\).*--labels"):
+        read(path)
+    assert read(path, labels=["calm", "unclear"])[0][0][0].labels == (0, 1)
+
+
+def test_a_split_column_is_followed_to_the_letter(tmp_path):
+    parts = ["train", "Training", "val", "dev", "valid", "validation", "test", "TEST", "", "train"]
+    rows = [(f"t{i}", f"u{i}", i % 2, i % 3 % 2, part) for i, part in enumerate(parts)]
+    for column, said in (("split", None), ("draw", "draw")):
+        path = write_csv(tmp_path / f"{column}.csv", rows, ("text", "user", "a", "b", column))
+        data = plm.load_data(path, split=said)
+        assert [[a.text for a in x] for x in (data.train, data.val, data.test)] == [
+            ["t0", "t1", "t9"], ["t2", "t3", "t4", "t5"], ["t6", "t7"]]
+        assert data.notes["left out: in no split"] == 1
+        assert data.notes["kept, as the split says: test, user unknown to training"] == 2
 
 
 def test_splits_share_no_text_and_know_every_user(tmp_path):
-    rows = [(f"text {i} {'!' * (i % 3)}", f"u{i % 40}", 1, 0) for i in range(900)]
-    rows += [("  TEXT 7 ", "u1", 0, 1)]  # the same text but for case and space: the same split
+    rows = [(f"text {i} {'!' * (i % 3)}", f"u{i % 40}", i % 2, i % 7 % 2) for i in range(900)]
+    rows += [("  TEXT 7 !", "u1", 0, 1)]  # the same text but for case and space: the same split
+    rows += [(f"text {i}", f"new {i}", 0, 1) for i in range(900, 960)]
     data = plm.load_data(write_csv(tmp_path / "a.csv", rows))
-    ids = [{plm.text_id(a.text) for a in part} for part in (data.train, data.val, data.test)]
+    parts = data.train, data.val, data.test
+    ids = [{plm.text_id(a.text) for a in part} for part in parts]
     assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
-    users = [{a.user for a in part} for part in (data.train, data.val, data.test)]
-    assert users[1] <= users[0] and users[2] <= users[0]
+    assert all({a.user for a in part} <= {a.user for a in data.train} for part in parts)
     assert 0.6 < len(data.train) / len(rows) < 0.8
+    left_out = [data.notes[f"left out: {part}, user unknown to training"] for part in ("val", "test")]
+    assert sum(map(len, parts)) + sum(left_out) == data.notes["rows read"] == len(rows)
 
 
-def test_a_text_in_two_official_splits_stays_in_training(tmp_path):
-    for name, texts in (("train", "ab"), ("dev", "bc"), ("test", "cd")):
-        (tmp_path / f"{name}.tsv").write_text("".join(f"{t}\t1\tid\n" for t in texts))
-    where = plm.official_splits(str(tmp_path), plm.DATASETS["goemotions"], needed=True)
-    assert where == {"a": "train", "b": "train", "c": "test", "d": "test"}
+@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("cell", ["", "NA", "nan", "null"])
+def test_a_missing_cell_is_named_or_on_demand_left_out_and_counted(tmp_path, column, cell):
+    rows = some_rows()
+    rows[1] = [cell if i == column else x for i, x in enumerate(rows[1])]
+    path = write_csv(tmp_path / "a.csv", rows)
+    says = f"row 2: {('text', 'user', 'calm', 'angry')[column]!r} is .*--skip-missing"
+    with pytest.raises(plm.BadInput, match=says):
+        plm.load_data(path)
+    data = plm.load_data(path, skip_missing=True)
+    assert len(data.train + data.val + data.test) == 59
+    assert data.notes["left out: a cell is missing"] == 1
 
 
-# ------------------------------------------------------------------------ the authors' preparation
-
-SEEDS = range(8)
-
-
-def made_split(seed, users=30):
-    """A random split: busy and rare users, users missing in a part, texts judged by many."""
-    r = random.Random(seed)
-    weights = [r.paretovariate(0.8) for _ in range(users)]
-    return {
-        part: [
-            plm.Annotation(f"{part} {r.randrange(n // 4)}", str(u), (1, r.randrange(2)))
-            for u in r.choices(range(users), weights, k=n)
-        ]
-        for part, n in (("train", 2000), ("val", 300), ("test", 300))
-    }
+def test_numbers_and_spaces_do_not_make_two_people_of_one(tmp_path):
+    rows = [("t", user, 0, 1) for user in ("11.0", "11", "ann ", "ann", " 7.50", "1.10")]
+    found, _, _ = read(write_csv(tmp_path / "a.csv", rows))
+    assert [a.user for a, _ in found] == ["11", "11", "ann", "ann", "7.50", "1.10"]
 
 
-def in_order(some, rows):
-    """Are `some` among the rows, in the rows' order?"""
-    rest = iter(rows)
-    return all(any(a is b for b in rest) for a in some)
+def test_two_text_columns_are_joined(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("is it?", "no", "u", 0, 1), ("why", "so", "u", 1, 0)],
+                     ("context", "reply", "user", "a", "b"))
+    assert [a.text for a, _ in read(path, text="context,reply")[0]] == ["is it?\nno", "why\nso"]
+    with pytest.raises(plm.BadInput, match="no column 'answer'"):
+        read(path, text="context,answer")
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_users_in_all_three(seed):
-    # the paper's split: each reader of the test is known from training, and nobody more is lost
-    split = made_split(seed)
-    out = plm.users_in_all(split)
-    users = [{a.user for a in rows} for rows in out.values()]
-    assert (
-        users[0]
-        == users[1]
-        == users[2]
-        == set.intersection(*({a.user for a in rows} for rows in split.values()))
-    )
-    assert all(in_order(out[p], split[p]) for p in split) and plm.users_in_all(out) == out
+def test_duplicates_and_texts_in_two_splits_are_counted(tmp_path):
+    data = plm.load_data(write_csv(tmp_path / "a.csv", some_rows() + some_rows(3)))
+    assert data.notes["rows that repeat a (text, user)"] == 3
+    rows = [(t, "u", i % 2, 1 - i % 2, s) for i, (t, s) in enumerate(
+        [("a", "train"), ("b", "train"), ("c", "val"), ("A ", "test"), ("d", "test")])]
+    data = plm.load_data(write_csv(tmp_path / "b.csv", rows, ("text", "user", "a", "b", "split")))
+    assert data.notes["texts in two splits"] == 1
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_floor_drops_whole_users_and_only_rare_ones(seed):
-    # "fewer than 1 %": exactly 1 % stays
-    rows = made_split(seed)["train"]
-    before, after = (Counter(a.user for a in x) for x in (rows, plm.drop_rare_users(rows)))
-    busiest = max(before.values())
-    assert after == {u: n for u, n in before.items() if n * 100 >= busiest}
-    exact = [plm.Annotation("t", "a", (1,))] * 200 + [plm.Annotation("t", "b", (1,))] * 2
-    assert len(plm.drop_rare_users(exact)) == 202
-    assert len(plm.drop_rare_users(exact[:201])) == 200
+def test_a_label_that_never_varies_is_refused(tmp_path):
+    rows = [(*row[:3], 1) for row in some_rows()]
+    with pytest.raises(plm.BadInput, match="'angry' never varies"):
+        plm.load_data(write_csv(tmp_path / "a.csv", rows))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_cap_cuts_only_busy_users_and_keeps_the_order(seed):
-    # above 60 % of the busiest one means cut to 60 %, rounded up, by dropping rows and nothing else
-    rows = made_split(seed)["train"]
-    out = plm.cut_busy_users(rows)
-    before, after = (Counter(a.user for a in x) for x in (rows, out))
-    most = -(-max(before.values()) * 60 // 100)
-    assert after == {u: min(n, most) for u, n in before.items()} and in_order(out, rows)
+def test_max_eval_takes_whole_random_texts_over_all_users(tmp_path):
+    # the first rows of a file sorted by user would all be those of one
+    rows = sorted((f"text {t}", f"u{u}", u % 2, t % 2) for t in range(200) for u in range(4))
+    path = write_csv(tmp_path / "a.csv", sorted(rows, key=lambda row: row[1]))
+    data, some = plm.load_data(path), plm.load_data(path, max_eval=20)
+    assert len(some.test) == len(some.val) == 20 and some.train == data.train
+    chosen = {a.text for a in some.test}
+    assert len(chosen) == 5 and some.test == [a for a in data.test if a.text in chosen]
+    assert chosen != set(list(dict.fromkeys(a.text for a in data.test))[:5])
+    assert plm.load_data(path, max_eval=20) == some
 
 
-def test_cap_arrives_at_the_authors_numbers():
-    # the busiest users of the notebooks: 7,913 -> 4,748, 940 -> 564, 2,382 -> 1,430
-    for busiest, cut in ((7913, 4748), (940, 564), (1005, 603), (2382, 1430)):
-        assert len(plm.cut_busy_users([plm.Annotation("t", "a", (1,))] * busiest)) == cut
-
-
-def test_sample_is_the_same_in_every_run_and_does_not_depend_on_others():
-    # --seed, the global random state and other users must not change which rows there are
-    rows = made_split(1)["train"]
-    random.seed(1)
-    one = plm.cut_busy_users(rows)
-    random.seed(2)
-    assert plm.cut_busy_users(rows) == one
-    texts = [str(i) for i in range(100)]
-    alone = plm.cut_busy_users([plm.Annotation(t, "a", (1,)) for t in texts])
-    both = plm.cut_busy_users([plm.Annotation(t, u, (1,)) for t in texts for u in "ab"])
-    assert [a.text for a in alone] == [a.text for a in both if a.user == "a"]
-    assert [a.text for a in both if a.user == "b"] != [a.text for a in alone]
-    assert [a.text for a in alone][:6] == PINNED  # the same in every Python that there is
-
-
-PINNED = ["0", "1", "2", "3", "5", "7"]
-
-
-def test_empty_lists():
-    # nothing in, nothing out: load_data then says what is missing
-    assert plm.drop_rare_users([]) == plm.cut_busy_users([]) == []
-
-
-def test_rules_together():
-    # the whole preparation on random tables: every part has the same users, nothing is invented
-    for seed in SEEDS:
-        split = first = made_split(seed)
-        for rule in plm.AS_THE_AUTHORS.values():
-            split = rule(split)
-        assert len({frozenset(a.user for a in rows) for rows in split.values()}) == 1
-        assert all(in_order(split[p], first[p]) for p in first)
-
-
-# ------------------------------------------------------------------ files of the original forms
-
-EMOTIONS = ["anger", "joy"]
-
-
-def write_originals(folder, seed=0, texts=60, users=6):
-    """goemotions in small: three CSVs, three TSVs with a text in two splits; returns the rows."""
-    r, rows = random.Random(seed), []
-    for t in range(texts):
-        for u in range(users):
-            rows.append(
-                [f'text "{t}", he said', f"id{t}", str(u), "False", r.randrange(2), r.randrange(2)]
-            )
-    os.makedirs(folder, exist_ok=True)
-    for i in range(3):
-        with open(os.path.join(folder, f"goemotions_{i + 1}.csv"), "w", newline="") as f:
-            writer = csv.writer(f)
-            writer.writerow(["text", "id", "rater_id", "example_very_unclear", *EMOTIONS])
-            writer.writerows([["first", "x", "0", "False", 0, 1], *rows[i::3]])
-    for file, chosen in (
-        ("train", range(0, 40)),
-        ("dev", range(39, 50)),
-        ("test", range(49, texts)),
-    ):
-        with open(os.path.join(folder, file + ".tsv"), "w", newline="") as f:
-            f.writelines(f'text "{t}", he said\t1\tid{t}\n' for t in chosen)
-    return len(rows) + 3
-
-
-def row_for(folder, rows, base=""):
-    """The goemotions row of DATASETS for the small files."""
-    row = dict(
-        plm.DATASETS["goemotions"], dir=str(folder), rows=rows, expected={"with a label": (1,)}
-    )
-    row["urls"] = {file: f"{base}/{file}" for file in row["urls"]}
-    return row
-
-
-def test_load_data_of_the_original_form(tmp_path, monkeypatch):
-    # no text in two splits, texts of two splits where the authors have them, all-zero rows gone
-    rows = write_originals(tmp_path)
-    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows))
-    data = plm.load_data("goemotions")
-    texts = [{a.text for a in part} for part in (data.train, data.val, data.test)]
-    assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
-    assert 'text "39", he said' in texts[0] and 'text "49", he said' in texts[2]
-    assert data.labels == EMOTIONS and all(any(a.labels) for a in data.train)
-    assert (
-        data.notes["annotations"] == rows
-        and data.notes["split by"] == "dev.tsv, test.tsv, train.tsv"
-    )
-    assert plm.load_data("goemotions") == data
-
-
-def test_wrong_row_count_and_missing_split_files_are_refused(tmp_path, monkeypatch):
-    # half of the original must never pass for the original
-    rows = write_originals(tmp_path)
-    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows + 1))
-    with pytest.raises(plm.BadInput, match="the original has"):
-        plm.load_data("goemotions")
-    monkeypatch.setitem(plm.DATASETS, "goemotions", row_for(tmp_path, rows))
-    os.remove(tmp_path / "test.tsv")
-    with pytest.raises(plm.BadInput, match="test.tsv: no such file; the official split"):
-        plm.load_data("goemotions")
-    for file in ("train.tsv", "dev.tsv"):
-        os.remove(tmp_path / file)
-    with pytest.raises(plm.BadInput, match="no such file; the official split"):
-        plm.load_data("goemotions")
-
-
-def test_another_file_of_the_same_columns_is_split_by_hash(tmp_path):
-    # --data unhealthy --data-dir elsewhere --labels ...: other labels, other name, no split files
-    with open(tmp_path / "annotations.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["_unit_id", "_worker_id", "_trust", "comment", "insult", "healthy"])
-        writer.writerows([t, u, 1, f"comment {t}", t % 2, 1] for t in range(80) for u in range(5))
-    data = plm.load_data("unhealthy", str(tmp_path), labels=["insult", "healthy"])
-    assert data.notes["split by"] == "a hash of the text" and data.labels == ["insult", "healthy"]
-    assert all(plm.split_of(a.text) == "test" for a in data.test)
-    with pytest.raises(plm.BadInput, match="no column 'antagonize'"):
-        plm.load_data("unhealthy", str(tmp_path))
-
-
-def test_split_files_of_unhealthy_are_csv_with_comments(tmp_path, monkeypatch):
-    # the second original form: corpus/*.csv with quoted comments of several lines
-    labels = plm.DATASETS["unhealthy"]["labels"]
-    comments = [f'comment {t},\n"so to say"' for t in range(30)]
-    with open(tmp_path / "unhealthy_full.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["_unit_id", "comment", "_trust", "_worker_id", *labels])
-        writer.writerows([t, c, 1, u, *[1] * 8] for t, c in enumerate(comments) for u in range(4))
-    os.mkdir(tmp_path / "corpus")
-    for part, chosen in (
-        ("train", comments[:20]),
-        ("val", comments[20:25]),
-        ("test", comments[25:]),
-    ):
-        with open(tmp_path / "corpus" / f"{part}.csv", "w", newline="") as f:
-            csv.writer(f).writerows([["_unit_id", "comment"], *([0, c] for c in chosen)])
-    row = dict(plm.DATASETS["unhealthy"], rows=120)
-    monkeypatch.setitem(plm.DATASETS, "unhealthy", row)
-    data = plm.load_data("unhealthy", str(tmp_path))
-    assert data.labels == list(labels) and {a.text for a in data.test} == set(comments[25:])
-    assert data.notes["in a split"] == dict(train=80, val=20, test=20, users=4)
-    assert not plm.bad_content(tmp_path / "unhealthy_full.csv", "unhealthy_full.csv", row)
-    assert not plm.bad_content(tmp_path / "corpus" / "val.csv", "corpus/val.csv", row)
-
-
-def test_own_csv_keeps_the_simple_rule(tmp_path):
-    # a user's own file loses nobody but strangers to training; odd names are names and not patterns
-    path = tmp_path / "my [data].csv"
-    with open(path, "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["text", "user", "a"])
-        writer.writerows([f"t{t}", "busy" if t % 9 else "rare", 1] for t in range(300))
-        writer.writerows(
-            [f"t{t}", "stranger", 1] for t in range(300) if plm.split_of(f"t{t}") != "train"
-        )
-    data = plm.load_data(str(path))
-    assert len(data.train + data.val + data.test) == 300 and "busy users cut" not in data.notes
-    with pytest.raises(plm.BadInput, match="no such file"):
-        plm.load_data(str(tmp_path / "other.csv"))
-
-
-def test_often_judged_texts_stay_and_are_counted(tmp_path):
-    # control comments: judged by everybody; the authors kept them
-    with open(tmp_path / "d.csv", "w", newline="") as f:
-        writer = csv.writer(f)
-        writer.writerow(["text", "user", "a"])
-        writer.writerows(["control", u, 1] for u in range(21))
-        writer.writerows([f"t{t}", u, 1] for t in range(60) for u in range(20))
-    notes = plm.load_data(str(tmp_path / "d.csv")).notes
-    if plm.split_of("control") == "train":
-        assert (notes["texts judged over 20 times"], notes["annotations of these"]) == (1, 21)
-
-
-# ---------------------------------------------------------------------------- the local server
-
-
-# ---------------------------------------------------------------------------------------- prompts
+# ----------------------------------------------------------------------------------------- prompts
 
 LABELS = ["calm", "angry"]
-OF_DATASET = {  # dataset -> its first two labels and the rest
-    "sample": ("funny", "sarcastic", "hostile, dismissive, supportive, curious, sad"),
-    "unhealthy": (
-        "antagonize",
-        "condescending",
-        "dismissive, generalisation, generalisation_unfair, healthy, hostile, sarcastic",
-    ),
-    "goemotions": (
-        "admiration",
-        "amusement",
-        "anger, annoyance, approval, caring, confusion, "
-        "curiosity, desire, disappointment, disapproval, disgust, embarrassment, "
-        "excitement, fear, gratitude, grief, joy, love, nervousness, optimism, pride, "
-        "realization, relief, remorse, sadness, surprise, neutral",
-    ),
-}
+
+
+def dataset(labels=LABELS, single=False, none=False, ordered=False, train=(), val=(), test=()):
+    return plm.Dataset("d", list(labels), single, ordered, none, list(train), list(val), list(test),
+                       {}, "")
+
+
 PLAIN = "Which of the labels fit the text? "
 TOLD = "Which of the labels would this user choose for the text? "
 OTHERS, OWN = "First see how other people answered. ", "First see how this user answered before. "
-COMMA = "Answer with labels from the list, separated by commas.\n### Labels: A, B, REST"
+HOW = "HOW\n### Labels: A, B, C"
 ONE = "\n### Text: hi\n### Response: A"
-TWO = ONE + "\n### Text: go away\n### Response: A, B"
+TWO = ONE + "\n### Text: go away\n### Response: B"
 END, END_P = "\n### Text: well\n### Response:", "\n### Text: well\n### User ID: u2\n### Response:"
 GOLDEN = {
-    "cls": PLAIN + COMMA + END,
-    "cls_p": TOLD + COMMA + END_P,
-    "lm": PLAIN + COMMA + END,
-    "lm_p": TOLD + COMMA + END_P,
-    "q_0s": PLAIN + COMMA + END,
-    "q_0s_p": TOLD + COMMA + END_P,
-    "q_1s": PLAIN + OTHERS + COMMA + ONE + END,
-    "q_1s_p": TOLD + OWN + COMMA + ONE + END_P,
-    "q_2s": PLAIN + OTHERS + COMMA + TWO + END,
-    "q_2s_p": TOLD + OWN + COMMA + TWO + END_P,
-}
+    "cls": PLAIN + HOW + END, "cls_p": TOLD + HOW + END_P,
+    "lm": PLAIN + HOW + END, "lm_p": TOLD + HOW + END_P,
+    "q_0s": PLAIN + HOW + END, "q_0s_p": TOLD + HOW + END_P,
+    "q_1s": PLAIN + OTHERS + HOW + ONE + END, "q_1s_p": TOLD + OWN + HOW + ONE + END_P,
+    "q_2s": PLAIN + OTHERS + HOW + TWO + END, "q_2s_p": TOLD + OWN + HOW + TWO + END_P}
 
 
-@pytest.mark.parametrize("dataset", OF_DATASET)
-@pytest.mark.parametrize("name", plm.METHODS)
-def test_prompts_word_for_word(name, dataset):
-    a, b, rest = OF_DATASET[dataset]
-    labels, method, blank = (
-        [a, b, *rest.split(", ")],
-        plm.METHODS[name],
-        [0] * len(rest.split(", ")),
-    )
-    shown = [
-        plm.Annotation("hi", "u2", (1, 0, *blank)),
-        plm.Annotation("go away", "u2", (1, 1, *blank)),
-    ]
-    parts = plm.prompt_parts(method, labels, "well", "u2", shown[: method.shots])
-    golden = GOLDEN[name].replace("A, B, REST", f"{a}, {b}, {rest}").replace(" A, B", f" {a}, {b}")
-    assert "".join(sum(parts, [])) == golden.replace(": A\n", f": {a}\n")
+@pytest.mark.parametrize("single, none, how, second", [
+    (False, False, "Answer with labels from the list, separated by commas.", "A, C"),
+    (False, True, "Answer with labels from the list, separated by commas, or with none.", "none"),
+    (True, False, "Answer with one label from the list.", "B")])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_prompts_word_for_word(name, single, none, how, second):
+    chosen = {"A, C": (1, 0, 1), "none": (0, 0, 0), "B": (0, 1, 0)}[second]
+    shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", chosen)]
+    method = plm.METHODS[name]
+    parts = plm.prompt_parts(method, dataset("ABC", single, none), "well", "u2", shown[:method.shots])
+    golden = GOLDEN[name].replace("HOW", how).replace("Response: B", f"Response: {second}")
+    assert "".join(sum(parts, [])) == golden
 
 
-def tokenizers():
-    return {
-        name: transformers.AutoTokenizer.from_pretrained(plm.MODELS[name]["id"])
-        for name in ("tiny", "tiny_t5")
-    }
+def tiny_tokenizer(name="tiny"):
+    return transformers.AutoTokenizer.from_pretrained(plm.MODELS[name]["id"])
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_t5"])
 def test_tokens_spell_the_prompt_and_nothing_in_a_text_ends_it(name):
-    tokenizer = tokenizers()[name]
+    tokenizer = tiny_tokenizer(name)
     texts = ["a plain comment", "</s> <s> <pad> ### Response: calm</s>", "word " * 3000]
-    rows, counts = plm.encode(
-        tokenizer,
-        plm.METHODS["lm_p"],
-        LABELS,
-        [plm.Annotation(t, "u 2\n", (1, 1)) for t in texts],
-        max_text=50,
-    )
+    annotations = [plm.Annotation(t, "u 2\n", (1, 1)) for t in texts]
+    rows, counts = plm.encode(tokenizer, plm.METHODS["lm_p"], dataset(), annotations, None, 50)
     assert counts["texts_cut"] == 1
     for row in rows:
-        ids = row.prompt + row.answer[:-1]
-        content = ids[ids[0] == tokenizer.bos_token_id :]
-        content = [
-            i
-            for i in content
-            if not (tokenizer.bos_token_id is None and i == tokenizer.eos_token_id)
-        ]
-        assert tokenizer.eos_token_id not in content and tokenizer.pad_token_id not in content
+        prompt = list(row.prompt if tokenizer.bos_token_id is None else row.prompt[1:])
+        content = prompt[:-1] if tokenizer.bos_token_id is None else prompt
+        special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
+        assert not special & {*content, *row.answer[:-1]}
         # Only the text was cut: instruction, user and marker are whole.
-        assert row.shared == rows[0].shared and row.user == rows[0].user
-        assert row.answer == rows[0].answer and row.answer[-1] == tokenizer.eos_token_id
-    assert (
-        tokenizer.decode(rows[0].user).split() == "u 2 ### Response:".split() or name == "tiny_t5"
-    )
+        assert row[:1] + row[2:4] == rows[0][:1] + rows[0][2:4]
+        assert row.answer[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(row.answer[:-1]).strip() == "calm, angry"
 
 
-def test_examples_end_where_there_are_no_more_distinct_ones():
-    train = [plm.Annotation("a", "u1", (1, 0))] * 5 + [plm.Annotation("b", "u2", (1, 0))] * 3
-    shown = plm.choose_examples(plm.METHODS["q_2s"], train)(plm.Annotation("t", "u1", (1, 0)))
-    assert shown == [train[-1]]
+def marked_tokenizer(model, scheme, bos):
+    """A tokenizer of SentencePiece's kind, which marks the beginnings of words, with a template of
+    Llama's form (bos) or of T5's, over words and letters like those of the prompts."""
+    sentences = [PLAIN, TOLD, OTHERS, OWN, *GOLDEN.values(), "calm, angry\n### Response: 12 is on a"]
+    words = sorted({word for s in sentences for word in re.findall("[a-z#]+:?|,|[A-Z][a-z]+", s)})
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
+    if model == "unigram":
+        pieces = [*map(chr, range(32, 127)), "\n", "\u2581", *words, *("\u2581" + w for w in words)]
+        scores = {piece: -9.0 * len(piece) if len(piece) < 2 else -5.0 for piece in pieces}
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(
+            [("<unk>", -99.0), ("<s>", 0.0), ("</s>", 0.0), *scores.items()], 0))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
+    if model == "bpe":
+        tokenizer.train_from_iterator([*words, "\n"] * 2, tokenizers.trainers.BpeTrainer(
+            vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A" if bos else "$A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>",
+        bos_token="<s>" if bos else None)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "tiny_t5", "llama", "t5", "mistral"])
+@pytest.mark.parametrize("name", ["cls", "lm_p", "q_2s_p"])
+def test_the_tokens_of_a_prompt_are_those_of_the_whole_string(kind, name):
+    # The parts are tokenized alone, and the model has to see what it would see of the whole.
+    tokenizer = tiny_tokenizer(kind) if kind.startswith("tiny") else marked_tokenizer(*{
+        "llama": ("bpe", "first", True), "mistral": ("bpe", "always", True),
+        "t5": ("unigram", "always", False)}[kind])
+    train = [plm.Annotation(f"comment {i}, calm", "12", (1, 0)) for i in range(3)]
+    method, data = plm.METHODS[name], dataset(train=train)
+    asked = plm.Annotation("and a comment on Text, which is: angry?", "12", (1, 1))
+    (row,), _ = plm.encode(tokenizer, method, data, [asked], None)
+    shown = plm.choose_examples(method, train)(asked)
+    prompt = "".join(sum(plm.prompt_parts(method, data, asked.text, "12", shown), []))
+    assert list(row.prompt) == tokenizer(prompt).input_ids
+    if tokenizer.bos_token_id is not None:
+        assert list(row.prompt + row.answer[:-1]) == tokenizer(prompt + " calm, angry").input_ids
+    else:  # the decoder of a T5 learns to write a text of its own
+        assert list(row.answer) == tokenizer("calm, angry" if kind == "t5" else " calm, angry").input_ids
 
 
 def test_a_chat_template_goes_around_a_question_and_around_nothing_else():
-    tokenizer = tokenizers()["tiny"]
+    tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
-        "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}"
-    )
+        "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}")
     annotation = plm.Annotation("</s> hello", "u2", (1, 0))
-    (row,), _ = plm.encode(tokenizer, plm.METHODS["q_0s_p"], LABELS, [annotation])
-    (trained,), _ = plm.encode(tokenizer, plm.METHODS["lm_p"], LABELS, [annotation])
+    (row,), _ = plm.encode(tokenizer, plm.METHODS["q_0s_p"], dataset(), [annotation], None)
+    (trained,), _ = plm.encode(tokenizer, plm.METHODS["lm_p"], dataset(), [annotation], None)
     text = tokenizer.decode(row.prompt)
     assert text.replace(" ", "").startswith("<s>user:") and text.endswith("bot:")
     assert list(row.prompt).count(tokenizer.eos_token_id) == 1  # the template's; not the text's
@@ -485,15 +371,35 @@ def test_examples_come_from_the_right_people_and_never_repeat_the_text():
         for name in ("q_1s", "q_2s", "q_1s_p", "q_2s_p"):
             method = plm.METHODS[name]
             shown = plm.choose_examples(method, train)(asked)
-            assert all(a in train for a in shown) and asked.text not in {a.text for a in shown}
+            assert all(a in train for a in shown) and len(set(shown)) == len(shown)
             assert {a.user == asked.user for a in shown} <= {method.personalized}
             own = seed % 9 < 7
             assert len(shown) == (method.shots if own or not method.personalized else 0)
             assert shown == plm.choose_examples(method, train)(asked)  # fixed for the row
+            # A split column may leave a text in training, too: its answers would tell the answer.
+            same = [a._replace(text=asked.text) for a in train[:50]] + train[50:]
+            assert asked.text not in {a.text for a in plm.choose_examples(method, same)(asked)}
 
 
-# -------------------------------------------------------------------------------------------- NF4
+def test_examples_end_where_there_are_no_more_distinct_ones():
+    train = [plm.Annotation("a", "u1", (1, 0))] * 5 + [plm.Annotation("b", "u2", (1, 0))] * 3
+    shown = plm.choose_examples(plm.METHODS["q_2s"], train)(plm.Annotation("t", "u1", (1, 0)))
+    assert shown == [train[-1]]
 
+
+def test_rows_without_a_label_stay_and_an_lm_answers_none(tmp_path):
+    rows = [(text, user, calm, 0) if calm == 0 else (text, user, 0, 1)
+            for text, user, calm, _ in some_rows(90)]
+    data = plm.load_data(write_csv(tmp_path / "a.csv", [*rows, *some_rows()]))
+    assert data.none and len(data.train + data.val + data.test) == 150
+    blank = next(a for a in data.train if not any(a.labels))
+    (row,), _ = plm.encode(tiny_tokenizer(), plm.METHODS["lm"], data, [blank], None)
+    assert tiny_tokenizer().decode(row.answer[:-1]) == " none"
+    assert "or with none." in tiny_tokenizer().decode(row.prompt)
+    assert not plm.load_data(write_csv(tmp_path / "b.csv", some_rows())).none
+
+
+# --------------------------------------------------------------------------------------------- NF4
 
 def quantized(weight):
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -546,13 +452,7 @@ def test_error_is_what_bitsandbytes_publishes():
     # No weight is further off than half the widest gap (0.152) and what absmax itself is off.
     absmax = weight.view(-1, 64).abs().amax(1)
     assert (error.view(-1, 64).amax(1) <= 0.152 * absmax + (layer.absmax() - absmax).abs()).all()
-
-
-def test_bits_a_weight():
-    torch.manual_seed(0)
-    layer = quantized(torch.randn(512, 512))
-    size = sum(b.numel() * b.element_size() for b in layer.buffers())
-    assert abs(8 * size / 512**2 - 4.127) < 0.001
+    assert abs(8 * sum(b.nbytes for b in layer.buffers()) / 1024 ** 2 - 4.127) < 0.001
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 64), (7, 129), (2, 131_072 + 64)])
@@ -579,59 +479,57 @@ def test_nf4_matmul_is_the_dense_one_and_keeps_no_dense_weight():
     assert torch.equal(layer(x), y)  # the dense copy is of the rounded weights
 
 
-# ------------------------------------------------------------------------------------------- LoRA
-
+# -------------------------------------------------------------------------------------------- LoRA
 
 def small_lora(dropout=0.0):
     torch.manual_seed(0)
-    return plm.LoRALinear(quantized(torch.randn(24, 64)), r=2, alpha=32, dropout=dropout)
+    layer = plm.LoRALinear(quantized(torch.randn(24, 64)), r=2, alpha=32, dropout=dropout)
+    return layer, torch.randn(3, 64)
 
 
 def test_lora_begins_as_nothing_and_is_w_plus_ba():
-    layer, x = small_lora(), torch.randn(3, 64)
+    layer, x = small_lora()
     assert torch.equal(layer(x), layer.base(x))
     nn.init.normal_(layer.lora_B)
     dense = layer.base.dequantize() + 32 / 2 * layer.lora_B @ layer.lora_A
     assert torch.allclose(layer(x), F.linear(x, dense), atol=1e-4)
 
 
-def test_lora_gradients_are_autograds():
-    layer, x = small_lora(), torch.randn(3, 64)
+def test_lora_gradients_are_those_of_the_dense_layer_with_the_same_mask():
+    layer, x = small_lora(dropout=0.3)
     nn.init.normal_(layer.lora_B)
-    keep, layer.base.dtype = (torch.rand(x.shape) < 0.7).double(), torch.float64
-    inputs = [t.detach().double().requires_grad_() for t in (x, layer.lora_A, layer.lora_B)]
+    layer.masks = (torch.rand(x.numel() + 15) < 0.7).float()  # room for one place: the beginning
+    x.requires_grad_()
+    leaves = x, layer.lora_A, layer.lora_B
+    ours = layer(x)
+    keep = layer.masks[:x.numel()].view(x.shape) / 0.7
+    dense = F.linear(x, layer.base.dequantize()) + 16 * (x * keep) @ layer.lora_A.T @ layer.lora_B.T
+    assert torch.allclose(ours, dense, atol=1e-4)
+    for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, dense))):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) and a.abs().max() > 0
 
-    def matmul(x, A, B):
-        return plm.LoRAMatmul.apply(x, layer.base, keep, A, B, 1.7)
 
-    assert torch.autograd.gradcheck(matmul, inputs)
-    x, A, B = inputs
-    dense = F.linear(x, layer.base.dequantize()) + 1.7 * (x * keep) @ A.T @ B.T
-    assert torch.allclose(matmul(x, A, B), dense)
-
-
-def test_dropout_hits_five_percent_and_only_in_training():
-    layer, x = small_lora(dropout=0.05), torch.randn(3, 64)
+def test_dropout_has_the_given_probability_and_hits_only_in_training():
+    layer, x = small_lora(dropout=0.05)
     nn.init.normal_(layer.lora_B)
-    plm.draw_dropout(layer, positions=10_000)
-    assert layer.pool.unique().tolist() == [0, 1]
-    assert abs(1 - layer.pool.mean() - 13 / 256) < 0.001
-    kept = [layer(x) for _ in range(2)]  # two pieces of the pool
+    plm.draw_dropout(layer, positions=50_000)
+    assert layer.masks.unique().tolist() == [0, 1]
+    assert abs(1 - float(layer.masks.mean()) - 0.05) < 0.0004  # not 13/256 of random bytes, which is 0.0508
+    kept = [layer(x) for _ in range(2)]  # two places of the draw
     assert not torch.equal(*kept)
     layer.eval()
     assert torch.equal(layer(x), layer(x)) and not torch.equal(layer(x), kept[0])
 
 
 def test_dropout_keeps_the_expectation():
-    layer, x = small_lora(dropout=0.5), torch.randn(1, 64)
+    layer, x = small_lora(dropout=0.5)
     nn.init.normal_(layer.lora_B)
     plm.draw_dropout(layer, positions=20_000)
-    mean = layer(x.expand(20_000, -1)).mean(0)
-    assert torch.allclose(mean, layer.eval()(x)[0], atol=0.05 * float(mean.abs().max()))
+    mean = layer(x[:1].expand(20_000, -1)).mean(0)
+    assert torch.allclose(mean, layer.eval()(x[:1])[0], atol=0.05 * mean.abs().max().item())
 
 
-# ------------------------------------------------------- the prompt tree, the models, the batches
-
+# --------------------------------------------------------------- the prompt tree, models and batches
 
 def random_rows(seed=1, texts=4):
     """Rows of one shared part, some texts, one to four readers of each."""
@@ -642,123 +540,101 @@ def random_rows(seed=1, texts=4):
 
     shared, rows = ids(9, 10), []
     for i in range(texts):
-        text = ids(3, 30) if i else (shared[0],)  # of very different lengths: several buckets
+        text = ids(3, 30) if i else (shared[0],)
         for _ in range(rng.randrange(1, 5)):
-            rows.append(
-                plm.Row(
-                    shared,
-                    text,
-                    (7, rng.randrange(5, 9), 8),
-                    ids(1, 4) + (2,),
-                    (rng.randrange(2), 1, 0),
-                    None,
-                )
-            )
+            rows.append(plm.Row(shared, text, (7, rng.randrange(5, 9), 8), ids(1, 4) + (2,),
+                                (rng.randrange(2), 1, 0), None))
     return rows
 
 
-ARCHITECTURES = {
-    "llama": ("LlamaConfig", dict(num_key_value_heads=2)),
-    "mistral": ("MistralConfig", dict(num_key_value_heads=2)),
-    "qwen2": ("Qwen2Config", dict(num_key_value_heads=2)),
-    "phi": ("PhiConfig", {}),
-    "gpt_neox": ("GPTNeoXConfig", {}),
-    "t5": ("T5Config", {}),
-}
+GROUPED = dict(num_key_value_heads=2)
+ARCHITECTURES = {  # name -> config and what it needs besides; the first six are those of the paper
+    "llama": ("LlamaConfig", GROUPED), "mistral": ("MistralConfig", GROUPED),
+    "qwen2": ("Qwen2Config", GROUPED), "phi": ("PhiConfig", {}), "gpt_neox": ("GPTNeoXConfig", {}),
+    "t5": ("T5Config", dict(d_kv=16, d_ff=128, feed_forward_proj="gated-gelu", num_layers=2,
+                            decoder_start_token_id=0, dropout_rate=0.0)),
+    "qwen3": ("Qwen3Config", dict(GROUPED, head_dim=16)), "gpt2": ("GPT2Config", {}),
+    "gemma": ("GemmaConfig", dict(GROUPED, head_dim=16)), "olmo2": ("Olmo2Config", GROUPED),
+    "smollm3": ("SmolLM3Config", dict(GROUPED, no_rope_layers=[1, 0])),
+    "stablelm": ("StableLmConfig", GROUPED), "granite": ("GraniteConfig", dict(logits_scaling=8.0)),
+    "lfm2": ("Lfm2Config", dict(GROUPED, layer_types=["conv", "full_attention"])),
+    "gpt_oss": ("GptOssConfig", dict(GROUPED, num_local_experts=4, head_dim=16)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4)), "bert": ("BertConfig", {}),
+    "gemma2": ("Gemma2Config", dict(GROUPED, head_dim=16)), "bloom": ("BloomConfig", {}),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=2))}
 
 
-def random_model_folder(path, name, vocab_size=VOCABULARY):
-    """A Hugging Face folder of a small random model of an architecture."""
+def random_model_folder(path, name, vocab_size=VOCABULARY, **more):
+    """A Hugging Face folder of a small random model of an architecture, with a tiny tokenizer."""
     config, extra = ARCHITECTURES[name]
-    size = (
-        dict(
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            feed_forward_proj="gated-gelu",
-            decoder_start_token_id=0,
-            dropout_rate=0.0,
-        )
-        if name == "t5"
-        else dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-    )
     config = getattr(transformers, config)(
-        vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, **size, **extra
-    )
+        vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, bos_token_id=1, hidden_size=64,
+        num_hidden_layers=2, num_attention_heads=4, **{"intermediate_size": 128, **extra, **more})
     torch.manual_seed(0)
     kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
     lm = kind.from_config(config)
     for p in lm.parameters():  # all of it random: norms and biases too
         p.data += 0.1 * torch.randn_like(p)
     lm.save_pretrained(path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(os.path.join(plm.MODELS["tiny_t5" if name == "t5" else "tiny"]["id"], file), path)
     return str(path), lm.eval()
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=[*ARCHITECTURES][:6])
 def model_dir(request, tmp_path_factory):
     path, lm = random_model_folder(tmp_path_factory.mktemp(request.param), request.param)
     return request.param, path, lm
 
 
-def ready(path, head, lora=True):
+def ready(path, head, lora=True, **how):
     """A PersonalizedLM from a folder, LoRA's B not zero, so that every gradient is one."""
     torch.manual_seed(1)
-    lm = plm.load_quantized(path, CPU, torch.float32)
+    lm, _ = plm.load_quantized(path, CPU, torch.float32)
     if lora:
         plm.add_lora(lm, r=2, alpha=4, dropout=0.05)
-    model = plm.PersonalizedLM(lm, head, 3)
+    model = plm.PersonalizedLM(lm, head, 3, **how)
     for name, p in model.trainable().items():
         if name.endswith("lora_B"):
             nn.init.normal_(p, std=0.1)
     return model.train(False)
 
 
+def rounded_reference(model, lm):
+    """transformers' own model with the rounded weights of ours."""
+    reference = copy.deepcopy(lm)
+    for name, layer in model.lm.named_modules():
+        if isinstance(layer, plm.NF4Linear):
+            reference.get_submodule(name.removesuffix(".base")).weight.data = layer.dequantize()
+    return reference.eval()
+
+
 def test_only_the_linears_of_the_backbone_are_quantized(model_dir):
     name, path, _ = model_dir
     model = ready(path, "lm")
     leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.LoRALinear)}
-    attention = {
-        "llama": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-        "qwen2": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-        "mistral": "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj",
-        "phi": "q_proj k_proj v_proj dense fc1 fc2",
-        "gpt_neox": "query_key_value dense dense_h_to_4h dense_4h_to_h",
-        "t5": "q k v o wi_0 wi_1 wo",
-    }
-    assert leaves == set(attention[name].split())
+    usual = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+    names = dict(phi="q_proj k_proj v_proj dense fc1 fc2", t5="q k v o wi_0 wi_1 wo",
+                 gpt_neox="query_key_value dense dense_h_to_4h dense_4h_to_h").get(name, usual)
+    assert leaves == set(names.split())
     assert isinstance(model.lm.get_output_embeddings(), nn.Linear)
-    assert set(n.split(".")[-1] for n in model.trainable()) == {"lora_A", "lora_B"}
+    assert {n.split(".")[-1] for n in model.trainable()} == {"lora_A", "lora_B"}
 
 
-def unquantized_reference(model, lm):
-    """transformers' own model with the rounded weights of ours."""
-    reference = copy.deepcopy(lm)
-    layers = dict(reference.named_modules())
-    for name, m in model.lm.named_modules():
-        if isinstance(m, plm.NF4Linear):
-            layers[name].weight.data = m.dequantize()
-    return reference.eval()
-
-
-def test_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
-    # Ours loads tensor by tensor and shares prefixes; theirs runs each prompt by itself.
+def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
+    # Ours shares prefixes; theirs runs each prompt by itself.
     name, path, lm = model_dir
     model, rows = ready(path, "lm", lora=False), random_rows()
-    reference = unquantized_reference(model, lm)
+    reference, theirs = rounded_reference(model, lm), []
     batch = plm.make_batch(model, rows)
-    ours, theirs = model(batch)[batch["of"]], []
+    ours = model(batch)[batch["of"]]
     for row in rows:
         if name == "t5":
-            out = reference(
-                input_ids=torch.tensor([row.prompt]),
-                decoder_input_ids=torch.tensor([(0, *row.answer[:-1])]),
-            )
-            theirs.append(out.logits[0])
+            theirs.append(reference(input_ids=torch.tensor([row.prompt]), decoder_input_ids=torch.tensor(
+                [(0, *row.answer[:-1])])).logits[0])
         else:
             out = reference(torch.tensor([row.prompt + row.answer[:-1]]))
-            theirs.append(out.logits[0, len(row.prompt) - 1 :])
+            theirs.append(out.logits[0, len(row.prompt) - 1:])
     assert torch.allclose(ours, torch.cat(theirs), atol=2e-5)
 
 
@@ -769,65 +645,56 @@ def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, h
     for share in (True, False):
         model = ready(path, head)
         batch = plm.make_batch(model, rows, share)
-        loss = plm.summed_loss(model, batch) / plm.n_targets(rows, head)
+        loss = plm.summed_loss(model(batch), batch, head, False) / plm.n_targets(rows, head)
         loss.backward()
         results.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
     (loss, grads, tokens), (plain_loss, plain_grads, plain_tokens) = results
-    assert abs(loss - plain_loss) < 1e-5 and tokens <= plain_tokens
-    assert plain_tokens == sum(plm.tokens_alone(row, model) for row in rows)
+    alone = sum(plm.make_batch(model, [row])["tokens"] for row in rows)
+    assert abs(loss - plain_loss) < 1e-5 and tokens < plain_tokens == alone
     for name in plain_grads:
         assert grads[name].abs().max() > 0, f"{name} gets no gradient"
         assert (grads[name] - plain_grads[name]).abs().max() < 1e-5, name
 
 
-def test_the_tree_computes_every_distinct_prefix_once():
+@pytest.mark.parametrize("head", ["cls", "lm"])
+def test_the_tree_computes_every_distinct_prefix_once(head):
     rows = random_rows(texts=6)
-    for head in ("cls", "lm"):
-        answer = (lambda row: row.answer[:-1]) if head == "lm" else (lambda row: ())
-        prefixes = {
-            (row.shared + row.text + row.user + answer(row))[:n]
-            for row in rows
-            for n in range(1, len(row.prompt + answer(row)) + 1)
-        }
-        assert plm.tree_batch(rows, head, CPU)["tokens"] == len(prefixes)
-        plain = sum(len(row.prompt + answer(row)) for row in rows)
-        assert plm.tree_batch(rows, head, CPU, share=False)["tokens"] == plain
+    whole = [row.prompt + (row.answer[:-1] if head == "lm" else ()) for row in rows]
+    prefixes = {ids[:n] for ids in whole for n in range(1, len(ids) + 1)}
+    assert plm.tree_batch(rows, head)["tokens"] == len(prefixes)
+    assert plm.tree_batch(rows, head, share=False)["tokens"] == sum(map(len, whole))
 
 
-def test_pieces_of_a_batch_give_the_whole_gradient(model_dir):
-    # 32 rows at once or 5 at a time: the mean is over the targets of the step, not of the piece.
+def test_micro_batches_give_the_whole_gradient(model_dir):
+    # 32 rows at once or 5 at a time: the mean is over the targets of the step, not of a piece.
     _, path, _ = model_dir
-    rows, grads = random_rows(), []
-    for micro in (0, 5):
+    rows, found = random_rows(), []
+    for micro in (32, 5):
         model = ready(path, "lm")
-        optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
-        before = {n: p.detach().clone() for n, p in model.trainable().items()}
         for layer in (m for m in model.modules() if isinstance(m, plm.LoRALinear)):
             layer.dropout = 0.0
-        plm.train_step(model, rows, optimizer, clip=1e9, micro=micro)
-        grads.append({n: before[n] - p.detach() for n, p in model.trainable().items()})
-    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-5) for n in grads[0])
+        before = {n: p.detach().clone() for n, p in model.trainable().items()}
+        optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
+        batches = plm.micro_batches(model, rows, micro)
+        assert len(batches) == math.ceil(len(rows) / micro)
+        plm.train_step(model, batches, plm.n_targets(rows, "lm"), optimizer, clip=1e9)
+        found.append({n: before[n] - p.detach() for n, p in model.trainable().items()})
+    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-5) for n in found[0])
 
 
 def test_greedy_decoding_over_the_tree_is_transformers_generate(model_dir):
     _, path, lm = model_dir
     model, rows = ready(path, "lm", lora=False), random_rows(seed=3)
-    reference = unquantized_reference(model, lm)
+    reference = rounded_reference(model, lm)
     write = plm.write_answers if model.seq2seq else plm.grow_answers
     with torch.no_grad():
-        ours, plain = write(model, rows, 2, 9), write(model, rows, 2, 9, share=False)
+        ours, plain = write(model, rows, {2}, 9), write(model, rows, {2}, 9, share=False)
     for row, answer in zip(rows, ours):
         ids = torch.tensor([row.prompt])
-        out = reference.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=9,
-            do_sample=False,
-            pad_token_id=2,
-            eos_token_id=2,
-        )[0].tolist()
-        out = out[1:] if model.seq2seq else out[len(row.prompt) :]
-        assert answer == (out[: out.index(2)] if 2 in out else out)
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9,
+                                 do_sample=False, pad_token_id=2, eos_token_id=2)[0].tolist()
+        out = out[1:] if model.seq2seq else out[len(row.prompt):]
+        assert answer == (out[:out.index(2)] if 2 in out else out)
     assert ours == plain
 
 
@@ -837,29 +704,26 @@ def test_frozen_bytes_stay_and_everything_trained_moves(model_dir):
     frozen = {n: b.clone() for n, b in model.named_buffers()}
     frozen |= {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     trained = {n: p.detach().clone() for n, p in model.trainable().items()}
-    optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
-    plm.train_step(model, rows, optimizer, clip=1.0)
+    optimizer = plm.make_optimizer(model, dict(head_lr=1, user_lr=1))
+    plm.train_step(model, plm.micro_batches(model, rows, 32), 3 * len(rows), optimizer, clip=1.0)
     now = dict(model.named_buffers()) | dict(model.named_parameters())
     assert all(torch.equal(now[n], t) for n, t in frozen.items())
     assert all(not torch.equal(now[n], t) for n, t in trained.items())
 
 
-def test_masks_and_pooling_go_by_length_when_pad_is_eos_and_ends_inside(model_dir):
+def test_masks_go_by_length_when_pad_is_eos_and_stands_inside(model_dir):
     # 2 is pad and eos of these models; texts that contain it must change nothing but themselves.
     _, path, _ = model_dir
     model, rows = ready(path, "cls"), random_rows()
     rows[3] = rows[3]._replace(text=(2, 2, 9, 2))
     batch = plm.make_batch(model, rows)
-    together = model(batch)[batch["of"]]
-    for row, scores in zip(rows, together):
+    for row, scores in zip(rows, model(batch)[batch["of"]]):
         alone = plm.make_batch(model, [row])
         assert torch.allclose(model(alone)[alone["of"]][0], scores, atol=1e-5)
 
 
 def test_batches_hold_every_row_once_and_keep_texts_together():
-    rows = [
-        plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), None) for i in range(1000)
-    ]
+    rows = [plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), None) for i in range(1000)]
     for rng in (None, random.Random(0)):
         batches = plm.in_batches(rows, 32, rng)
         assert sorted(row.user for b in batches for row in b) == sorted(row.user for row in rows)
@@ -867,8 +731,39 @@ def test_batches_hold_every_row_once_and_keep_texts_together():
     assert plm.in_batches(rows, 32, random.Random(0)) == plm.in_batches(rows, 32, random.Random(0))
 
 
-# ------------------------------------------------------------------------- training and the paper
+def test_every_step_has_its_rows_whenever_it_is_taken_up():
+    # a run that goes on at step 5 sees what it would have seen
+    model = type("", (), dict(head="cls", seq2seq=False, device=CPU, lm=type("", (), dict(
+        dtype=torch.float32))))
+    rows, how = random_rows(texts=30), dict(batch=8, micro_batch=3)
+    whole = list(plm.step_batches(model, rows, how, 30))
+    again = list(plm.step_batches(model, rows, how, 30, first=5))
+    assert [step[:3] for step in whole[5:]] == [step[:3] for step in again]
+    per_epoch = math.ceil(len(rows) / 8)
+    assert [step[1] for step in whole].index(True) == per_epoch - 1 and whole[-1][1]
+    assert sum((step[2] for step in whole[:per_epoch]), []) != sum(
+        (step[2] for step in whole[per_epoch:2 * per_epoch]), [])
 
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi", "gpt_neox", "t5", "qwen3", "gpt2",
+                                  "gemma", "olmo2", "smollm3"])
+def test_check_forward_passes_what_we_compute_as_transformers_does(tmp_path, name):
+    path, _ = random_model_folder(tmp_path, name)
+    plm.load_model(path, "ask", 3, CPU, torch.float32, {})
+
+
+@pytest.mark.parametrize("name, says", [
+    ("lfm2", "Lfm2ForCausalLM"), ("gpt_oss", "num_local_experts"), ("mixtral", "num_local_experts"),
+    ("bert", "BertLMHeadModel"), ("granite", "GraniteForCausalLM"), ("bloom", "BloomForCausalLM"),
+    ("gemma2", "Gemma2ForCausalLM"), ("qwen3_moe", "experts"), ("stablelm", "StableLm")])
+def test_check_forward_refuses_by_name_what_we_would_compute_otherwise(tmp_path, name, says):
+    # state beside attention, experts, both directions, scaled or capped logits, biased attention
+    path, _ = random_model_folder(tmp_path, name)
+    with pytest.raises(plm.BadInput, match=says):
+        plm.load_model(path, "ask", 3, CPU, torch.float32, {})
+
+
+# ---------------------------------------------------------------------------------------- training
 
 def test_learning_rate_climbs_then_falls_to_nearly_nothing():
     rates = [plm.learning_rate(step, 100, 1.0, 0.05) for step in range(100)]
@@ -876,181 +771,257 @@ def test_learning_rate_climbs_then_falls_to_nearly_nothing():
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.001
 
 
-def miniature(head, personalized, tmp_path):
+def miniature(head, personalized, single, path):
     """F1 after training on texts that two users label in opposite ways."""
-    path, _ = random_model_folder(tmp_path, "llama")
-    model = ready(path, head)
-    rows = []
+    path, _ = random_model_folder(path, "llama")
+    model, rows = plm.PersonalizedLM(ready(path, "lm").lm, head, 2), []
     for i in range(8):
         for user in (0, 1):
-            chosen = (user, 1 - user)
-            ids = (50 + user, 9) if personalized else (9,)
-            rows.append(plm.Row((1, 3, 5), (20 + i, 30 + i), ids, (60 + user, 2), chosen, None))
-    model = plm.PersonalizedLM(model.lm, head, 2)
+            rows.append(plm.Row((1, 3, 5), (20 + i, 30 + i), (50 + user, 9) if personalized else (9,),
+                                (60 + user, 2), (user, 1 - user), None))
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
-    for _ in range(60):
-        plm.train_step(model, rows, optimizer, clip=1.0)
+    for _ in range(40):
+        batches = plm.micro_batches(model, rows, 32)
+        plm.train_step(model, batches, plm.n_targets(rows, head), optimizer, 1.0, single)
     if head == "cls":
-        predicted = plm.label_scores(model, rows) > 0
+        predicted = plm.chosen_labels(plm.label_scores(model, rows), single)
     else:
         with torch.no_grad():
-            answers = plm.grow_answers(model.train(False), rows, 2, 3)
+            answers = plm.grow_answers(model.train(False), rows, {2}, 3)
         predicted = [(answer == [61], answer == [60]) for answer in answers]
     return plm.f1_scores([row.labels for row in rows], predicted)["f1_macro"]
 
 
-@pytest.mark.parametrize("head", ["cls", "lm"])
-def test_the_paper_in_miniature(head, tmp_path):
+@pytest.mark.parametrize("head, single", [("cls", False), ("cls", True), ("lm", False)])
+def test_the_paper_in_miniature(head, single, tmp_path):
     # Same text, two users, opposite labels: who is told the user can be right, nobody else can.
     # Without the user the best is to tick both labels always: F1 = 2 / 3.
-    assert miniature(head, True, tmp_path / "p") == 1.0
-    assert miniature(head, False, tmp_path / "plain") <= 2 / 3 + 1e-6
+    assert miniature(head, True, single, tmp_path / "p") == 1.0
+    assert miniature(head, False, single, tmp_path / "plain") <= 2 / 3 + 1e-6
 
 
-def test_pieces_keep_the_rows_in_order_and_to_the_budget():
-    rows = random_rows(texts=12)
-    for head in ("cls", "lm"):
-        for share in (True, False):
-            tokens = [plm.tree_batch([row], head, CPU)["tokens"] for row in rows]
-            for budget in (1, max(tokens), 2 * max(tokens), 10_000):
-                parts = plm.pieces(rows, head, budget, share=share)
-                assert sum(parts, []) == rows
-                if budget == 10_000:
-                    assert len(parts) == 1
-                if budget > max(tokens):
-                    assert all(
-                        plm.tree_batch(p, head, CPU, share)["tokens"] < 2 * budget for p in parts
-                    )
-    assert [len(p) for p in plm.pieces(rows[:7], "cls", 0, micro=3)] == [3, 3, 1]
-
-
-def test_checkpointing_keeps_less_and_changes_nothing(tmp_path):
+def test_recompute_keeps_less_and_changes_nothing(tmp_path):
     path, _ = random_model_folder(tmp_path, "llama")
     found = []
-    for checkpoint in (False, True):
-        model = ready(path, "cls")
-        if checkpoint:
+    for recompute in (False, True):
+        model, saved = ready(path, "cls"), []
+        if recompute:
             model.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-        size = plm.bytes_per_token(model, random_rows())
         torch.manual_seed(5)  # of dropout, which is drawn again in the same way
         batch = plm.make_batch(model.train(True), random_rows())
-        plm.summed_loss(model, batch).backward()
-        found.append((size, [p.grad for p in model.trainable().values()]))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            loss = plm.summed_loss(model(batch), batch, "cls", False)
+        loss.backward()
+        found.append((sum(t.nbytes for t in saved), [p.grad for p in model.trainable().values()]))
     assert found[1][0] < found[0][0] / 3
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1]))
 
 
-@pytest.fixture(scope="module")
-def small_csv(tmp_path_factory):
-    rows = [
-        (f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
-        for i in range(120)
-    ]
-    return write_csv(tmp_path_factory.mktemp("data") / "small.csv", rows)
+def test_a_user_token_is_its_own_row_and_a_stranger_the_mean(model_dir):
+    _, path, _ = model_dir
+    torch.manual_seed(0)
+    users = torch.randn(4, 64)
+    model, V = ready(path, "cls", user_rows=users.clone()), VOCABULARY
+    model.lm.get_input_embeddings().weight.data[5] += 1
+    words = model.lm.get_input_embeddings().weight
+    told = model.embed(torch.tensor([[V + 2, V + 4, 5, V - 1]]))[0]
+    assert torch.allclose(told, torch.stack([users[2], users.mean(0), words[5], words[V - 1]]))
+    row = random_rows()[0]._replace(user=(7, V + 1, 8))
+    batch = plm.make_batch(model, [row])
+    plm.summed_loss(model(batch), batch, "cls", False).backward()
+    got = model.user_embedding.grad.abs().sum(1)
+    assert got[1] > 0 and not got[[0, 2, 3]].any()
 
 
-@pytest.mark.parametrize("name", ["phi", "mistral", "gpt_neox", "t5"])
-def test_ten_methods_of_the_papers_architectures_run_from_a_folder(
-    name, small_csv, tmp_path, capsys
-):
-    # Random weights, the real tokenizer: every code path from the checkpoint to the table.
-    folder, _ = random_model_folder(tmp_path / name, name, vocab_size=2048)
-    source = plm.MODELS["tiny_t5" if name == "t5" else "tiny"]["id"]
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(source, file), folder)
-    for method in plm.METHODS:
-        assert (
-            plm.main(
-                [
-                    method,
-                    "--model",
-                    folder,
-                    "--data",
-                    small_csv,
-                    "--max-steps",
-                    "1",
-                    "--max-eval",
-                    "6",
-                    "--out",
-                    str(tmp_path / "out"),
-                ]
-            )
-            == 0
-        )
-    out = capsys.readouterr().out
-    names = {
-        "phi": "dense, fc1, fc2, k_proj, q_proj, v_proj",
-        "t5": "k, o, q, v, wi_0, wi_1, wo",
-        "mistral": "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
-        "gpt_neox": "dense, dense_4h_to_h, dense_h_to_4h, query_key_value",
-    }
-    assert out.count(f"of NF4 ({names[name]})") == 10
-    assert plm.main(["table", "--out", str(tmp_path / "out")]) == 0
-    table = capsys.readouterr().out
-    assert all(f"\n{method} " in table for method in plm.METHODS)
+def test_a_prompt_names_a_user_by_token_word_or_number(tmp_path):
+    model, tokenizer = plm.load_model("tiny", "cls", 2, CPU, torch.float32, dict(
+        r=1, alpha=1, dropout=0, ids="token"), users=["a7", "b8"])
+    V, asked = len(tokenizer), [plm.Annotation("hi", user, (0, 1)) for user in ("a7", "b8", "new")]
+    told = {}
+    for ids in ("token", "word", "number"):
+        name = plm.user_namer(model, tokenizer, ids, ["a7", "b8"])
+        told[ids], _ = plm.encode(tokenizer, plm.METHODS["cls_p"], dataset(), asked, name)
+        assert all(tokenizer.decode(row.user).endswith("\n### Response:") for row in told[ids])
+        assert all(tokenizer.decode(row.text) == " hi\n### User ID:" for row in told[ids])
+    assert [row.user[0] for row in told["token"]] == [V, V + 1, V + 2]
+    assert [tokenizer.decode(row.user) for row in told["number"]] == [
+        f" {user}\n### Response:" for user in ("a7", "b8", "new")]
+    words = [tokenizer.decode(row.user[:1]) for row in told["word"]]
+    assert all(re.fullmatch(" [a-z]{4,9}", word) for word in words) and words[0] != words[1]
+    first = model.lm.get_input_embeddings().weight[[row.user[0] for row in told["word"][:2]]]
+    assert torch.equal(model.user_embedding.data, first)  # a token begins as that word
 
 
-def test_a_sharded_or_pickled_checkpoint_is_the_same_model(tmp_path):
+def test_as_many_users_as_there_are_get_words_soon_enough():
+    # 20,000 annotators are not rare; to look each of them up among all others takes minutes
+    tokenizer, start = tiny_tokenizer(), time.process_time()
+    tokenizer.convert_ids_to_tokens = lambda ids: ["\u0120" + "".join(
+        chr(97 + i // 26 ** k % 26) for k in range(4)) for i in range(3000)]
+    words = plm.user_words(tokenizer, [str(i) for i in range(3100)])
+    assert len(set(words.values())) == 3000 and time.process_time() - start < 0.5
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+def test_an_index_is_followed_and_adapters_and_copies_beside_it_are_not_read(tmp_path):
     path, lm = random_model_folder(tmp_path / "whole", "gpt_neox")
-    for form in ("sharded", "pickled"):
+    plain = plm.load_quantized(path, CPU, torch.float32)[0].state_dict()
+    other = {name: torch.zeros_like(tensor) for name, tensor in lm.state_dict().items()}
+    for form in ("sharded", "pickled", "copies"):
         folder = tmp_path / form
-        lm.save_pretrained(folder, max_shard_size="30KB")
+        shutil.copytree(path, folder)
+        if form == "sharded":
+            (folder / "model.safetensors").unlink()
+            lm.save_pretrained(folder, max_shard_size="30KB")
+            assert (folder / "model.safetensors.index.json").exists()
         if form == "pickled":
-            state = {name: tensor for name, tensor in plm.checkpoint_tensors(folder)}
-            for file in folder.glob("*.safetensors*"):
-                file.unlink()
-            torch.save(state, folder / "pytorch_model-00001-of-00001.bin")
-        same = plm.load_quantized(str(folder), CPU, torch.float32).state_dict()
-        for name, tensor in plm.load_quantized(path, CPU, torch.float32).state_dict().items():
-            assert torch.equal(tensor, same[name])
+            (folder / "model.safetensors").unlink()
+            torch.save(lm.state_dict(), folder / "pytorch_model.bin")
+        else:
+            torch.save(other, folder / "pytorch_model.bin")
+        for file in ("adapter_model", "model-copy", "consolidated"):
+            safetensors.torch.save_file(other, folder / f"{file}.safetensors")
+        same = plm.load_quantized(str(folder), CPU, torch.float32)[0].state_dict()
+        assert all(torch.equal(tensor, same[name]) for name, tensor in plain.items()), form
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").unlink()
+    with pytest.raises(plm.BadInput, match="model.safetensors"):  # an adapter alone is no model
+        plm.load_quantized(str(folder), CPU, torch.float32)
 
 
 def test_an_untied_head_of_a_t5_is_kept(tmp_path):
-    # transformers 5 ties a T5's embeddings whatever its config says; Flan-T5's head is its own.
-    path, lm = random_model_folder(tmp_path, "t5")
-    state = dict(plm.checkpoint_tensors(path))
+    # Flan-T5's head is its own; that of a T5 of tied embeddings is not in the file.
+    path, _ = random_model_folder(tmp_path, "t5")
+    file = os.path.join(path, "model.safetensors")
+    state = safetensors.torch.load_file(file)
     state["lm_head.weight"] = torch.randn(VOCABULARY, 64)
-    safetensors.torch.save_file(state, os.path.join(path, "model.safetensors"))
-    loaded = plm.load_quantized(path, CPU, torch.float32)
+    safetensors.torch.save_file(state, file, {"format": "pt"})
+    loaded, _ = plm.load_quantized(path, CPU, torch.float32)
     assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
     for module in (loaded.shared, loaded.encoder.embed_tokens, loaded.decoder.embed_tokens):
         assert torch.equal(module.weight, state["shared.weight"])
 
 
-# ----------------------------------------------------------------------------- answers and scores
+def test_a_missing_or_quantized_weight_is_named(tmp_path):
+    path, _ = random_model_folder(tmp_path, "llama")
+    name = "model.layers.1.mlp.up_proj.weight"
+    file = os.path.join(path, "model.safetensors")
+    state = safetensors.torch.load_file(file)
+    weight = state.pop(name)
+    for tensor in (None, weight.to(torch.int8), weight[:64].clone()):
+        safetensors.torch.save_file(state | ({name: tensor} if tensor is not None else {}), file,
+                                    {"format": "pt"})
+        with pytest.raises(plm.BadInput, match="up_proj|cannot load"):
+            plm.load_quantized(path, CPU, torch.float32)
 
 
-@pytest.mark.parametrize(
-    "answer, chosen, unknown",
-    [
-        ("calm, angry", (1, 1, 0), 0),
-        ("Angry.", (0, 1, 0), 0),
-        ("ANGRY;calm", (1, 1, 0), 0),
-        ("calm calm", (1, 0, 0), 0),
-        ("", (0, 0, 0), 0),
-        ("I think: angry", (0, 1, 0), 2),
-        ("not_calm", (0, 0, 1), 0),
-        ("very furious", (0, 0, 0), 2),
-    ],
-)
+def changed(folder, file, drop=(), **keys):
+    """Changes some keys of a JSON file of a model folder."""
+    path = os.path.join(folder, file)
+    with open(path, encoding="utf-8") as f:
+        value = json.load(f)
+    with open(path, "w", encoding="utf-8") as f:
+        json.dump({k: v for k, v in (value | keys).items() if k not in drop}, f)
+
+
+def tiny_copy(path):
+    shutil.copytree(plm.MODELS["tiny"]["id"], path)
+    return str(path)
+
+
+def test_what_a_folder_says_against_it_gets_one_line(tmp_path, capsys, small_csv):
+    run = ["q_1s", "--data", small_csv, "--max-eval", 6, "--out", tmp_path / "out", "--model"]
+    folder = tiny_copy(tmp_path / "a")
+    changed(folder, "config.json", quantization_config=dict(quant_method="gptq", bits=4))
+    assert "quantization_config" in refused(capsys, *run, folder)
+    folder = tiny_copy(tmp_path / "b")
+    changed(folder, "config.json", max_position_embeddings=100)
+    assert "reads 100 tokens" in refused(capsys, *run, folder)
+    folder, _ = random_model_folder(tmp_path / "c", "mistral", 2048, sliding_window=90)
+    assert "reads 90 tokens" in refused(capsys, *run, folder)
+    folder = tiny_copy(tmp_path / "d")
+    changed(folder, "tokenizer_config.json", drop=["eos_token"])
+    assert "no end token" in refused(capsys, *run, folder)
+    for file in ("config.json", "tokenizer.json", "model.safetensors"):
+        folder = tiny_copy(tmp_path / file)
+        with open(os.path.join(folder, file), "r+b") as f:
+            f.truncate(50)
+        assert f"cannot load {folder}" in refused(capsys, *run, folder)
+
+
+def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
+    # Llama 3, Qwen and Phi end a turn with another token than their tokenizer's
+    def answer(folder):
+        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32, {})
+        asked = [plm.Annotation("What a day.", "u", (0, 1))]
+        rows, _ = plm.encode(tokenizer, plm.METHODS["lm"], dataset(), asked, None)
+        return plm.written_answers(model, tokenizer, rows, 6), tokenizer
+    folder = tiny_copy(tmp_path / "a")
+    (before,), tokenizer = answer(folder)
+    first = tokenizer(" " + before, add_special_tokens=False).input_ids[0]
+    for end in (first, [2, first]):
+        changed(folder, "generation_config.json", eos_token_id=end)
+        assert before and answer(folder)[0] == [""]
+
+
+# ------------------------------------------------------------------------------ answers and scores
+
+@pytest.mark.parametrize("answer, chosen, unknown", [
+    ("calm, angry", (1, 1, 0), 0), ("Angry.", (0, 1, 0), 0), ("ANGRY;calm", (1, 1, 0), 0),
+    ("calm calm", (1, 0, 0), 0), ("", (0, 0, 0), 0), ("I think: angry", (0, 1, 0), 2),
+    ("not_calm", (0, 0, 1), 0), ("very furious", (0, 0, 0), 2), ("none", (0, 0, 0), 0),
+    ("<think>angry? No.</think>\n calm", (1, 0, 0), 0), ("<think>\nangry or calm", (0, 0, 0), 0),
+    ("<THINK>a</think>calm<think>b", (0, 0, 0), 0)])
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
     assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
 
 
-def test_answers_we_train_on_are_read_back():
-    labels = ["generalisation", "generalisation_unfair", "hostile"]
-    for chosen in ((1, 0, 1), (0, 1, 0), (1, 1, 1)):
-        assert plm.parse_answer(plm.answer_text(labels, chosen), labels) == (chosen, 0)
+@pytest.mark.parametrize("labels", [
+    ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
+    ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
+    ["+", "++", "-"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"], ["not X", "X"]])
+@pytest.mark.parametrize("single", [True, False])
+def test_answers_we_train_on_are_read_back(labels, single):
+    data = dataset(labels, single, none=not single)
+    plm.check_labels(data)
+    for chosen in np.ndindex(*[2] * len(labels)):
+        if not single or sum(chosen) == 1:
+            read_back = plm.parse_answer(plm.answer_text(labels, chosen), labels, single)
+            assert read_back == (chosen, 0)
+
+
+def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alone():
+    answers = ["calm, then angry", "none", "who knows", "none of these"]
+    ticks, single = (plm.read_answers(answers, dataset(single=single)) for single in (False, True))
+    assert ticks["predicted"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+    assert single["predicted"].tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
+    assert (ticks["unreadable"], single["unreadable"]) == (2, 3)
+    assert ticks["unknown_words"] == 1 + 2 + 2
+
+
+@pytest.mark.parametrize("labels, single, none, says", [
+    (["Anger", "anger!"], False, False, "'Anger' and 'anger!'"), (["a,b", "c"], False, False, "'a,b'"),
+    (["a\nb", "c"], True, False, "cannot hold"), ([" ", "c"], False, False, "' '"),
+    (["none", "c"], False, True, "'none'")])
+def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, single, none, says):
+    with pytest.raises(plm.BadInput, match=re.escape(says)):
+        plm.check_labels(dataset(labels, single, none))
+    plm.check_labels(dataset(["a,b", "c", "none"], single=True))  # said alone, these are clear
+
+
+def test_only_methods_that_read_answers_care_for_such_labels(tmp_path, capsys):
+    path = write_csv(tmp_path / "a.csv", some_rows(), ("text", "user", "Anger", "anger"))
+    run = ["--data", path, "--max-steps", 1, "--max-eval", 6, "--out", tmp_path / "out"]
+    assert go("cls", *run) == 0
+    assert "cls and cls_p can" in refused(capsys, "lm", *run)
 
 
 def test_f1_by_hand():
     # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
-    gold = [(1, 1, 0), (1, 1, 0), (0, 1, 0)]
-    predicted = [(1, 1, 0), (0, 1, 0), (1, 0, 0)]
-    scores = plm.f1_scores(gold, predicted)
+    scores = plm.f1_scores([(1, 1, 0), (1, 1, 0), (0, 1, 0)], [(1, 1, 0), (0, 1, 0), (1, 0, 0)])
     assert scores["per_label"] == pytest.approx([0.5, 0.8, 0.0])
     assert scores["f1_macro"] == pytest.approx(1.3 / 3)
-    assert scores["f1_micro"] == pytest.approx(6 / 9)
+    assert scores["f1_micro"] == pytest.approx(6 / 9) and scores["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_f1_is_scikit_learns():
@@ -1062,103 +1033,472 @@ def test_f1_is_scikit_learns():
     assert scores["f1_macro"] == pytest.approx(0.40409016271085235, abs=1e-12)
     assert scores["f1_micro"] == pytest.approx(0.5578231292517006, abs=1e-12)
     assert scores["per_label"] == pytest.approx(
-        [0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0], abs=1e-12
-    )
+        [0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0], abs=1e-12)
+
+
+def test_the_bootstrap_draws_whole_texts_and_the_same_ones_for_every_run():
+    # Text a: two rows, both right; text b: one row, missed. Drawn twice: F1 is 1, 4/5 or 0.
+    gold, predicted, texts = [[1], [1], [1]], [[1], [1], [0]], ["a", "a", "b"]
+    draws = plm.bootstrap_f1(gold, predicted, texts, 4000)
+    for f1, share in ((1.0, 1 / 4), (0.8, 1 / 2), (0.0, 1 / 4)):
+        assert np.isclose(draws, f1).mean() == pytest.approx(share, abs=0.03)
+    other = plm.bootstrap_f1(gold, [[0], [0], [1]], texts, 4000)
+    assert (np.isclose(draws, 1) == np.isclose(other, 0)).all()
+    assert plm.interval(np.arange(1001)) == pytest.approx([25, 975])
+
+
+def test_listens_is_the_share_of_variance_between_readers_of_a_text():
+    # Around the mean 2 the variance is (4 + 1 + 1 + 4) / 4 = 2.5, within texts it is 1/4.
+    assert plm.listens([[0], [1], [3], [4]], list("aabb")) == pytest.approx((0.1, math.sqrt(2.5)))
+    assert plm.listens([[0], [1], [3], [4]], list("abab")) == pytest.approx((0.9, math.sqrt(2.5)))
+    assert plm.listens([[2, 0], [2, 0], [5, 1], [5, 1]], list("aabb"))[0] == 0
+    assert plm.listens([[7], [7], [7]], list("aab")) == (0, 0)
+
+
+@pytest.mark.parametrize("gold, scores, best", [
+    ([1, 0, 1, 0, 0], [5, 4, 3, 2, 1], 4 / 5),  # the first three: 2 * 2 / (3 + 2)
+    ([1, 1, 1, 0], [4, 3, 2, 1], 1.0), ([0, 1, 1, 1], [4, 3, 2, 1], 6 / 7),  # all of them
+    ([1, 0, 1, 0], [1, 1, 1, 1], 2 / 3),                  # a tie is ticked together or not at all
+    ([1, 1, 0, 1, 0], [3, 2, 2, 2, 0], 6 / 7), ([0, 0, 0], [3, 2, 1], 0.0)])
+def test_tuned_thresholds_have_the_best_f1_there_is(gold, scores, best):
+    gold, scores = np.array(gold)[:, None], np.array(scores, float)[:, None]
+    threshold = plm.tuned_thresholds(gold, scores)
+    assert plm.f1_scores(gold, scores > threshold)["f1_macro"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_users_bias_is_what_logistic_regression_finds(single):
+    # where the penalized likelihood is highest, what is left over is ridge times the bias
+    rng = np.random.default_rng(0)
+    scores, users = rng.normal(size=(90, 3)), np.array([f"u{i % 4}" for i in range(90)])
+    gold = np.eye(3)[rng.integers(0, 3, 90)] if single else rng.integers(0, 2, (90, 3))
+    bias = plm.user_bias(gold, scores, users, single, ridge=2.0)
+    for user in set(users):
+        of = users == user
+        p = plm.probabilities(scores[of] + bias[user], single)
+        assert (gold[of] - p).sum(0) == pytest.approx(2 * bias[user], abs=1e-3)
+
+
+def test_rates_are_everybodys_or_the_users_shrunk_to_them():
+    rows = [plm.Annotation(f"t{i}", user, labels) for user, n, labels in (
+        ("a", 5, (1, 0)), ("b", 3, (0, 1)), ("b", 2, (0, 0))) for i in range(n)]
+    data = dataset(train=rows)
+    asked = [plm.Annotation("x", user, (0, 0)) for user in ("a", "b", "new")]
+    majority, prior = (plm.rate_scores(data, asked, known) for known in (False, True))
+    assert 1 / (1 + np.exp(-majority)) == pytest.approx(np.array([[0.5, 0.3]] * 3))
+    assert 1 / (1 + np.exp(-prior)) == pytest.approx(np.array(  # (5 + 2.5) / 10, 1.5 / 10, ...
+        [[0.75, 0.15], [0.25, 0.45], [0.5, 0.3]]))
+
+
+def test_scores_of_a_rating_and_of_users_and_of_disagreement():
+    rows = [plm.Annotation(text, user, labels) for text, user, labels in (
+        ("t", "a", (1, 0, 0)), ("t", "b", (0, 0, 1)), ("s", "a", (0, 1, 0)), ("s", "b", (0, 1, 0)))]
+    data = dataset(["1", "2", "5"], single=True, ordered=True)
+    predicted = np.array([(1, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 0)])
+    found = plm.score(data, rows, dict(predicted=predicted))
+    assert found["mean_absolute_error"] == 1.0  # one of four is 4 points off
+    users = found["f1_per_user"]["users"]
+    assert users == pytest.approx(dict(a=2 / 3, b=1 / 3)) and found["rows_disagreed"] == 2
+    assert found["f1_disagreed"] == pytest.approx(2 / 9) and found["listens"]["model"] == 0
+    low, high = found["f1_macro_ci"]
+    assert 0 <= low <= found["f1_macro"] <= high <= 1
+
+
+# ----------------------------------------------------------------------------------- runs and files
+
+@pytest.fixture(scope="module")
+def small_csv(tmp_path_factory):
+    rows = [(f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
+            for i in range(120)]
+    return write_csv(tmp_path_factory.mktemp("data") / "small.csv", rows)
+
+
+def command(*args, **env):
+    """(exit status, stdout, stderr) of a program in a process of its own."""
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, text=True, capture_output=True,
+                          env=os.environ | env, timeout=600)
+    return done.returncode, done.stdout, done.stderr
+
+
+def results_of(folder):
+    """The bytes of what a run is there for."""
+    return {name: open(os.path.join(folder, name), "rb").read() for name in
+            ("predictions.csv", "adapter.safetensors") if os.path.exists(os.path.join(folder, name))}
+
+
+def metrics_of(folder):
+    with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def log_of(folder):
+    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+@pytest.mark.parametrize("args, says", [
+    (["cls_q"], "invalid choice: 'cls_q'"), (["cls", "--modle", "tiny"], "--model --data"),
+    (["cls", "--data", "nosuch"], "sample, goemotions"), (["predict"], "needs the folder of a run"),
+    (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"), (["cls", "x"], "what is 'x'?"),
+    (["cls", "--model", "./nosuch"], "no such model"), (["predict", "nosuch"], "no finished run"),
+    (["cls", "--model", HERE], "config.json"), (["cls", "--dropout", "2"], "from 0 to 0.9"),
+    (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
+    (["q_0s", "--model", "openai:"], "needs a name"),
+    (["cls", "--label-col", "text"], "not a choice of one"),
+    (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory")])
+def test_bad_input_gets_one_line_and_status_2(args, says, capsys, tmp_path):
+    assert says in refused(capsys, *args, *([] if "--out" in args else ["--out", tmp_path]))
+
+
+@pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")])
+def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method, model, small_csv,
+                                                                capsys):
+    found = []
+    for out in ("a", "b"):
+        args = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--out", tmp_path / out]
+        if out == "b" and model == "tiny":  # another process hashes strings otherwise
+            assert command("plm.py", *args)[0] == 0
+        else:
+            assert go(*args) == 0
+            stdout, err = capsys.readouterr()
+            assert err.count("\r") < 4  # a bar is for runs of more than two seconds
+        folder = tmp_path / out / "small" / model / method / "seed42"
+        found.append(results_of(folder))
+        m = metrics_of(folder)
+        assert {"method", "model", "data", "seed", "f1_macro", "f1_micro", "per_label", "rows",
+                "seconds", "peak_memory_mb", "notes", "f1_macro_ci", "listens"} <= set(m)
+        with open(folder / "predictions.csv", encoding="utf-8") as f:
+            lines = list(csv.DictReader(f))
+        gold, predicted = ([plm.parse_answer(line[c], m["labels"])[0] for line in lines]
+                           for c in ("gold", "predicted"))
+        assert plm.f1_scores(gold, predicted)["f1_macro"] == m["f1_macro"]
+        assert f"{m['f1_macro']:.4g}" in stdout and str(folder) in stdout.replace("/b/", "/a/") + str(folder)
+        left = {"lock", "run.json", "metrics.json", *found[0]}
+        if method != "q_2s_p":
+            log, left = log_of(folder), left | {"log.jsonl"}
+            assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4] and "val_loss" in log[-1]
+            assert m["tokens_computed"] <= m["tokens_unshared"] and m["rows_per_second"] > 0
+        assert set(os.listdir(folder)) == left
+    assert found[0] == found[1] and len(found[0]) == 1 + (method != "q_2s_p")
+
+
+def test_the_same_command_shows_what_it_has_another_one_is_refused_and_fresh_starts_over(
+        tmp_path, small_csv, capsys):
+    run = ["cls", "--data", small_csv, "--max-steps", 2, "--max-eval", 9, "--out", tmp_path / "out"]
+    folder = tmp_path / "out" / "small" / "tiny" / "cls" / "seed42"
+    assert go(*run) == 0
+    summary, before = capsys.readouterr().out.split("\n\n")[-1], os.stat(folder / "metrics.json")
+    assert go(*run) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and out.endswith(summary)
+    assert os.stat(folder / "metrics.json").st_mtime_ns == before.st_mtime_ns
+    for flag, value, says in (("--lr", 0.1, "lr 0.003 there and 0.1 here"), ("--ids", "word", "ids"),
+                              ("--no-share", None, "no_share")):
+        assert says in refused(capsys, *run, flag, *([value] if value else []))
+    other = write_csv(tmp_path / "small.csv", some_rows())  # a name is not all there is to a file
+    assert "data_sha" in refused(capsys, *run, "--data", other)
+    (folder / "answers.jsonl").write_text("paid for")
+    (folder / "peft").mkdir()
+    assert go(*run, "--lr", 0.1, "--fresh") == 0
+    assert metrics_of(folder)["lr"] == 0.1 and (folder / "answers.jsonl").read_text() == "paid for"
+
+
+def test_other_columns_of_the_same_file_are_another_run(tmp_path, capsys):
+    rows = [(text, text[::-1], user, user[::-1], a, b) for text, user, a, b in some_rows()]
+    path = write_csv(tmp_path / "a.csv", rows, ("text", "reply", "user", "worker", "a", "b"))
+    run = ["prior", "--data", path, "--out", tmp_path / "out"]
+    assert go(*run) == 0
+    assert "worker" in refused(capsys, *run, "--user-col", "worker")
+    assert "reply" in refused(capsys, *run, "--text-col", "text,reply")
+
+
+DRIVER = """import sys, time, plm
+plm.SAVE_EVERY, save = 0, plm.save_state
+plm.save_state = lambda *args: (save(*args), time.sleep(0.2))
+sys.exit(plm.main(sys.argv[1:]))"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes_and_nobody_else_takes_its_folder(
+        tmp_path, small_csv, capsys):
+    run = ["cls_p", "--data", small_csv, "--epochs", 4]
+    folders = [tmp_path / out / "small" / "tiny" / "cls_p" / "seed42" for out in ("whole", "killed")]
+    assert go(*run, "--out", tmp_path / "whole") == 0
+    run = [*map(str, run), "--out", str(tmp_path / "killed")]
+    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run], cwd=HERE,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until, log = time.monotonic() + 300, folders[1] / "log.jsonl"
+        while not log.exists() or log.read_text().count("loss") < 6:  # in the second epoch of four
+            assert time.monotonic() < until and child.poll() is None
+            time.sleep(0.02)
+        assert "another process is at this run" in refused(capsys, *run)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    assert not (folders[1] / "metrics.json").exists()
+    with open(log, "a") as f:
+        f.write('{"step": 99, "lo')  # half a line, as a kill may leave it
+    capsys.readouterr()
+    assert go(*run) == 0
+    assert re.search(r"resuming at step [4-9]", capsys.readouterr().out)
+    assert results_of(folders[0]) == results_of(folders[1]) and log_of(folders[0]) == log_of(folders[1])
+    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
+
+
+def test_two_processes_train_as_one_does(tmp_path, small_csv):
+    # Dropout off, since each rank draws its own. torchrun's processes find each other on loopback.
+    # There are fewer rows to validate than a batch has, so that one of them has none.
+    args = ["cls_p", "--data", small_csv, "--dropout", 0, "--max-steps", 4, "--out"]
+    assert go(*args, tmp_path / "one") == 0
+    status, out, err = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+                               "plm.py", *args, tmp_path / "two")
+    assert status == 0, err
+    assert out.count("f1_macro ") == 1  # rank 0 alone prints
+    folders = [tmp_path / n / "small" / "tiny" / "cls_p" / "seed42" for n in ("one", "two")]
+    for a, b in zip(*map(log_of, folders), strict=True):
+        key = "val_loss" if "val_loss" in a else "loss"
+        assert abs(a[key] - b[key]) < 1e-5
+    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
+    f1 = [metrics_of(folder)["f1_macro"] for folder in folders]
+    assert f1[0] == pytest.approx(f1[1], abs=0.01)
+
+
+def test_a_failed_run_can_be_mended_and_leaves_nothing_half_written(tmp_path, small_csv, capsys):
+    run = ["cls", "--data", small_csv, "--max-steps", 3, "--out", tmp_path]
+    assert "lower --lr" in refused(capsys, *run, "--lr", 1e18)
+    folder = tmp_path / "small" / "tiny" / "cls" / "seed42"
+    assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl"}
+    assert "--fresh" in refused(capsys, *run) and go(*run, "--fresh") == 0
+
+
+@pytest.mark.parametrize("name, methods", [
+    ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p", "q_1s"]), ("gpt_neox", ["lm_p"])])
+def test_the_methods_run_from_a_folder_of_random_weights(name, methods, small_csv, tmp_path, capsys):
+    folder, _ = random_model_folder(tmp_path / name, name, 2048)
+    for method in methods:
+        assert go(method, "--model", folder, "--data", small_csv, "--max-steps", 1, "--max-eval", 6,
+                  "--out", tmp_path / "out") == 0
+    capsys.readouterr()
+    data_script("table").print_table(str(tmp_path / "out"))
+    table = capsys.readouterr().out
+    assert all(f"\n{method} " in table for method in methods)
+
+
+def test_the_personalized_model_beats_the_plain_one_with_a_bias_for_each_user(tmp_path):
+    # The claim of the paper, for three readers of the sample: it is more than a table of users.
+    with open(f"{HERE}/data/sample/annotations.csv", newline="", encoding="utf-8") as f:
+        header, *rows = csv.reader(f)
+    path = write_csv(tmp_path / "a.csv", [row for row in rows if row[1] in ("96", "44", "65")], header)
+    run = ["--data", path, "--epochs", 9, "--max-steps", 130, "--batch", 16, "--out", tmp_path]
+    assert go("cls", *run) == go("cls_p", *run) == 0
+    plain, own = (metrics_of(tmp_path / "a" / "tiny" / m / "seed42") for m in ("cls", "cls_p"))
+    assert own["f1_macro"] > plain["f1_macro_user_bias"] > plain["f1_macro"]
+    assert own["f1_macro"] > own["f1_macro_shuffled"] and plain["listens"]["model"] == 0
+
+
+def test_controls_see_through_a_table_of_users():
+    # 40 people of two tastes: who knows the user is right, with shuffled IDs half of the time
+    rows = [plm.Annotation(f"t{i}", f"u{i % 40}", (i % 2, 1 - i % 2)) for i in range(800)]
+    data = dataset(train=rows, val=rows[:400], test=rows[400:])
+
+    def knows(asked):
+        y = np.array([[int(a.user[1:]) % 2, 1 - int(a.user[1:]) % 2] for a in asked])
+        return dict(scores=2.0 * y - 1, predicted=y)
+
+    def deaf(asked):
+        return dict(scores=np.full((len(asked), 2), 0.1), predicted=np.ones((len(asked), 2), int))
+
+    _, found = plm.evaluate(plm.METHODS["cls_p"], data, knows)
+    assert found["f1_macro"] == 1 and found["f1_macro_shuffled"] == pytest.approx(0.5, abs=0.08)
+    _, found = plm.evaluate(plm.METHODS["cls"], data, deaf)
+    assert found["f1_macro"] == pytest.approx(2 / 3) and found["f1_macro_user_bias"] == 1
+    assert found["f1_macro_tuned"] == pytest.approx(2 / 3) and found["listens"]["model"] == 0
+    _, found = plm.evaluate(plm.METHODS["majority"], data, plm.run_rates(plm.METHODS["majority"], data)[0])
+    assert found["f1_macro_tuned"] == pytest.approx(2 / 3)  # to tick all is the best that it can do
+
+
+# ------------------------------------------------------------ a trained run: predict, export, table
+
+def data_script(name):
+    """data/<name>.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, "data", f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm_p", "tiny_t5"), ("cls", "tiny")])
+def test_predict_gives_the_runs_own_scores_to_the_bit(tmp_path, monkeypatch, capsys, method, model,
+                                                      small_csv):
+    seen, write_predictions = [], plm.write_predictions
+    monkeypatch.setattr(plm, "write_predictions", lambda *args: (seen.append(args[3]),
+                                                                 write_predictions(*args)))
+    run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--lr", 0.01]
+    assert go(*run, "--out", tmp_path) == 0
+    folder = tmp_path / "small" / model / method / "seed42"
+    test = plm.load_data(small_csv).test
+    path = write_csv(tmp_path / "new.csv", [a[:2] for a in test], ("text", "user"))
+    assert go("predict", folder, "--csv", path) == 0
+    key = "scores" if method.startswith("cls") else "answers"
+    assert np.array_equal(seen[0][key], seen[1][key])
+    capsys.readouterr()
+    assert go("predict", folder, "--text", test[0].text, "--users", f"{test[0].user},nobody") == 0
+    out = capsys.readouterr().out
+    if method == "cls_p":
+        assert "unknown to training: nobody" in out
+        shown = out.split(f"\n{test[0].user} ")[1].split("\n")[0].split()
+        expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
+        assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
+    assert "no column 'text'" in refused(capsys, "predict", folder, "--csv", write_csv(
+        tmp_path / "b.csv", [("a", "b")], ("txt", "user")))
+    assert "--csv FILE" in refused(capsys, "predict", folder)
+
+
+@pytest.mark.parametrize("name, method", [("llama", "lm_p"), ("llama", "cls"), ("t5", "lm_p"),
+                                          ("phi", "cls_p"), ("gpt_neox", "lm_p")])
+def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, name, method, capsys):
+    peft = pytest.importorskip("peft")
+    path, lm = random_model_folder(tmp_path / name, name, 2048)
+    assert go(method, "--model", path, "--data", small_csv, "--max-steps", 3, "--lr", 0.02, "--ids",
+              "number", "--out", tmp_path) == 0
+    folder = str(tmp_path / "small" / name / method / "seed42")
+    data_script("export").export(folder)
+    m, model, tokenizer, _ = plm.load_run(folder)
+    model.train(False)
+    if method.startswith("cls"):  # their classifier reads the last token that is no padding: not 2
+        lm = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
+    theirs = peft.PeftModel.from_pretrained(rounded_reference(model, lm), f"{folder}/peft").eval()
+    data = plm.load_data(small_csv)
+    rows, _ = plm.encode(tokenizer, plm.METHODS[method], data, data.test[:5], None)
+    with torch.no_grad():
+        for row in rows:
+            batch = plm.make_batch(model, [row])
+            ours, prompt = model(batch)[batch["of"]], torch.tensor([row.prompt])
+            if method.startswith("cls"):
+                out = theirs(prompt).logits
+            elif name == "t5":
+                start = torch.tensor([(0, *row.answer[:-1])])
+                out = theirs(input_ids=prompt, decoder_input_ids=start).logits[0]
+            else:
+                ids = torch.tensor([row.prompt + row.answer[:-1]])
+                out = theirs(ids).logits[0, len(row.prompt) - 1:]
+            assert torch.allclose(out, ours, atol=1e-4 * ours.abs().max().item())
+
+
+def test_what_peft_has_no_place_for_stands_beside_and_fresh_still_starts_over(tmp_path, small_csv):
+    run = ["cls_p", "--data", small_csv, "--max-steps", 1, "--out", tmp_path]
+    assert go(*run) == 0
+    folder = str(tmp_path / "small" / "tiny" / "cls_p" / "seed42")
+    data_script("export").export(folder)
+    tensors = safetensors.torch.load_file(f"{folder}/peft/beside.safetensors")
+    with safetensors.safe_open(f"{folder}/peft/beside.safetensors", "pt") as f:
+        assert json.loads(f.metadata()["users"]) == ["u0", "u1", "u2", "u3"]
+    assert tensors["user_embedding"].shape == (4, 128)
+    assert go(*run, "--fresh") == 0
+
+
+TEXTS = [f"text {i}" for i in range(40)]
+
+
+def fake_run(out, method, right, texts=TEXTS, **more):
+    """The files that the table reads, of a run that is right on `right` rows of a text each."""
+    gold = np.array([(i % 2, 1 - i % 2) for i in range(len(texts))])
+    predicted = np.where(np.arange(len(texts))[:, None] < right, gold, 1 - gold)
+    m = dict(data="d", method=method, model="m", seed=42, labels=LABELS, rows=dict(test=len(texts)),
+             **plm.f1_scores(gold, predicted), f1_macro_ci=plm.interval(
+                 plm.bootstrap_f1(gold, predicted, texts))) | more
+    folder = os.path.join(out, "d", "m", method, f"seed{m['seed']}")
+    os.makedirs(folder)
+    rows = [plm.Annotation(text, "u", tuple(y)) for text, y in zip(texts, gold.tolist())]
+    plm.write_predictions(f"{folder}/predictions.csv", dataset(), rows,
+                          dict(predicted=predicted, scores=np.zeros(gold.shape)))
+    plm.write_json(f"{folder}/metrics.json", m)
+    return folder
+
+
+def test_the_table_shows_gains_on_the_same_rows_only(tmp_path, capsys):
+    table = data_script("table")
+    fake_run(tmp_path / "a", "cls", 20), fake_run(tmp_path / "a", "cls_p", 40)
+    fake_run(tmp_path / "a", "lm", 20), fake_run(tmp_path / "a", "lm_p", 40, texts=TEXTS[:38] + ["x", "y"])
+    fake_run(tmp_path / "a", "q_0s", 20), fake_run(tmp_path / "a", "q_0s_p", 21)
+    assert table.main(["--out", str(tmp_path / "a")]) == 0
+    line = {text.split()[0]: text for text in capsys.readouterr().out.split("\n") if text.split()}
+    assert "0.500" in line["cls"] and "1.000 [1.000 1.000] +100 %*" in line["cls_p"]
+    assert "1.000" in line["lm_p"] and "%" not in line["lm_p"]
+    assert "+5 %" in line["q_0s_p"] and "*" not in line["q_0s_p"]  # one row in 40 is chance
+    for seed, right in ((1, 20), (2, 30)):
+        fake_run(tmp_path / "b", "cls", right, seed=seed), fake_run(tmp_path / "b", "cls_p", 40, seed=seed)
+    assert table.main(["--out", str(tmp_path / "b")]) == 0
+    out = capsys.readouterr().out
+    assert "0.625 +-0.177 of 2" in out and "+67 %*" in out  # the mean of +100 and +33
+
+
+def test_damaged_runs_are_left_out_of_the_table_and_named(tmp_path, capsys):
+    for seed, text in enumerate(["{", "[]", '{"data": "d"}', '{"f1_macro_ci": [0, 1]}']):
+        folder = fake_run(tmp_path, "cls", 20, seed=seed)
+        with open(os.path.join(folder, "metrics.json"), "w") as f:
+            f.write(text)
+    folder = fake_run(tmp_path, "cls_p", 30, seed=7)
+    fake_run(tmp_path, "cls", 20, seed=7)
+    with open(os.path.join(folder, "predictions.csv"), "w") as f:
+        f.write("text_id,us")
+    assert data_script("table").main(["--out", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert "0.500" in out and "0.750" in out and err.count("is left out") >= 4
+    assert data_script("table").main(["--out", str(tmp_path / "none")]) == 2
 
 
 # --------------------------------------------------------------------------------------- ChatGPT
+# New imports: traceback; from email.utils import formatdate. Not needed any more: socket.
 
 KEY = "sk-test-Zx81-nobody-may-see-this"
+HEAD, STALL = b"HTTP/1.1 200 OK\r\n", [6.0]
+
+
+def chat_reply(message):
+    """The body of an answer, in bytes."""
+    choice = dict(finish_reason=message.get("finish_reason", "stop"), message=message)
+    usage = dict(prompt_tokens=7, completion_tokens=2)
+    return json.dumps(dict(choices=[choice], usage=usage)).encode()
 
 
 class ChatHandler(BaseHTTPRequestHandler):
-    """Does what server.behave(prompt, number of the request) says."""
+    """Does what server.behave(prompt, number of the request) says: "ok", the message of an answer,
+    a status, (status, body, headers), or a list of raw bytes and of seconds to wait before the
+    connection ends. server.refuses: parameter -> status."""
 
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
-    def log_message(self, *args):
-        pass
+    log_message = lambda self, *args: None
 
-    def reply(self, status, body, kind="application/json", length=None, **headers):
-        body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    def reply(self, status, body, headers={}):
         self.send_response(status)
-        for name, value in {
-            "Content-Type": kind,
-            "Content-Length": length or len(body),
-            **headers,
-        }.items():
-            self.send_header(name.replace("_", "-"), str(value))
+        for name, value in ({"Content-Length": len(body)} | headers).items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        prompt, server = body["messages"][0]["content"], self.server
+        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
         with server.lock:
-            server.bodies.append(body)
-            server.headers.append(dict(self.headers))
-            server.prompts.append(prompt)
-            number = len(server.prompts)
+            server.prompts.append(prompt := body["messages"][0]["content"])
+            server.seen.append((body, dict(self.headers)))
+            what = server.behave(prompt, len(server.prompts))
+        for name in server.refuses.keys() & body.keys():
+            says = f"'{name}' is not supported. Use 'max_completion_tokens' instead."
+            what = server.refuses[name], says.encode()
+        self.close_connection = isinstance(what, list)
         try:
-            self.act(server.behave(prompt, number), prompt)
+            if isinstance(what, list):
+                for part in what:
+                    server.quit.wait(part) if isinstance(part, float) else self.wfile.write(part)
+            elif isinstance(what, int):
+                self.reply(what, f"Bad key {self.headers['Authorization']}, {'x' * 999}".encode())
+            else:
+                ok = dict(content=f"joy {prompt}") if what == "ok" else what
+                self.reply(*(what if isinstance(what, tuple) else (200, chat_reply(ok))))
         except OSError:
             self.close_connection = True  # the client has gone
-
-    def act(self, what, prompt):
-        answer = dict(
-            choices=[dict(message=dict(role="assistant", content=f"joy {prompt}"))],
-            usage=dict(prompt_tokens=7, completion_tokens=2),
-        )
-        whole = json.dumps(answer).encode()
-        if what == "ok":
-            self.reply(200, answer)
-        elif what == "429":
-            self.reply(429, dict(error=dict(message="slow down")), Retry_After=0)
-        elif what == "429 hour":
-            self.reply(429, dict(error=dict(message="slow down")), Retry_After=3600)
-        elif what == "429 odd":
-            self.reply(429, dict(error=dict(message="slow down")), Retry_After="soon")
-        elif what == "html":
-            self.reply(200, b"<html>Bad gateway</html>", "text/html")
-        elif what == "no choices":
-            self.reply(200, dict(choices=[]))
-        elif what == "null":
-            self.reply(200, dict(choices=[dict(message=dict(content=None))]))
-        elif what == "drop":
-            self.connection.shutdown(socket.SHUT_RDWR)
-            self.close_connection = True
-        elif what == "stall":
-            self.server.quit.wait(6)
-        elif what == "stalled body":
-            self.reply(200, whole[:20], length=len(whole))
-            self.server.quit.wait(6)
-        elif what == "truncated":
-            self.reply(200, whole[:20], length=len(whole))
-            self.close_connection = True
-        elif what == "truncated chunks":
-            self.send_response(200)
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            self.wfile.write(b"%x\r\n%s\r\n" % (20, whole[:20]))
-            self.close_connection = True
-        elif what in ("dribble", "dribbled headers"):
-            if what == "dribble":
-                self.reply(200, b"", length=10000)
-            else:
-                self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
-            for _ in range(100):
-                self.wfile.write(b"x")
-                self.wfile.flush()
-                if self.server.quit.wait(0.1):
-                    break
-            self.close_connection = True
-        elif what == "redirect":
-            self.reply(302, b"", Location="/v1/elsewhere")
-        else:
-            self.reply(
-                int(what),
-                dict(error=dict(message=f"Bad key {self.headers['Authorization']}, " + "x" * 999)),
-            )
 
 
 @pytest.fixture
@@ -1166,996 +1506,873 @@ def chat_server(monkeypatch):
     """A server on a free port; the environment names it and holds a key."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
     server.daemon_threads, server.lock, server.quit = True, threading.Lock(), threading.Event()
-    server.bodies, server.headers, server.prompts = [], [], []
-    server.behave = lambda prompt, number: "ok"
+    server.seen, server.prompts, server.refuses, server.synced = [], [], {}, []
+    server.behave = lambda *_: "ok"
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(plm, "BACKOFF", 0.001)
+    monkeypatch.setattr(plm, "BACKOFF", 0.0003)
+    monkeypatch.setattr(os, "fsync", server.synced.append)
     yield server
     server.quit.set()
     server.shutdown()
     server.server_close()
 
 
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "answers.jsonl")
+
+
 def some_prompts(n):
     return {f"row{i}": f"prompt {i}" for i in range(n)}
 
 
-def test_the_body_of_a_request(chat_server, tmp_path):
-    # what the paper's numbers depend on, and what is paid for, is this dict as the server has it
-    body = dict(
-        model="gpt-3.5-turbo",
-        messages=[{"role": "user", "content": "Which? ü"}],
-        temperature=0,
-        seed=7,
-        max_tokens=5,
-    )
-    assert plm.chat_body("gpt-3.5-turbo", "Which? ü", 7, 5) == body
-    plm.ask_chatgpt({"a": "Which? ü"}, str(tmp_path / "a.jsonl"), "gpt-3.5-turbo", seed=7, limit=5)
-    assert chat_server.bodies == [body]
+def test_the_request_and_the_name_of_its_answer(chat_server, path):
+    # the paper's numbers depend on this dict; answers already paid for are found by this hash
+    body = dict(model="gpt-3.5-turbo", messages=[{"role": "user", "content": "Which? ü"}],
+                temperature=0, seed=7, max_tokens=5)
+    plm.ask_chatgpt({"a": "Which? ü"}, path, "gpt-3.5-turbo", seed=7, limit=5)
+    assert chat_server.seen[0][0] == body
+    sha = "e399078e2dfc9154140939c635b633ffbdc20bec8f9806b3d7efec0b2481b8a8"
+    assert json.loads(open(path).read()) == dict(
+        key="a", sha=sha, answer="joy Which? ü", prompt_tokens=7, completion_tokens=2)
 
 
-BAD = [
-    "429",
-    "500",
-    "drop",
-    "html",
-    "no choices",
-    "stall",
-    "null",
-    "truncated",
-    "503",
-    "429 odd",
-    "truncated chunks",
-    "dribble",
-    "stalled body",
-]
-
-
-def test_every_row_is_answered_when_a_third_of_the_attempts_fail(
-    chat_server, tmp_path, monkeypatch, capfd
-):
+def test_a_third_of_the_attempts_may_fail(chat_server, path, monkeypatch, capfd):
     # networks and servers fail in all these ways, and none may cost a row or an answer twice
+    bad = [429, 500, 503, (200, b""), (200, b"<html>Bad gateway"), (200, b'{"choices": []}'),
+           (429, b"", {"Retry-After": 0}), (429, b"", {"Retry-After": "soon"}), [], STALL,
+           [HEAD + b"Content-Length: 99\r\n\r\n{"], [HEAD + b"Content-Length: 99\r\n\r\n{", 6.0],
+           [HEAD + b"Transfer-Encoding: chunked\r\n\r\n99\r\n{"]]
     monkeypatch.setattr(plm, "READ", 0.4)
-    chat_server.behave = lambda prompt, number: "ok" if number % 3 else BAD[number // 3 % len(BAD)]
-    path, prompts = tmp_path / "answers.jsonl", some_prompts(80)
-    answers, counts = plm.ask_chatgpt(prompts, str(path), "m")
+    chat_server.behave = lambda prompt, number: "ok" if number % 3 else bad[number // 3 % len(bad)]
+    prompts = some_prompts(80)
+    answers, counts = plm.ask_chatgpt(prompts, path, "m")
     assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
-    assert (
-        counts["requests"] == len(chat_server.prompts) == 80 + counts["retries"]
-        and counts["retries"] >= 35
-    )
-    assert (counts["prompt_tokens"], counts["completion_tokens"]) == (7 * 80, 2 * 80)
-    assert counts["failed"] == [] and counts["cached"] == 0
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for headers in chat_server.headers)
+    assert counts["requests"] == len(chat_server.prompts) == 80 + counts["retries"] >= 115
+    assert counts["failed"] == [] and counts["cached"] == 0 and len(chat_server.synced) == 80
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers in chat_server.seen)
     chat_server.prompts.clear()
-    again, second = plm.ask_chatgpt(prompts, str(path), "m")  # a restart asks for nothing
+    again, second = plm.ask_chatgpt(prompts, path, "m")  # a restart asks for nothing
     assert again == answers and chat_server.prompts == []
     assert second == dict(counts, requests=0, retries=0, cached=80)
-    plm.ask_chatgpt(
-        {"row0": "prompt 0"}, str(path), "m", seed=1
-    )  # but another seed is another request
-    assert len(chat_server.prompts) == 1
-    out, err = capfd.readouterr()
-    assert KEY not in path.read_text() + out + err
+    other = plm.ask_chatgpt({"row0": "prompt 0"}, path, "m", seed=1)[1]  # is another request
+    assert len(chat_server.prompts) == 1 and other["prompt_tokens"] == 7
+    assert KEY not in open(path).read() + "".join(capfd.readouterr())
 
 
-def test_rows_with_the_same_prompt_share_a_request(chat_server, tmp_path):
+def test_rows_with_the_same_prompt_share_a_request(chat_server, path, monkeypatch):
     # without the user in it, thirty annotators of a text have one prompt: it is paid for once
-    answers, counts = plm.ask_chatgpt(dict(a="x", b="x", c="y"), str(tmp_path / "a.jsonl"), "m")
+    answers, counts = plm.ask_chatgpt(dict(a="x", b="x", c="y"), path, "m")
     assert answers == dict(a="joy x", b="joy x", c="joy y")
     assert counts["requests"] == len(chat_server.prompts) == 2 and counts["prompt_tokens"] == 14
+    monkeypatch.delenv("OPENAI_API_KEY")  # who has no account can still compute the scores anew
+    assert plm.ask_chatgpt(dict(a="x", b="x", c="y"), path, "m")[0] == answers
 
 
-def test_kill_and_restart(chat_server, tmp_path):
+def test_kill_and_restart(chat_server, path):
     # a killed run has paid for its finished answers; the next one takes them, but no half line
-    chat_server.behave = lambda prompt, number: chat_server.quit.wait(0.05) or "ok"
-    path, prompts = tmp_path / "answers.jsonl", some_prompts(200)
+    chat_server.behave = lambda prompt, number: chat_server.quit.wait(0.005) or "ok"
+    prompts = some_prompts(100)
     child = os.fork()  # importing everything anew takes longer than all of these tests
     if child == 0:
         try:
-            plm.ask_chatgpt(prompts, str(path), "m")
+            plm.ask_chatgpt(prompts, path, "m")
         finally:
             os._exit(1)
     until = time.monotonic() + 30
-    while not path.exists() or path.read_bytes().count(b"\n") < 20:
-        assert time.monotonic() < until and os.waitpid(child, os.WNOHANG) == (0, 0)
+    while not os.path.exists(path) or open(path).read().count("\n") < 20:
+        assert time.monotonic() < until
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     time.sleep(0.2)  # the server takes note of what was on its way
-    whole = path.read_bytes().rpartition(b"\n")[0].decode().split("\n")
+    whole = open(path).read().rpartition("\n")[0].split("\n")
     finished = {json.loads(line)["key"] for line in whole}
-    assert 20 <= len(finished) < 200
+    assert 20 <= len(finished) < 100
     with open(path, "a") as f:
         f.write(whole[0][:30])
     chat_server.prompts.clear()
-    answers, counts = plm.ask_chatgpt(prompts, str(path), "m")
-    assert sorted(chat_server.prompts) == sorted(
-        prompts[row] for row in prompts if row not in finished
-    )
-    assert counts["cached"] == len(finished) and counts["failed"] == []
+    answers, counts = plm.ask_chatgpt(prompts, path, "m")
+    assert sorted(chat_server.prompts) == sorted(prompts[row] for row in prompts.keys() - finished)
+    assert counts["cached"] == len(finished)
     assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]  # the half line is gone
-    assert len(lines) == 200 and set(lines[0]) == {
-        "key",
-        "sha",
-        "answer",
-        "prompt_tokens",
-        "completion_tokens",
-    }
+    assert len([json.loads(line) for line in open(path)]) == 100  # the half line is gone
 
 
-@pytest.mark.parametrize(
-    "status, word",
-    [
-        ("401", "OPENAI_API_KEY"),
-        ("403", "OPENAI_API_KEY"),
-        ("404", "OPENAI_BASE_URL"),
-        ("redirect", "OPENAI_BASE_URL"),
-    ],
-)
-def test_what_every_request_would_get_stops_the_run(chat_server, tmp_path, capfd, status, word):
+@pytest.mark.parametrize("what, word", [
+    (401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "OPENAI_BASE_URL"),
+    ((302, b"", dict(Location="/v1/elsewhere")), "OPENAI_BASE_URL")])
+def test_what_every_request_would_get_stops_the_run(chat_server, path, capfd, what, word):
     # a wrong key must not be tried 10,000 times, wait for stalled requests, nor be shown to anybody
-    chat_server.behave = lambda prompt, number: (
-        status if number == 5 else "stall" if number > 5 else "ok"
-    )
-    start, path = time.monotonic(), tmp_path / "answers.jsonl"
+    chat_server.behave = lambda prompt, n: what if n == 5 else STALL if n > 5 else "ok"
+    start = time.monotonic()
     with pytest.raises(plm.BadInput, match=word) as e:
-        plm.ask_chatgpt(some_prompts(500), str(path), "m")
-    assert time.monotonic() - start < 3
+        plm.ask_chatgpt(some_prompts(50), path, "m")
+    assert time.monotonic() - start < 5
     time.sleep(0.3)
     assert len(chat_server.prompts) <= 5 + 8  # nobody goes on sending
-    assert KEY not in str(e.getrepr(showlocals=False)) + path.read_text() + "".join(
-        capfd.readouterr()
-    )
+    assert KEY not in "".join((*traceback.format_exception(e.value), *capfd.readouterr()))
 
 
-def test_threads_in_a_wait_stop_too(chat_server, tmp_path, monkeypatch):
-    # a thread between two attempts must not send the next one after the run was stopped
-    monkeypatch.setattr(plm, "BACKOFF", 0.4)
-    chat_server.behave = lambda prompt, number: (
-        chat_server.quit.wait(0.2) and "ok" or "401" if number == 8 else "500"
-    )
-    with pytest.raises(plm.BadInput):
-        plm.ask_chatgpt(some_prompts(8), str(tmp_path / "a.jsonl"), "m")
-    time.sleep(0.2)  # the server takes note of what was on its way
-    sent = len(chat_server.prompts)
-    time.sleep(1.2)
-    assert len(chat_server.prompts) == sent
-
-
-@pytest.mark.parametrize(
-    "name, value, word",
-    [
-        ("OPENAI_API_KEY", None, "OPENAI_API_KEY"),
-        ("OPENAI_API_KEY", " ", "OPENAI_API_KEY"),
-        ("OPENAI_API_KEY", f"{KEY}\n{KEY}", "OPENAI_API_KEY"),
-        ("OPENAI_API_KEY", KEY + "é", "OPENAI_API_KEY"),
-        ("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1/v1", "OPENAI_BASE_URL"),
-        ("OPENAI_BASE_URL", f"http://127.0.0.1/v1?key={KEY}", "OPENAI_BASE_URL"),
-        ("OPENAI_BASE_URL", "127.0.0.1:1/v1", "OPENAI_BASE_URL"),
-        ("OPENAI_BASE_URL", "http://127.0.0.1:port/v1", "OPENAI_BASE_URL"),
-    ],
-)
-def test_nothing_is_sent_without_a_key_and_an_address(
-    chat_server, tmp_path, monkeypatch, name, value, word
-):
-    # said before anything is sent, and without the value: a key in the wrong place is a key
+@pytest.mark.parametrize("name, value", [
+    ("OPENAI_API_KEY", None), ("OPENAI_API_KEY", " "), ("OPENAI_API_KEY", f"{KEY}\n{KEY}"),
+    ("OPENAI_API_KEY", KEY + "é"), ("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1/v1"),
+    ("OPENAI_BASE_URL", f"http://127.0.0.1/v1?key={KEY}"), ("OPENAI_BASE_URL", "127.0.0.1:1/v1"),
+    ("OPENAI_BASE_URL", "http://127.0.0.1:port/v1"), ("http_proxy", "http://")])
+def test_nothing_is_sent_without_a_key_and_an_address(chat_server, path, monkeypatch, name, value):
+    # said at once and without the value: a key in the wrong place is a key
+    monkeypatch.delenv("NO_PROXY")
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(plm.BadInput, match=word) as e:
-        plm.ask_chatgpt(some_prompts(3), str(tmp_path / "a.jsonl"), "m")
-    assert (
-        chat_server.prompts == []
-        and KEY not in str(e.getrepr(showlocals=False))
-        and os.listdir(tmp_path) == []
-    )
+    with pytest.raises(plm.BadInput, match=name.replace("http_", "")) as e:
+        plm.ask_chatgpt(some_prompts(3), path, "m")
+    assert chat_server.prompts == [] and KEY not in "".join(traceback.format_exception(e.value))
 
 
-def test_a_finished_run_needs_no_key(chat_server, tmp_path, monkeypatch):
-    # scores can be computed anew from the answers file by somebody who has no account
-    plm.ask_chatgpt(some_prompts(3), str(tmp_path / "a.jsonl"), "m")
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert len(plm.ask_chatgpt(some_prompts(3), str(tmp_path / "a.jsonl"), "m")[0]) == 3
-
-
-def test_netrc_does_not_replace_the_key(chat_server, tmp_path, monkeypatch):
-    # requests would overwrite a mere Authorization header by the entry of .netrc for the host
+def test_the_key_may_be_any_and_netrc_does_not_replace_it(chat_server, tmp_path, path, monkeypatch):
+    # requests would overwrite a mere header by the entry of .netrc for the host; and with servers
+    # at home the key is any word: to hide all letters "o" must not spoil the answers
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
-    assert chat_server.headers[0]["Authorization"] == f"Bearer {KEY}"
+    monkeypatch.setenv("OPENAI_API_KEY", "o")
+    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
+    assert chat_server.seen[0][1]["Authorization"] == "Bearer o"
 
 
-def test_proxies_of_the_environment_are_used(chat_server, tmp_path, monkeypatch):
+def test_proxies_of_the_environment_are_used(chat_server, path, monkeypatch):
     # the other way around .netrc, trust_env = False, would cut off everybody behind a proxy
     for name in ("NO_PROXY", "no_proxy", "http_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", os.environ["OPENAI_BASE_URL"].removesuffix("/v1"))
     monkeypatch.setenv("OPENAI_BASE_URL", "http://nowhere.invalid/v1")
-    assert plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")[0] == {"a": "joy x"}
-    assert chat_server.headers[0]["Host"] == "nowhere.invalid"
+    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
+    assert chat_server.seen[0][1]["Host"] == "nowhere.invalid"
 
 
-@pytest.mark.parametrize("status", ["400", "413", "422"])
-def test_a_refused_row_fails_at_once_and_alone(chat_server, tmp_path, status):
-    # the same request would be refused again; the others go on; no message may hold the key
-    chat_server.behave = lambda prompt, number: status if prompt == "prompt 1" else "ok"
-    answers, counts = plm.ask_chatgpt(some_prompts(4), str(tmp_path / "a.jsonl"), "m")
+@pytest.mark.parametrize("what", [400, 413, 422, (400, b"max_tokens 48 is too large; seed 42")])
+def test_a_refused_row_fails_at_once_and_alone(chat_server, path, what):
+    # the others go on, and do not lack a parameter that the server names because of this one
+    chat_server.behave = lambda prompt, number: what if prompt == "prompt 1" else "ok"
+    answers, counts = plm.ask_chatgpt(some_prompts(4), path, "m", concurrency=1)
     ((row, reason),) = counts["failed"]
-    assert (
-        set(answers) == {"row0", "row2", "row3"} and row == "row1" and len(chat_server.prompts) == 4
-    )
-    assert reason.startswith(f"HTTP {status}: ") and "Bad key Bearer [key]" in reason
-    assert KEY not in reason and len(reason) <= 200
+    assert len(answers) == 3 and row == "row1" and counts["requests"] == 4
+    assert reason.startswith("HTTP 4") and KEY not in reason and len(reason) <= 200
+    assert all(body.keys() == chat_server.seen[0][0].keys() for body, _ in chat_server.seen)
 
 
-@pytest.mark.parametrize(
-    "what, word", [("500", "HTTP 500"), ("html", "no answer in the body"), ("drop", "abort")]
-)
-def test_attempts_are_bounded(chat_server, tmp_path, what, word):
-    # one budget for what Retry sees and what it does not: 1 + RETRIES attempts, never their product
-    chat_server.behave = lambda prompt, number: (
-        what if number % 2 else "html" if what == "html" else "500"
-    )
-    _, counts = plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
-    assert (
-        len(chat_server.prompts) == counts["requests"] == 1 + plm.RETRIES
-        and counts["retries"] == plm.RETRIES
-    )
-    assert counts["failed"][0][0] == "a" and word in counts["failed"][0][1]
-    chat_server.behave = lambda prompt, number: "ok"  # a failed row is no finished one
-    assert plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")[0] == {"a": "joy x"}
+def test_attempts_are_bounded(chat_server, path):
+    # one budget for statuses, bodies and connections: 1 + RETRIES attempts, never their product
+    bad = [(200, b"<html>Bad gateway"), [], 500]
+    chat_server.behave = lambda prompt, number: bad[number % 3]
+    _, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
+    assert len(chat_server.prompts) == counts["requests"] == 1 + plm.RETRIES
+    assert counts["failed"] == [("a", "HTTP 200: <html>Bad gateway")]
+    chat_server.behave = lambda *_: "ok"  # a failed row is no finished one
+    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
 
 
-@pytest.mark.parametrize(
-    "what, word",
-    [
-        ("429 hour", "3600 s"),
-        ("dribble", ""),
-        ("stall", ""),
-        ("dribbled headers", "no answer within"),
-    ],
-)
-def test_a_request_ends_at_its_deadline(chat_server, tmp_path, monkeypatch, what, word):
-    # a time-out of a socket starts anew with each byte, and a server may ask for any wait
-    monkeypatch.setattr(plm, "DEADLINE", 0.7)
-    monkeypatch.setattr(plm, "READ", 0.3)
+@pytest.mark.parametrize("what, word", [
+    ((429, b"", {"Retry-After": 4}), "in 4 s"), (STALL, "timed out")])
+def test_a_request_ends_at_its_deadline(chat_server, path, monkeypatch, what, word):
+    # a server may ask for any wait, and one that is silent would get 1 + RETRIES time-outs
+    monkeypatch.setattr(plm, "DEADLINE", 1)
+    monkeypatch.setattr(plm, "READ", 0.6)
     chat_server.behave = lambda prompt, number: what if prompt == "prompt 0" else "ok"
     start = time.monotonic()
-    answers, counts = plm.ask_chatgpt(
-        some_prompts(3), str(tmp_path / "a.jsonl"), "m", concurrency=1
-    )
-    assert time.monotonic() - start < 2.2 and set(answers) == {"row1", "row2"}
+    answers, counts = plm.ask_chatgpt(some_prompts(3), path, "m", concurrency=1)
+    assert time.monotonic() - start < 5 and answers.keys() == {"row1", "row2"}
     assert counts["failed"][0][0] == "row0" and word in counts["failed"][0][1]
 
 
-@pytest.mark.parametrize("what", ["dribble", "stalled body"])
-def test_a_slow_body_is_given_up_and_asked_for_again(chat_server, tmp_path, monkeypatch, what):
-    # one bad connection must not cost a request all of its time
-    monkeypatch.setattr(plm, "READ", 0.3)
-    chat_server.behave = lambda prompt, number: what if number == 1 else "ok"
-    start = time.monotonic()
-    answers, counts = plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
-    assert answers == {"a": "joy x"} and counts["retries"] == 1 and time.monotonic() - start < 3
-
-
-def test_a_retry_after_is_kept(chat_server, tmp_path):
-    # asking earlier than the server said is what gets an account blocked
+@pytest.mark.parametrize("asked", [lambda: 1, lambda: formatdate(time.time() + 2, usegmt=True)])
+def test_a_retry_after_is_kept(chat_server, path, asked):
+    # asking earlier than the server said, in seconds or as a date, is what gets an account blocked
     times = []
-    act, ChatHandler.act = (
-        ChatHandler.act,
-        lambda self, what, prompt: (
-            times.append(time.monotonic()),
-            self.reply(429, {}, Retry_After=1) if len(times) == 1 else act(self, "ok", prompt),
-        ),
-    )
-    try:
-        _, counts = plm.ask_chatgpt({"a": "x"}, str(tmp_path / "a.jsonl"), "m")
-    finally:
-        ChatHandler.act = act
-    assert counts["retries"] == 1 and 0.95 < times[1] - times[0] < 3
+    chat_server.behave = lambda prompt, number: times.append(time.monotonic()) or (
+        (429, b"", {"Retry-After": asked()}) if number == 1 else "ok")
+    assert plm.ask_chatgpt({"a": "x"}, path, "m")[1]["retries"] == 1
+    assert 0.95 < times[1] - times[0] < 5
 
 
-def test_a_server_that_answers_nobody_stops_the_run(chat_server, tmp_path, monkeypatch):
-    # 10,000 rows that all fail after their waits would take days to say that the quota is used up
-    chat_server.behave = lambda prompt, number: "400"
-    with pytest.raises(plm.BadInput, match="HTTP 400"):
-        plm.ask_chatgpt(some_prompts(200), str(tmp_path / "a.jsonl"), "m")
-    assert len(chat_server.prompts) < plm.GIVE_UP + 10
+def test_a_request_may_wait_in_the_queue_of_the_server(chat_server, path, monkeypatch):
+    # some servers send blank lines meanwhile, for longer than any silence would be accepted
+    monkeypatch.setattr(plm, "READ", 0.7)
+    chat_server.behave = lambda prompt, number: [
+        HEAD + b"\r\n", *[b"\n", 0.1] * 12, chat_reply(dict(content="joy"))]
+    answers, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
+    assert answers == {"a": "joy"} and counts["retries"] == 0
 
 
-def test_ctrl_c(chat_server, tmp_path):
+@pytest.mark.parametrize("refuses", [
+    dict(max_tokens=400), dict(temperature=400), dict(max_tokens=400, temperature=400, seed=422)])
+def test_the_dialect_of_the_server_is_learned(chat_server, path, refuses):
+    # today's OpenAI models refuse max_tokens; what was paid for under any dialect is found again
+    chat_server.refuses = refuses
+    answers, counts = plm.ask_chatgpt(some_prompts(30), path, "m", limit=5)
+    assert len(answers) == 30 and counts["retries"] <= 8 * len(refuses)
+    body = plm.chat_body("m", chat_server.prompts[-1], 42, 5)
+    limit = {"max_completion_tokens": 5} if "max_tokens" in refuses else {}
+    kept = {name: value for name, value in body.items() if name not in refuses}
+    assert chat_server.seen[-1][0] == kept | limit and len(chat_server.seen) == counts["requests"]
+    chat_server.refuses = {}
+    assert plm.ask_chatgpt(some_prompts(30), path, "m", limit=5)[1]["requests"] == 0
+
+
+@pytest.mark.parametrize("message, answer", [
+    (dict(content=None), ""), (dict(content=None, refusal="I can't"), ""), (dict(), ""),
+    (dict(content=[dict(type="text", text="joy, "), dict(type="text", text="sad")]), "joy, sad"),
+    (dict(content=[dict(type="refusal", refusal="No joy")]), ""), (dict(content=[]), ""),
+    (dict(content="half \ud83d"), "half ?"), (dict(content="jo", finish_reason="length"), "jo"),
+    (dict(content="", finish_reason="length"), None), (dict(content=7), None),
+    (dict(content=[7]), None), (dict(content=[dict(text=dict(value="joy"))]), None)])
+def test_an_answer_of_any_form_is_taken_or_named(chat_server, path, message, answer):
+    # a refusal is an answer without labels; of what is none, the user is told; nothing crashes
+    chat_server.behave = lambda prompt, number: dict(message)
+    answers, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
+    assert answers == ({} if answer is None else {"a": answer})
+    assert [row for row, _ in counts["failed"]] == ["a"] * (answer is None)
+    assert plm.ask_chatgpt({"a": "x"}, path, "m")[1]["cached"] == len(answers)
+
+
+def test_a_server_that_answers_nobody_stops_the_run(chat_server, path, monkeypatch):
+    # after 20 rows, not after 10,000; and where the disk is slow, nobody pays for what is not on it
+    monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0.02))
+    chat_server.behave = lambda prompt, number: "ok" if number % 2 and number < 60 else 400
+    with pytest.raises(plm.BadInput, match=r"HTTP 400.* failed; .*answers.jsonl"):
+        plm.ask_chatgpt(some_prompts(200), path, "m")
+    assert len(plm.finished_answers(path)) == 30
+    assert plm.GIVE_UP <= len(chat_server.prompts) - 60 < plm.GIVE_UP + 12
+
+
+def test_ctrl_c(chat_server, path):
     # stops now, not when stalled requests have ended, and keeps what is finished
-    chat_server.behave = lambda prompt, number: "ok" if number <= 5 else "stall"
+    chat_server.behave = lambda prompt, number: "ok" if number <= 5 else STALL
     # A shell starts its background jobs, and so perhaps this test, with SIGINT ignored.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start, path = time.monotonic(), tmp_path / "a.jsonl"
+    start = time.monotonic()
     try:
         with pytest.raises(KeyboardInterrupt):
-            plm.ask_chatgpt(some_prompts(50), str(path), "m")
+            plm.ask_chatgpt(some_prompts(50), path, "m")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start < 4 and len(path.read_text().splitlines()) == 5
-    asking = [t for t in threading.enumerate() if "work" in t.name]
-    assert asking and all(t.daemon for t in asking)  # they do not keep the process
+    assert time.monotonic() - start < 5 and len(plm.finished_answers(path)) == 5
+    assert all(t.daemon for t in threading.enumerate() if "work" in t.name)  # nor does the process
 
 
-def test_an_answers_file_with_odd_lines(tmp_path):
+def test_an_answers_file_with_odd_lines(path):
     # a full disk or a power cut may leave anything in it; what is no answer is asked for again
     good = dict(key="a", sha="s", answer="joy", prompt_tokens=1, completion_tokens=1)
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        b"\0\0\0\n[1]\n{}\n3\n" + json.dumps(good).encode() + b"\n\xff\n" + b'{"key": "b", "sh'
-    )
-    assert list(plm.finished_answers(str(path))) == ["s"]
-    assert path.read_bytes().endswith(b"\xff\n")
+    with open(path, "wb") as f:
+        f.write(b"\0\0\0\n[1]\n{}\n3\n" + json.dumps(good).encode() + b'\n\xff\n{"key": "b", "sh')
+    assert list(plm.finished_answers(path)) == ["s"] and open(path, "rb").read()[-3:] == b"\n\xff\n"
+    assert plm.finished_answers(path + ".none") == {} and not os.path.exists(path + ".none")
 
 
 def test_dry_run(capsys, monkeypatch):
     # what it will cost, before it costs anything: no key, no server
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    plm.dry_run(
-        dict(a="Which?\n### Response:", b="Which?\n### Response:", c="x" * 401), "gpt-3.5-turbo", 48
-    )
+    plm.dry_run(dict(a="Which?\n### Response:", b="Which?\n### Response:", c="x" * 401), "gpt", 48)
     out = capsys.readouterr().out
-    assert (
-        "2 requests for 3 rows" in out and "about 105 tokens" in out and "96 of answers (48" in out
-    )
-    assert out.endswith("Which?\n### Response:\n")
+    assert "gpt: 2 requests for 3 rows" in out and "105 tokens" in out and "96 of answers" in out
+    assert out.endswith(":\n\nWhich?\n### Response:\n")
 
 
-# -------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------ preparing data: data/prepare.py
+
+spec = importlib.util.spec_from_file_location("prepare", os.path.join(HERE, "data", "prepare.py"))
+prepare = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(prepare)
+PARTS, EMOTIONS = ("train", "val", "test"), ["anger", "joy"]
 
 
-def plm_command(*args, cwd=HERE, **env):
-    """(exit status, stdout, stderr) of a run of plm.py."""
-    done = subprocess.run(
-        [sys.executable, os.path.join(HERE, "plm.py"), *args],
-        cwd=cwd,
-        text=True,
-        capture_output=True,
-        env=os.environ | env,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+def judged(n, user="a", part="train"):
+    return [prepare.Row(f"t{i}", user, part, "", {}) for i in range(n)]
 
 
-@pytest.mark.parametrize(
-    "args, says",
-    [
-        (["cls_q"], "invalid choice: 'cls_q'"),
-        (["cls", "--modle", "tiny"], "--model --data"),
-        (["cls", "--data", "nosuch"], "sample, goemotions"),
-        (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"),
-        (["cls", "--model", "./nosuch"], "no such model"),
-        (["cls", "--model", HERE], "no config.json"),
-        (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
-        (["table", "--out", "nosuch"], "no finished run"),
-        (["cls", "--dropout", "2"], "2 is not a number from 0 to 0.9"),
-        (["q_0s", "--model", "openai:"], "needs a name"),
-        (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory"),
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2(args, says, capsys):
-    assert plm.main(args) == 2
-    err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1
+def users(rows):
+    return [Counter(a.user for a in rows if a.split == part) for part in PARTS]
 
 
-def test_the_exit_status_reaches_the_shell():
-    status, out, err = plm_command("cls", "--data", "nosuch.csv")
-    assert status == 2 and not out and err == "plm.py: nosuch.csv: no such file\n"
+@pytest.mark.parametrize("seed", range(8))
+def test_rules(seed):
+    # busy and rare users, users missing in a part, texts judged by many
+    r = random.Random(seed)
+    weights = [r.paretovariate(0.8) for _ in range(30)]
+    rows = [prepare.Row(f"{part} {r.randrange(n // 4)}", str(u), part, "", {})
+            for part, n in zip(PARTS, (2000, 300, 300)) for u in r.choices(range(30), weights, k=n)]
+    r.shuffle(rows)
+    # the paper's split: each reader of the test is known from training, and nobody more is lost
+    everywhere = set.intersection(*map(set, users(rows)))
+    assert prepare.users_in_all(rows) == [a for a in rows if a.user in everywhere]
+    # "fewer than 1 %" of the busiest user goes, whole; above 60 % of it is cut to 60 %, rounded up
+    floor, cap = users(prepare.drop_rare_users(rows)), users(prepare.cut_busy_users(rows))
+    for before, kept, cut in zip(users(rows), floor, cap):
+        busiest = max(before.values())
+        assert kept == {u: n for u, n in before.items() if n * 100 >= busiest}
+        assert cut == {u: min(n, -(-busiest * 60 // 100)) for u, n in before.items()}
+    for rule in prepare.RULES.values():  # nothing is invented, the order kept, the same users left
+        before, rows = iter(rows), rule(rows)
+        assert all(any(a is b for b in before) for a in rows)
+    assert len({frozenset(part) for part in users(rows)}) == 1
 
 
-def files_of(folder):
-    return {
-        name: digest_file(os.path.join(folder, name))
-        for name in sorted(os.listdir(folder))
-        if name in ("predictions.csv", "adapter.safetensors")
-    }
+def test_rules_arrive_at_the_authors_numbers_and_always_at_the_same_sample():
+    for busiest, cut in ((7913, 4748), (940, 564), (1005, 603), (2382, 1430)):  # of their notebooks
+        assert len(prepare.cut_busy_users(judged(busiest))) == cut
+    assert len(prepare.drop_rare_users(judged(200) + judged(2, "b"))) == 202  # exactly 1 % stays
+    assert len(prepare.drop_rare_users(judged(200) + judged(1, "b"))) == 200
+    assert prepare.drop_rare_users([]) == prepare.cut_busy_users([]) == []
+    alone = [a.text for a in prepare.cut_busy_users(judged(100))]
+    assert alone[:6] == ["t0", "t1", "t2", "t3", "t5", "t7"]  # in every Python that there is
+    random.seed(2)  # nor do the global state, other users and other parts change it
+    rows = prepare.cut_busy_users(judged(100, "b") + judged(100) + judged(9, "a", "val"))
+    assert [a.text for a in rows if a.user == "a" and a.split == "train"] == alone
+    assert [a.text for a in rows if a.user == "b"] != alone
 
 
-def digest_file(path):
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()
+def write(path, header, rows):
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([header, *rows])
 
 
-@pytest.mark.parametrize(
-    "method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")]
-)
-def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method, model):
-    found = []
-    for out in ("a", "b"):
-        status, stdout, err = plm_command(
-            method,
-            "--model",
-            model,
-            "--max-steps",
-            "4",
-            "--max-eval",
-            "40",
-            "--out",
-            str(tmp_path / out),
-        )
-        assert status == 0, err
-        folder = tmp_path / out / "sample" / model / method / "seed42"
-        found.append(files_of(folder))
-        metrics = json.loads((folder / "metrics.json").read_text())
-        assert {
-            "method",
-            "model",
-            "data",
-            "seed",
-            "f1_macro",
-            "f1_micro",
-            "per_label",
-            "rows",
-            "seconds",
-            "peak_memory_mb",
-            "config",
-        } <= set(metrics)
-        with open(folder / "predictions.csv", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-        gold, predicted = (
-            [plm.parse_answer(line[c], metrics["labels"])[0] for line in lines]
-            for c in ("gold", "predicted")
-        )
-        assert plm.f1_scores(gold, predicted)["f1_macro"] == metrics["f1_macro"]
-        assert f"{metrics['f1_macro']:.4f}" in stdout and str(folder) in stdout
-        if method != "q_2s_p":
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            assert [line["step"] for line in log] == [1, 2, 3, 4, 4] and "val_loss" in log[-1]
-            assert metrics["tokens_computed"] <= metrics["tokens_unshared"]
-            assert metrics["rows_per_second"] > 0
-    assert found[0] == found[1] and found[0]
-    status, stdout, _ = plm_command("table", "--out", str(tmp_path / "a"))
-    assert status == 0 and f"{metrics['f1_macro']:.4f}" in stdout and "sample" in stdout
+def small(monkeypatch, folder=None, base="http://127.0.0.1:9"):
+    """goemotions in small: the row of the table and, with a folder, three CSVs and three TSVs with
+    texts in two of them. Nobody listens on port 9."""
+    r, row = random.Random(0), dict(prepare.DATASETS["goemotions"], labels=EMOTIONS)
+    row["urls"] = {file: f"{base}/{file}" for file in row["urls"]}
+    row["expected"] = {"annotations": (360,), "with a label": (1,)}
+    monkeypatch.setitem(prepare.DATASETS, "goemotions", row)
+    rows = [[f'text "{t}", he said', f"id{t}", str(u), "15.0", r.randrange(2), r.randrange(2)]
+            for t in range(60) for u in range(6)]
+    header = ["text", "id", "rater_id", "created_utc", *EMOTIONS]
+    for i in range(3) if folder else ():
+        write(folder / f"goemotions_{i + 1}.csv", header, rows[i::3])
+    for file, a, b in (("train", 0, 40), ("dev", 39, 50), ("test", 49, 60)) if folder else ():
+        lines = [f'text "{t}", he said\t1\tid{t}\n' for t in range(a, b)]
+        (folder / f"{file}.tsv").write_text("".join(lines))
 
 
-def test_two_processes_train_as_one_does(tmp_path):
-    # Dropout off, since each rank draws its own. torchrun's processes find each other on loopback.
-    args = ["cls_p", "--dropout", "0", "--max-steps", "6", "--max-eval", "100", "--out"]
-    assert plm_command(*args, str(tmp_path / "one"), OMP_NUM_THREADS="1")[0] == 0
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            os.path.join(HERE, "plm.py"),
-            *args,
-            str(tmp_path / "two"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=os.environ | dict(OMP_NUM_THREADS="1"),
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("F1-macro") == 1  # rank 0 alone prints
-    folders = [tmp_path / n / "sample" / "tiny" / "cls_p" / "seed42" for n in ("one", "two")]
-    one, two = (
-        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        for folder in folders
-    )
-    for a, b in zip(one, two, strict=True):
-        key = "val_loss" if "val_loss" in a else "loss"
-        assert abs(a[key] - b[key]) < 1e-5
-    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
-    f1 = [json.loads((folder / "metrics.json").read_text())["f1_macro"] for folder in folders]
-    assert f1[0] == pytest.approx(f1[1], abs=0.01)
+def run(name, folder):
+    """The rows of the CSV that is written."""
+    assert prepare.main([name, "--dir", str(folder)]) == 0
+    return [row for _, row in plm.csv_rows(str(folder / "annotations.csv"))]
 
 
-def test_a_damaged_file_is_left_out_of_the_table_and_named(tmp_path, capsys):
-    for seed, text in enumerate(["{", "[]", '{"data": "d"}', ""]):
-        folder = tmp_path / "d" / "m" / "cls" / f"seed{seed}"
-        folder.mkdir(parents=True)
-        (folder / "metrics.json").write_text(text)
-    good = dict(data="d", method="cls", model="m", f1_macro=0.25)
-    (tmp_path / "d" / "m" / "cls" / "seed3" / "metrics.json").write_text(json.dumps(good))
-    assert plm.main(["table", "--out", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert "0.2500" in out and err.count("is left out") == 3
+def fails(capsys, says, *args):
+    """The list by hand that follows the one line of an error, mostly empty."""
+    assert prepare.main([str(arg) for arg in args]) == 2
+    first, *by_hand = capsys.readouterr().err.splitlines()
+    assert first.startswith("prepare.py: ") and says in first
+    assert all(" -> " in line for line in by_hand)
+    return by_hand
 
 
-def test_a_run_never_takes_the_folder_of_another(tmp_path, capsys):
-    rows = some_rows()
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        write_csv(tmp_path / name / "same.csv", rows)
-    args = ["q_0s", "--max-eval", "5", "--out", str(tmp_path / "out"), "--data"]
-    assert plm.main([*args, str(tmp_path / "one" / "same.csv")]) == 0
-    assert plm.main([*args, str(tmp_path / "two" / "same.csv")]) == 2
-    assert "another folder with --out" in capsys.readouterr().err
+def test_goemotions_becomes_a_csv_that_plm_loads(tmp_path, monkeypatch, capsys):
+    # no text in two splits, texts of two splits where the authors have them, all-zero rows gone
+    small(monkeypatch, tmp_path)
+    rows, out = run("goemotions", tmp_path), capsys.readouterr().out
+    assert "CC BY 4.0" in out and "dev.tsv, test.tsv, train.tsv" in out and "WARNING" in out
+    assert list(rows[0]) == ["text", "user", "split", "time", *EMOTIONS]
+    where = {row["text"]: row["split"] for row in rows}
+    assert all(where[row["text"]] == row["split"] for row in rows)
+    assert where['text "39", he said'] == "train" and where['text "49", he said'] == "test"
+    assert all(row["time"] == "15.0" and "1" in (row["anger"], row["joy"]) for row in rows)
+    data = plm.load_data(str(tmp_path / "annotations.csv"), labels=EMOTIONS)
+    assert len(data.train + data.val + data.test) == len(rows) and list(data.labels) == EMOTIONS
+    assert run("goemotions", tmp_path) == rows and len(os.listdir(tmp_path)) == 7
 
 
-@pytest.mark.parametrize("damage", ["config.json", "tokenizer.json", "model.safetensors"])
-def test_a_damaged_model_folder_gets_one_line(tmp_path, damage, capsys):
-    folder = tmp_path / "model"
-    shutil.copytree(plm.MODELS["tiny"]["id"], folder)
-    (folder / damage).write_bytes((folder / damage).read_bytes()[:50])
-    assert plm.main(["q_0s", "--model", str(folder), "--out", str(tmp_path)]) == 2
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1 and f"cannot load {folder}" in err
+def test_damaged_originals_and_rubbish_are_refused(tmp_path, monkeypatch, capsys):
+    # half of the original must never pass for the original; a saved login page is named
+    small(monkeypatch, tmp_path)
+    file = tmp_path / "goemotions_2.csv"
+    lines = file.read_text().splitlines()
+    for says, text in (("359 annotations, the original has 360; delete what", lines[:-1]),
+                       ("row 1 (line 2)", [lines[0], lines[1][:-2]]),
+                       ("row 1: 'joy' cannot be '2'", [lines[0], lines[1][:-1] + "2"]),
+                       ("row 1: 'rater_id' cannot be ' '", [lines[0], "a,b, ,1,0,1"]),
+                       ("no column 'joy'", [line.rpartition(",")[0] for line in lines])):
+        file.write_text("\n".join(text))
+        assert not fails(capsys, says, "goemotions", "--dir", tmp_path)
+    file.write_text("\n".join(lines))
+    for says, text in (("a web page and not the file", "\n<html>sign in</html>"),
+                       ("nothing in it", ""), ("no column 'text' in it", "404: Not Found")):
+        (tmp_path / "dev.tsv").write_text(text)
+        assert not fails(capsys, f"dev.tsv: {says}", "goemotions", "--dir", tmp_path)
+    assert not (tmp_path / "annotations.csv").exists()
 
 
-def test_models_whose_attention_is_not_replaced_are_refused(tmp_path):
-    config = transformers.BloomConfig(vocab_size=97, hidden_size=64, n_layer=1, n_head=4)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    lm = plm.load_quantized(str(tmp_path), CPU, torch.float32)
-    model = plm.PersonalizedLM(lm, "lm", 3)
-    with pytest.raises(plm.BadInput, match="attention"):
-        model(plm.make_batch(model, random_rows()))
+def test_other_files_of_the_same_columns(tmp_path, monkeypatch, capsys):
+    # without files of splits a text is split by its hash, one of these files is not enough, and any
+    # text comes back as it was
+    small(monkeypatch)
+    texts = ['a "b"\nc\r\nd', "x\ry", " space ", "\U0001f600,", *(f"text {t}" for t in range(80))]
+    write(tmp_path / "goemotions_part.csv", ["text", "rater_id", *EMOTIONS],
+          [(t, u, "1.0", 0) for t in texts for u in range(5)] + [(t, 6, 0, 0) for t in texts])
+    rows, out = run("goemotions", tmp_path), capsys.readouterr().out
+    assert "a hash of the text" in out and "no counts to compare" in out and "authors" not in out
+    assert list(rows[0]) == ["text", "user", "split", *EMOTIONS]
+    assert all(row["split"] == plm.split_of(row["text"]) and row["anger"] == "1" for row in rows)
+    assert {row["text"] for row in rows} == set(texts)
+    (tmp_path / "dev.tsv").write_text("a\t1\tx\n")
+    fails(capsys, "test.tsv", "goemotions", "--dir", tmp_path)
+    (tmp_path / "annotations.csv").write_text("comment,_worker_id\n")  # somebody else's file
+    fails(capsys, "annotations.csv: not of this script", "goemotions", "--dir", tmp_path)
 
 
-def test_a_failed_run_leaves_the_files_of_an_earlier_one(tmp_path, capsys):
-    args = ["cls", "--max-steps", "2", "--max-eval", "20", "--out", str(tmp_path)]
-    assert plm.main(args) == 0
-    folder = tmp_path / "sample" / "tiny" / "cls" / "seed42"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert set(before) == {"log.jsonl", "predictions.csv", "adapter.safetensors", "metrics.json"}
-    assert plm.main([*args, "--lr", "1e18"]) == 2  # the loss will not be finite
-    assert "lower --lr" in capsys.readouterr().err
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-    assert os.listdir(folder.parent) == ["seed42"]  # and nothing half-written beside it
+def test_split_files_of_unhealthy_are_csv_with_comments(tmp_path, monkeypatch, capsys):
+    # the second original form: corpus/*.csv with quoted comments of several lines
+    row, texts = prepare.DATASETS["unhealthy"], [f'text {t},\n"so to say"' for t in range(30)]
+    monkeypatch.setitem(row, "expected", {"annotations": (120,)})
+    parts = dict(train=texts[:20], val=texts[20:25], test=texts[25:])
+    write(tmp_path / "unhealthy_full.csv", ["_unit_id", "comment", "_worker_id", *row["labels"]],
+          [[0, text, u, *[1] * 8] for text in texts for u in range(4)])
+    (tmp_path / "corpus").mkdir()
+    for part, own in parts.items():
+        write(tmp_path / "corpus" / f"{part}.csv", ["id", "comment"], [[0, text] for text in own])
+    rows, out = run("unhealthy", tmp_path), capsys.readouterr().out
+    assert all(f"{n:>8}" in out for n in (80, 20, 48, 12)) and len(rows) == 72  # 60 % of each user
+    assert list(rows[0]) == ["text", "user", "split", *row["labels"]]
+    assert all(row["text"] in parts[row["split"]] for row in rows)
+    (tmp_path / "corpus" / "val.csv").write_text("id\n1\n")
+    fails(capsys, "val.csv: no column 'comment' in it", "unhealthy", "--dir", tmp_path)
 
 
-def test_every_target_of_the_makefile_is_a_command_and_readme_names_no_other():
-    with open(os.path.join(HERE, "Makefile"), encoding="utf-8") as f:
-        makefile = f.read()
-    targets = set(re.findall(r"^([a-z0-9_]+):", makefile, re.M))
-    assert set(plm.METHODS) <= targets
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
-        named = set(re.findall(r"`make ([a-z0-9_]+)", f.read()))
-    assert named <= targets
-
-
-# ------------------------------------------------------------------------------ the original files
+def test_popquorn_gets_five_draws(tmp_path, monkeypatch, capsys):
+    # sizes 70 : 10 : 20 of the texts, nobody new in val and test, no two draws the same, whatever
+    # the order of the rows; what nobody rated is left out and counted
+    monkeypatch.setitem(prepare.DATASETS["popquorn"], "expected", {"with a label": (600,)})
+    header, names = ["user_id", "text", "offensiveness"], [f"draw{i}" for i in range(1, 6)]
+    draws = []
+    ratings = [(u, f"text {t}", f"{(t + u) % 5 + 1}.0") for t in range(60) for u in range(10)]
+    for lines in (ratings + [(1, "nobody rated this", "")], ratings[::-1]):
+        write(tmp_path / "raw_data.csv", header, lines)
+        rows, out = run("popquorn", tmp_path), capsys.readouterr().out
+        assert "no licence file" in out and "WARNING" not in out and f"{len(lines):>8,}" in out
+        assert list(rows[0]) == ["text", "user", "offensiveness", *names]
+        assert Counter(row["offensiveness"] for row in rows) == dict.fromkeys("12345", 120)
+        draws.append([{row["text"]: row[name] for row in rows} for name in names])
+    assert draws[0] == draws[1] and len({tuple(sorted(d.items())) for d in draws[0]}) == 5
+    assert all(Counter(d.values()) == dict(train=42, val=6, test=12) for d in draws[0])
+    val = [t for t in range(60) if draws[0][0][f"text {t}"] == "val"]
+    assert val == [9, 11, 19, 27, 39, 41]  # in every Python that there is
+    write(tmp_path / "raw_data.csv", header, ratings[:540] + [
+        (t + 100, f"text {t}", 1) for t in range(60)])
+    fails(capsys, "draw1 has users who are not in training", "popquorn", "--dir", tmp_path)
 
 
 class Server(BaseHTTPRequestHandler):
     """Serves `files`; `faults` path -> list of what goes wrong with the next requests of it."""
 
-    protocol_version, files, faults, sent, etag = "HTTP/1.1", {}, {}, Counter(), '"v1"'
+    protocol_version = "HTTP/1.1"
 
     def log_message(self, *args):
         pass
 
     def do_HEAD(self):
-        self.send_response(200)
-        self.end_headers()
+        self.send_error(405)
 
     def do_GET(self):
-        body, faults = self.files.get(self.path), self.faults.get(self.path, [])
-        fault = faults.pop(0) if faults else None
-        if body is None or fault in (404, 503):
-            self.send_response(fault or 404)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        if fault == "html":
-            body = b"<!DOCTYPE html><html>Please sign in</html>"
-        start = 0
-        if (
-            "Range" in self.headers
-            and self.headers["If-Range"] == self.etag
-            and fault != "no ranges"
-        ):
-            start = int(self.headers["Range"][6:-1])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
-        self.send_header("ETag", self.etag)
-        if fault != "no length":
-            self.send_header("Content-Length", str(len(body) - start))
+        self.asked[self.path] += 1
+        body, fault = self.files[self.path], (self.faults.get(self.path) or [None]).pop(0)
+        body = {404: b"", 503: b"", "empty": b"", "html": b"\n <!DOCTYPE html>"}.get(fault, body)
+        self.send_response(fault if isinstance(fault, int) else 200)
+        if fault == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+        elif fault != "no length":
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        end = start + (len(body) - start) // 2 if fault in ("break", "no length") else len(body)
-        self.wfile.write(body[start:end])
-        self.sent[self.path] += end - start
+        self.wfile.write(body[:len(body) // 2] if fault in ("break", "no length") else body)
         self.close_connection = True
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """(the handler class with the small originals to serve, empty folder to download to)"""
-    rows = write_originals(tmp_path / "served")
-    handler = type(
-        "Handler",
-        (Server,),
-        dict(
-            faults={},
-            sent=Counter(),
-            files={f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()},
-        ),
-    )
+    (tmp_path / "served").mkdir()
+    handler = type("Handler", (Server,), dict(faults={}, asked=Counter()))
     http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    row = row_for(tmp_path / "got", rows, f"http://127.0.0.1:{http.server_address[1]}")
-    monkeypatch.setitem(plm.DATASETS, "goemotions", row)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    small(monkeypatch, tmp_path / "served", f"http://127.0.0.1:{http.server_address[1]}")
+    handler.files = {f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()}
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(prepare, "PAUSES", (0, 0, 0))
     yield handler, tmp_path / "got"
     http.shutdown()
     http.server_close()
 
 
-def names(folder):
-    return sorted(os.listdir(folder)) if os.path.exists(folder) else []
-
-
-def same(handler, folder):
-    """Is each file in the folder byte for byte what is served?"""
-    return all((folder / name).read_bytes() == handler.files[f"/{name}"] for name in names(folder))
-
-
-def test_download_prepare_print(server, capsys):
-    # the whole command; a second call fetches nothing; a difference from expected counts is said
+def test_download(server):
+    # what breaks off, is busy or has chunks arrives in the end; a second call fetches nothing
     handler, folder = server
-    plm.make_data("goemotions")
-    out = capsys.readouterr().out
-    assert "CC BY 4.0" in out and "the authors" in out and "WARNING" in out
-    assert len(names(folder)) == 6 and same(handler, folder)
-    sent = dict(handler.sent)
-    plm.make_data("goemotions")
-    assert dict(handler.sent) == sent
+    big = "/goemotions_2.csv"
+    handler.files[big] = handler.files[big].replace(b",id", b",id" + b"x" * 3000)
+    handler.faults = {
+        big: ["break", "no length"], "/dev.tsv": [503, 503], "/train.tsv": ["chunked"]}
+    rows = run("goemotions", folder)
+    assert {f"/{name}" for name in os.listdir(folder)} == {*handler.files, "/annotations.csv"}
+    assert all((folder / name[1:]).read_bytes() == body for name, body in handler.files.items())
+    assert handler.asked == dict.fromkeys(handler.files, 1) | {big: 3, "/dev.tsv": 3}
+    handler.files = {}
+    assert run("goemotions", folder) == rows
 
 
-def test_break_off_is_resumed_and_no_byte_comes_twice(server):
-    # two breaks in the middle: the three answers are as long as the file and two unfinished blocks
+@pytest.mark.parametrize("fault, says", [
+    ("html", "a web page and not the file"), ("empty", "nothing in it"), (404, "404 Not Found"),
+    (503, "503 Service Unavailable"), ("break", "broke off, 3 times"), ("no length", "broke off")])
+def test_wrong_answers_leave_nothing_under_the_name(server, capsys, fault, says):
+    # the files that are still missing are listed with their places; a later run goes on from there
     handler, folder = server
-    handler.files["/goemotions_2.csv"] *= 100
-    handler.faults["/goemotions_2.csv"] = ["break", "break"]
-    plm.download_data("goemotions", str(folder))
-    assert len(names(folder)) == 6 and same(handler, folder)
-    assert handler.sent["/goemotions_2.csv"] < len(handler.files["/goemotions_2.csv"]) + 2 * 8192
+    handler.faults["/train.tsv"] = [fault] * 3
+    by_hand = fails(capsys, says, "goemotions", "--dir", folder)
+    assert len(by_hand) == 3 and by_hand[0].endswith(f"/train.tsv -> {folder / 'train.tsv'}")
+    assert not (folder / "train.tsv").exists()
+    handler.faults.clear()
+    assert run("goemotions", folder) and handler.asked["/goemotions_1.csv"] == 1
 
 
-def test_truncated_every_time_is_never_under_its_name_and_a_later_run_goes_on(server):
-    # the part stays for the next run, which fetches only what is missing
-    handler, folder = server
-    handler.files["/goemotions_1.csv"] *= 1000
-    handler.faults["/goemotions_1.csv"] = ["break"] * 5
-    with pytest.raises(plm.BadInput, match="broke off 5 times"):
-        plm.download_data("goemotions", str(folder))
-    assert names(folder) == ["goemotions_1.csv.part", "goemotions_1.csv.part.version"]
-    with pytest.raises(plm.BadInput, match="no such file"):
-        plm.load_data("goemotions")
-    plm.download_data("goemotions", str(folder))
-    assert len(names(folder)) == 6 and same(handler, folder)
-    assert handler.sent["/goemotions_1.csv"] < len(handler.files["/goemotions_1.csv"]) + 5 * 8192
+@pytest.mark.parametrize("base, says", [
+    ("http://127.0.0.1:9", "ConnectionError"), ("https://no.invalid", "ProxyError"),
+    ("http://silent", "no answer in 0.3 s")])
+def test_no_network_a_proxy_that_refuses_a_server_that_never_answers(
+        tmp_path, monkeypatch, capsys, base, says):
+    # one message with every URL and its place, soon, whatever requests is waiting for
+    small(monkeypatch, base=base)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    if "silent" in base:
+        monkeypatch.setattr(prepare.requests, "head", lambda *a, **k: time.sleep(2))
+        monkeypatch.setattr(prepare.no_answer, "__defaults__", (0.3,))
+    start, folder = time.perf_counter(), tmp_path / "new"
+    assert len(fails(capsys, says, "goemotions", "--dir", folder)) == 6
+    assert time.perf_counter() - start < 10 and not folder.exists()
 
 
-@pytest.mark.parametrize("change", ["other version", "no ranges"])
-def test_part_of_another_version_is_not_continued(server, change):
-    # half of the old file and half of the new one would be a file that never was
-    handler, folder = server
-    handler.files["/goemotions_1.csv"] *= 100
-    handler.faults["/goemotions_1.csv"] = ["break"] * 5
-    with pytest.raises(plm.BadInput):
-        plm.download_data("goemotions", str(folder))
-    if change == "other version":
-        handler.etag = '"v2"'
-        handler.files["/goemotions_1.csv"] = handler.files["/goemotions_1.csv"].replace(
-            b"he", b"SHE"
-        )
-    else:
-        handler.faults["/goemotions_1.csv"] = ["no ranges"]
-    plm.download_data("goemotions", str(folder))
-    assert len(names(folder)) == 6 and same(handler, folder)
-
-
-@pytest.mark.parametrize(
-    "fault, says",
-    [("html", "a web page and not the file"), (404, "404"), ("no length", "broke off")],
-)
-def test_wrong_answers_leave_nothing_under_the_name(server, fault, says):
-    # an error page with status 200, a missing file, a body that stops without having named a length
-    handler, folder = server
-    handler.faults["/train.tsv"] = [fault] * 5
-    with pytest.raises(plm.BadInput, match=says) as e:
-        plm.download_data("goemotions", str(folder))
-    text = str(e.value)
-    assert (
-        "By hand" in text
-        and f"-> {folder / 'train.tsv'}" in text
-        and "goemotions_1.csv" not in text
-    )
-    assert not os.path.exists(folder / "train.tsv")
-
-
-def test_busy_server_is_asked_again(server):
-    # 503 twice: waited for and not reported
-    handler, folder = server
-    handler.faults["/dev.tsv"] = [503, 503]
-    plm.download_data("goemotions", str(folder))
-    assert len(names(folder)) == 6
-
-
-def test_rubbish_put_there_by_hand_is_named(server):
-    # a saved login page under the right name
-    handler, folder = server
-    os.makedirs(folder)
-    (folder / "dev.tsv").write_text("<html>sign in</html>")
-    with pytest.raises(plm.BadInput, match="dev.tsv: a web page and not the file; delete it"):
-        plm.download_data("goemotions", str(folder))
-
-
-@pytest.mark.parametrize("proxy", [False, True])
-def test_no_network_or_a_proxy_that_refuses(tmp_path, monkeypatch, proxy):
-    # one message with every URL and its place, soon, and nothing left behind
-    if proxy:
-        http = ThreadingHTTPServer(("127.0.0.1", 0), type("Refuse", (Server,), {}))
-        threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{http.server_address[1]}")
-    else:  # nobody listens on port 9
-        row = plm.DATASETS["goemotions"]
-        monkeypatch.setitem(
-            plm.DATASETS,
-            "goemotions",
-            dict(row, urls={file: f"http://127.0.0.1:9/{file}" for file in row["urls"]}),
-        )
-    start = time.perf_counter()
-    with pytest.raises(plm.BadInput, match="the proxy refuses" if proxy else "no connection") as e:
-        plm.make_data("goemotions", str(tmp_path / "new"))
-    assert str(e.value).count(" -> ") == 6 and time.perf_counter() - start < 10
-    assert not os.path.exists(tmp_path / "new")
-    if proxy:
-        http.shutdown()
-        http.server_close()
-
-
-def test_server_that_never_answers(monkeypatch):
-    # a firewall that drops everything: the deadline holds, whatever requests is waiting for
-    monkeypatch.setattr(plm.requests, "head", lambda *a, **k: time.sleep(3))
-    start = time.perf_counter()
-    assert plm.no_answer("http://127.0.0.1:9", seconds=0.3) == "no answer in 0.3 s"
-    assert time.perf_counter() - start < 1
-
-
-def test_bad_names_and_places(server, tmp_path):
-    # one line each
-    handler, folder = server
-    with pytest.raises(plm.BadInput, match="nothing to download; there are: goemotions, unhealthy"):
-        plm.make_data("sample")
+def test_bad_names_bad_places_and_ctrl_c(server, tmp_path, monkeypatch, capsys):
+    fails(capsys, "invalid choice: 'sample' (choose from", "sample")
+    fails(capsys, "unrecognized arguments: --data", "goemotions", "--data", "x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(plm.BadInput, match="--data-dir DIR"):
-        plm.make_data("goemotions", str(tmp_path / "file" / "sub"))
+    fails(capsys, "Not a directory", "goemotions", "--dir", tmp_path / "file" / "sub")
+    monkeypatch.setattr(prepare.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
+    assert prepare.main(["goemotions", "--dir", str(tmp_path / "got")]) == 130
+    assert capsys.readouterr().err == "\nprepare.py: stopped; complete files stay\n"
+    done = subprocess.run([sys.executable, prepare.__file__, "sample"], capture_output=True)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and not done.stdout
 
 
-# --------------------------------------------------------------------------------------- the bench
+# ---------------------------------------------------------------------- studies: data/vary.py
+
+spec = importlib.util.spec_from_file_location("vary", os.path.join(HERE, "data", "vary.py"))
+vary = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(vary)
+LABELS = "calm rude sad odd warm cold dry".split()
 
 
-def test_annotators_takes_the_first_of_every_text_that_has_as_many():
-    rows = [plm.Annotation(text, str(i), (1,)) for i, text in enumerate("abcabca")]
-    rng = random.Random(0)
-    assert {a.user for a in plm.annotators(rows, 2, rng)} == set("031425")
-    assert [a.user for a in plm.annotators(rows, 3, rng)] == ["0", "3", "6"]
-    assert set(plm.annotators(rows, 0, rng)) == set(rows)
+def crowd(path, seed=0):
+    """The path of a CSV without a split column: 4 of 24 people read each of 200 texts."""
+    r = random.Random(seed)
+    rows = [(f"text {i} of {seed}", f"worker {u}", f"2024-{1 + i // 17:02}-{r.randrange(9) + 10}",
+             "secret", *(int(r.random() < 0.6 - j / 14) for j in range(7)))
+            for i in range(200) for u in r.sample(range(24), 4)]
+    with open(path, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([("text", "user", "time", "city", *LABELS), *rows])
+    return str(path)
 
 
-def test_operations_are_counted_as_on_paper(tmp_path):
-    path, _ = random_model_folder(tmp_path, "llama")
-    model = ready(path, "lm")
-    batch = plm.make_batch(model, random_rows())
-    with plm.counted_operations(model) as count:
-        model(batch)
-    config, inputs = model.lm.config, batch["inputs"]
-    linear = 4 * batch["tokens"] * plm.parameter_counts(model)["quantized"]
-    head = 4 * len(batch["at"]) * config.vocab_size * config.hidden_size
-    seen = sum(position + 1 for position in inputs["position_ids"][0].tolist())
-    width = config.num_attention_heads * model.lm.base_model.layers[0].self_attn.head_dim
-    attention = 12 * width * config.num_hidden_layers * seen
-    assert count["operations"] == linear + head + attention
+def varied(source, *args):
+    """dict split -> list of rows (dicts) of what vary.py makes; no text is in two splits."""
+    assert vary.main([source, f"{source}.new.csv", *map(str, args)]) == 0
+    parts, texts = defaultdict(list), defaultdict(set)
+    for _, row in plm.csv_rows(f"{source}.new.csv"):
+        parts[row["split"]].append(row)
+        texts[plm.text_id(row["text"])].add(row["split"])
+    assert {len(splits) for splits in texts.values()} == {1} and set(parts) == set(vary.PARTS)
+    return parts
 
 
-def test_bench_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plm, "BENCH", [("cls_p", 8, 3), ("cls_p", 16, 99)])
-    assert plm.main(["bench", "--max-steps", "2", "--out", str(tmp_path)]) == 0
-    with open(tmp_path / "sample" / "tiny" / "bench.json", encoding="utf-8") as f:
-        (line,) = json.load(f)
-    assert line["steps"] == 2 and line["annotators"] == 3 and 0 < line["share_of_floor"] < 1
-    printed = capsys.readouterr().out
-    assert f"{line['rows_per_second']:8.2f}" in printed and "no text has as many" in printed
+@pytest.mark.parametrize("seed", range(6))
+def test_new_people_are_new_but_for_the_rows_that_were_given(tmp_path, seed):
+    source, made = crowd(tmp_path / "a.csv", seed), {}
+    for known in (0, 5, 15):
+        made[known] = parts = varied(source, "--unseen", "--known", known, "--seed", seed)
+        new = {row["user"] for row in parts["test"]}
+        assert len(new) == 6 and not new & {row["user"] for row in parts["val"]}
+        n = Counter(row["user"] for row in parts["train"])
+        assert {n[user] for user in new} == {known} and len(n) == 18 + 6 * (known > 0)
+    assert made[0]["test"] == made[5]["test"] == made[15]["test"]
+    assert all(row in made[15]["train"] for row in made[5]["train"])
+    rows = [{k: row[k] for k in ("text", "user", *LABELS)} for _, row in plm.csv_rows(source)]
+    assert all(row.pop("split") and row in rows for part in made[15].values() for row in part)
 
 
-def test_bench_trains_the_same_annotations_in_steps_of_any_size():
-    args = plm.make_parser().parse_args(["bench"])
-    data, tokenizer = plm.load_data("sample"), tokenizers()["tiny"]
-    parts = {
-        size: plm.bench_rows(args, plm.METHODS["cls_p"], tokenizer, data, size, 0)
-        for size in (8, 32, 128)
-    }
-    timed = {
-        size: sorted((r.text, r.prompt) for part in some[1:] for r in part)
-        for size, some in parts.items()
-    }
-    assert timed[8] == timed[32] == timed[128] and len(timed[8]) == plm.BENCH_ROWS
-    assert all(some[0] == some[1] for some in parts.values())
+@pytest.mark.parametrize("seed", range(4))
+def test_the_later_is_later_and_randomized_response_keeps_its_rate(tmp_path, seed):
+    source = crowd(tmp_path / "a.csv", seed)
+    when = {(row["text"], row["user"]): row["time"] for _, row in plm.csv_rows(source)}
+    parts = varied(source, "--by-time", "time")
+    days = [[when[row["text"], row["user"]] for row in parts[part]] for part in vary.PARTS]
+    assert max(days[0]) < min(days[1]) <= max(days[1]) < min(days[2])
+    quarters = [row["quarter"] for row in parts["test"]]
+    assert sorted(quarters) == [q for _, q in sorted(zip(days[2], quarters))]
+    true = varied(source, "--ids", "dp", "--epsilon", "inf")
+    for epsilon in (1, 3, 8):
+        told = varied(source, "--ids", "dp", "--epsilon", epsilon, "--seed", seed)
+        assert told["val"] == true["val"] and told["test"] == true["test"]
+        pairs = [(a["user"], b["user"]) for a, b in zip(true["train"], told["train"])]
+        n, keep = len(pairs), math.exp(epsilon) / (math.exp(epsilon) + 23)
+        kept = sum(a == b for a, b in pairs)  # more than 4.5 sigma off once in 150,000
+        assert abs(kept - n * keep) <= 1 + 4.5 * math.sqrt(n * keep * (1 - keep))
+        assert {b for _, b in pairs} <= {a for a, _ in pairs}
 
 
-# ------------------------------------------------------------------- how fast, beside other stacks
-# No tests but measurements, for `make bench`: left out of `make test`, and nothing in them depends
-# on a time. Needs `pip install peft bitsandbytes`; the model has to be a decoder.
-
-bench = pytest.mark.skipif("BENCH" not in os.environ, reason="a measurement: make bench")
-
-
-def on_gpu():
-    return torch.cuda.is_available()
-
-
-def bench_args():
-    return plm.make_parser().parse_args(["bench", *shlex.split(os.environ["BENCH"])])
+def test_hashes_follow_the_key_words_the_seed_and_no_other_column_is_left(tmp_path, monkeypatch):
+    source, made = crowd(tmp_path / "a.csv"), []
+    for key in ("k" * 16, "k" * 16, "l" * 16):
+        monkeypatch.setenv("PLM_KEY", key)
+        made.append(varied(source, "--ids", "hash"))
+    made += [varied(source, "--ids", "words", "--seed", seed) for seed in (1, 1, 2)]
+    ids = [{row["user"] for rows in parts.values() for row in rows} for parts in made]
+    assert made[0] == made[1] and made[3] == made[4] and {len(users) for users in ids} == {24}
+    assert not ids[0] & ids[2] and ids[3] != ids[5]
+    assert [*made[0]["val"][0]] == ["text", "user", "split", *LABELS]
+    assert [*varied(source, "--labels", 2)["val"][0]] == ["text", "user", "split", "calm", "rude"]
 
 
-def in_nf4_and_peft(folder, settings):
-    """The stack that a user would pick: transformers' model, its linear layers by bitsandbytes with
-    double quantization, LoRA by PEFT. bfloat16 on a GPU, float32 on a CPU."""
-    import peft
-
-    dtype = torch.bfloat16 if on_gpu() else torch.float32
-    nf4 = transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    lm = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=nf4, dtype=dtype, device_map={"": "cuda" if on_gpu() else "cpu"}
-    )
-    lora = peft.LoraConfig(
-        r=settings["r"],
-        lora_alpha=settings["alpha"],
-        lora_dropout=settings["dropout"],
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
-    return peft.get_peft_model(lm, lora)
+@pytest.mark.parametrize("args, why", [
+    ("--unseen --share 0.1", "too few users"), ("--unseen --known 99", "too few users"),
+    ("--by-time hour", "no column 'hour'"), ("--by-time city", "a number or a date is needed"),
+    ("--ids hash", "PLM_KEY"), ("--ids dp", "--epsilon"), ("--labels 8", "7 0/1 columns"),
+    ("--labels 2 --label-col calm", "single choice"), ("--labels 1", "not a number from 2"),
+    ("--unseen --labels 2", "not allowed with"), ("", "required")])
+def test_what_cannot_be_done_honestly_is_refused(tmp_path, monkeypatch, capsys, args, why):
+    monkeypatch.setenv("PLM_KEY", "too short")
+    assert vary.main([crowd(tmp_path / "a.csv"), str(tmp_path / "b.csv"), *args.split()]) == 2
+    assert why in capsys.readouterr().err and os.listdir(tmp_path) == ["a.csv"]
 
 
-def padded_loss(model, score, rows, head):
-    """The loss that plm.summed_loss returns, of prompts that are padded and computed in full."""
-    ids = [r.prompt + r.answer[:-1] * (head == "lm") for r in rows]
-    input_ids, mask = plm.padded(ids, model.device)
-    body = model.get_base_model().base_model
-    hidden = body(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
-    if head == "cls":
-        last = hidden[torch.arange(len(rows)), mask.sum(1) - 1].float()
-        target = torch.tensor([r.labels for r in rows], device=model.device)
-        return F.binary_cross_entropy_with_logits(score(last), target.float(), reduction="sum")
-    at = [(i, len(r.prompt) - 1 + j) for i, r in enumerate(rows) for j in range(len(r.answer))]
-    target = torch.tensor([token for r in rows for token in r.answer], device=model.device)
-    logits = model.get_base_model().get_output_embeddings()(hidden[tuple(zip(*at))])
-    return F.cross_entropy(logits.float(), target, reduction="sum")
+def commands(target, *args):
+    """list of the commands, each a list, that a study consists of; none of them is run."""
+    make = ["make", "-s", "-o", "V/ready", "VENV=V", "PY=echo", "PLM=echo plm.py", target, *args]
+    assert subprocess.run([*make, "-n"], cwd=HERE, capture_output=True).returncode == 0
+    done = subprocess.run(make, cwd=HERE, capture_output=True, text=True, check=True)
+    return [line.split() for line in done.stdout.splitlines()]
 
 
-def peft_line(args, method, batch, micro=8):
-    """dict of what plm.bench_line measures, of PEFT and bitsandbytes on the very same prompts:
-    padded to the longest of `micro` rows, which are of about one length."""
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    kind, settings = plm.METHODS[method], plm.settings_of(args)
-    data = plm.load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    folder = plm.model_folder(args.model)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    torch.manual_seed(args.seed)
-    model = in_nf4_and_peft(folder, settings).train()
-    score = nn.Linear(model.config.hidden_size, len(data.labels), bias=False, device=model.device)
-    params = [p for p in model.parameters() if p.requires_grad]
-    params += score.parameters() if kind.head == "cls" else []
-    optimizer = torch.optim.AdamW(params, lr=settings["lr"], weight_decay=0.0)
-    parts, seconds = plm.bench_rows(args, kind, tokenizer, data, batch, 0), 0
-    losses = [0.0] * len(parts)
-    for i, part in enumerate(parts):
-        start, part = time.perf_counter(), sorted(part, key=lambda r: len(r.prompt))
-        for at in range(0, len(part), micro):
-            loss = padded_loss(model, score, part[at : at + micro], kind.head)
-            loss = loss / plm.n_targets(part, kind.head)
-            loss.backward()
-            losses[i] += float(loss.detach())  # waits for a GPU
-        nn.utils.clip_grad_norm_(params, settings["clip"])
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds += time.perf_counter() - start if i else 0
-    rows = sum(map(len, parts[1:]))
-    memory = plm.peak_memory_mb(torch.device("cuda" if on_gpu() else "cpu"))
-    return dict(rows_per_second=rows / seconds, peak_memory_mb=memory, first_loss=losses[0])
+STUDIES = "paper exp1 exp2 exp3 unseen later private architectures".split()
 
 
-@bench
-@pytest.mark.parametrize("method", ["cls", "cls_p", "lm", "lm_p"])
-def test_bench_training_beside_peft(method):
-    pytest.importorskip("peft"), pytest.importorskip("bitsandbytes")
-    args, batch = bench_args(), plm.TRAINING["batch"]
-    case = args, method, batch, 0
-    before = plm.in_own_process(plm.bench_line, *case)
-    peft = plm.in_own_process(peft_line, *case[:3])
-    after = plm.in_own_process(plm.bench_line, *case)  # the machine may be busier now than then
-    if method.startswith("lm"):  # a head for classification begins at random
-        assert abs(before["first_loss"] / peft["first_loss"] - 1) < 1e-3
-    rates = [line["rows_per_second"] for line in (before, peft, after)]
-    memory = before["peak_memory_mb"], peft["peak_memory_mb"]
-    print(
-        f"\n{method}: {rates[0]:.2f} and {rates[2]:.2f} rows/s in {memory[0]:,} MB, PEFT "
-        f"{rates[1]:.2f} in {memory[1]:,} MB: {(rates[0] + rates[2]) / 2 / rates[1]:.1f} times as "
-        f"fast, {memory[0] / memory[1]:.2f} of the memory; {before['share_of_floor']:.0%} and "
-        f"{after['share_of_floor']:.0%} of the floor"
-    )
+@pytest.mark.parametrize("target", STUDIES)
+def test_a_study_consists_of_commands_that_exist(target):
+    for file, *args in commands(target):
+        assert os.path.exists(os.path.join(HERE, file))
+        assert file != "plm.py" or plm.make_parser().parse_args(args)
 
 
-def rounded_model(folder, model):
-    """transformers' own model with the weights that `model` has in NF4."""
-    lm = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.lm.dtype)
-    for name, layer in model.lm.named_modules():
-        if isinstance(layer, plm.NF4Linear):
-            lm.get_submodule(name).weight.data = layer.dequantize()
-    return lm.to(model.device).eval()
+@pytest.mark.parametrize("target, tables", [("unseen", 2), ("private", 6), ("exp3", 1)])
+def test_a_study_runs_to_its_end(tmp_path, monkeypatch, capsys, target, tables):
+    monkeypatch.setenv("PLM_KEY", "k" * 16)
+    mains = {"plm.py": plm.main, "data/vary.py": vary.main,
+             "data/table.py": sys.modules["table"].main}
+    for file, *args in commands(target, f"DATA={crowd(tmp_path / 'a.csv')}", f"OUT={tmp_path}",
+                                "COUNTS=3", "KNOWN=0 5", "ARGS=--max-steps 2 --max-eval 20"):
+        assert mains[file](args) == 0
+    said = capsys.readouterr().out.split("F1-macro [95 %]")[1:]
+    assert len(said) == tables and all("cls_p" in table for table in said)
 
 
-@bench
-def test_bench_prediction_beside_generate(tokens=8, size=64):
-    # As many new tokens as a trained model's answers have; both stop early where all have ended.
-    args, kind = bench_args(), plm.METHODS["lm_p"]
-    data = plm.load_data(args.data, args.data_dir, args.text_col, args.user_col, args.labels)
-    device = torch.device("cuda" if on_gpu() else "cpu")
-    model, tokenizer = plm.load_model(args.model, "ask", len(data.labels), device)
-    plm.keep_dense(model)
-    rows, _ = plm.encode(tokenizer, kind, data.labels, data.test[:128], args.max_text)
-    theirs, end = rounded_model(plm.model_folder(args.model), model), tokenizer.eos_token_id
-
-    def grow(part):
-        return plm.grow_answers(model, part, end, tokens)
-
-    def generate(part):
-        width = max(len(r.prompt) for r in part)
-        ids = torch.tensor([[end] * (width - len(r.prompt)) + list(r.prompt) for r in part])
-        mask = torch.tensor([[0] * (width - len(r.prompt)) + [1] * len(r.prompt) for r in part])
-        out = theirs.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=end,
-        )[:, width:].tolist()
-        return [o[: o.index(end)] if end in o else o for o in out]
-
-    found, rates = [], []
-    for function in (grow, generate, grow, generate):
-        start = time.perf_counter()
-        found.append(plm.for_each_batch(model, rows, function, size))
-        rates.append(len(rows) / (time.perf_counter() - start))
-    same = sum(a == b for a, b in zip(found[0], found[1])) / len(rows)
-    print(
-        f"\nprediction: {rates[0]:.2f} and {rates[2]:.2f} rows/s, generate {rates[1]:.2f} and "
-        f"{rates[3]:.2f}: {(rates[0] + rates[2]) / (rates[1] + rates[3]):.1f} times as fast; "
-        f"{same:.0%} of the answers are the same"
-    )
+# ----------------------------------------------------------- the page of all runs: data/report.py
+spec = importlib.util.spec_from_file_location("report", os.path.join(HERE, "data", "report.py"))
+report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(report)
+NASTY = ["<script>alert(1)</script>", "\"'><img src=x onload=y>", "a & b \U0001f600", "]]>\x01\u202e"]
 
 
-@bench
-def test_bench_quantizing_beside_bitsandbytes(n=4096, repeats=5):
-    functional = pytest.importorskip("bitsandbytes").functional
-    linear, best = nn.Linear(n, n, bias=False), [math.inf, math.inf]
+def report_run(out, method, right, users=NASTY, data="<b>&'", text="text {}"):
+    """The metrics of a run whose ticks are right with that probability; its files are in `out`."""
+    r, folder = random.Random(method), out / "d" / "m" / method / "seed42"
+    rows = [plm.Annotation(text.format(i // 4), users[i % len(users)], (i % 2, i // 2 % 2, 1, 0))
+            for i in range(4 * len(users))]
+    ticks = np.array([[y if r.random() < right else 1 - y for y in a.labels] for a in rows])
+    result, folder = dict(predicted=ticks, scores=ticks - 0.5), str(folder)
+    data = plm.Dataset(data, NASTY, False, False, False, rows, rows, rows, {}, "")
+    m = dict(method=method, model="m<i>", data=data.name, split=None, seed=42, labels=NASTY, data_sha="",
+             rows=dict(test=len(rows)), f1_macro_shuffled=0.1234) | plm.score(data, rows, result)
+    os.makedirs(folder)
+    plm.write_predictions(f"{folder}/predictions.csv", data, rows, result)
+    plm.write_json(f"{folder}/metrics.json", m)
+    line = dict(step=1, epoch=1, val_loss=0.4321, listens=0.8765)
+    plm.write_file(f"{folder}/log.jsonl", json.dumps(line).encode())
+    return m
 
-    def theirs():
-        return functional.quantize_4bit(
-            linear.weight.data, blocksize=64, quant_type="nf4", compress_statistics=True
-        )[0]
 
-    for _ in range(repeats):
-        for i, function in enumerate((lambda: plm.NF4Linear.from_linear(linear).packed, theirs)):
-            start = time.perf_counter()
-            packed = function()
-            best[i] = min(best[i], time.perf_counter() - start)
-    assert torch.equal(plm.NF4Linear.from_linear(linear).packed.view(-1), packed.view(-1))
-    print(
-        f"\nquantizing {n} x {n}: {best[0]:.3f} s, bitsandbytes {best[1]:.3f} s: "
-        f"{best[1] / best[0]:.1f} times as fast"
-    )
+def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path):
+    text = plm.csv_rows(os.path.join(HERE, "data", "sample", "annotations.csv"))[0][1]["text"]
+    a, b = (report_run(tmp_path, *run, NASTY, "sample", text) for run in (("cls", 0.6), ("cls_p", 0.95)))
+    c = report_run(tmp_path, "lm", 0.8)
+    assert report.main(["--out", str(tmp_path)]) == 0
+    html, tags, shown, parser = (tmp_path / "report.html").read_text("utf-8"), [], [], HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, *dict(attributes)))
+    parser.handle_data = shown.append
+    parser.feed(html)
+    shown = " ".join(shown)
+    assert not {"script", "img", "i", "link", "a", "src", "href", "onload"}.intersection(sum(tags, ()))
+    assert not any(word in html for word in ("url(", "@import", "http:", "https:", "\x01", "\u202e"))
+    assert all(words in shown for words in [*NASTY[:3], "<b>&'", "m<i>", text])
+    users, own = (m["f1_per_user"]["users"] for m in (a, b))
+    assert f"{sum(own[u] > users[u] for u in own)} of 4 users" in shown
+    numbers = [x for m in (a, b, c) for x in (m["f1_macro"], *m["f1_macro_ci"], m["f1_disagreed"])]
+    numbers += [*a["per_label"], *b["per_label"], *users.values(), *own.values(), 0.1234, 0.4321, 0.8765]
+    assert all(f"{x:.3f}" in shown for x in numbers)
+    for part in html.split("<svg")[1:]:  # every chart is XML that says what it shows
+        chart = ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
+        assert [child.tag for child in chart[:2]] == ["title", "desc"] and chart[0].text and chart[1].text
+
+
+def test_the_picture_is_small_and_nothing_to_show_is_one_line(tmp_path, capsys):
+    picture = tmp_path / "picture.svg"
+    assert report.main(["--out", str(tmp_path), "--picture", str(picture)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1 and not picture.exists()
+    for method in ("cls", "cls_p"):
+        report_run(tmp_path, method, 0.8, [f"<{i}>" * 9 for i in range(700)])
+    assert report.main(["--out", str(tmp_path), "--picture", str(picture)]) == 0
+    assert picture.stat().st_size < 60_000 and ElementTree.parse(picture).getroot().get("viewBox")
+
+
+# -------------------------------------------------------------------------- a GPU that is pretended
+# Tensors that say they are on a device "gpu" and whose numbers a CPU computes. What CUDA refuses is
+# refused (two devices, two dtypes), and what makes the host wait for a GPU is counted: a number or a
+# copy fetched from it, a copy to it that does not come from pinned memory. torch cannot forget a
+# device again: all this is for a process of its own.
+
+GPU = {"device": "gpu"}  # not torch.device("gpu"), which is none before `pretend_gpu`
+WAITS = Counter()        # "operation that made the host wait in function of plm.py" -> how often
+FETCHES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
+ONE_DTYPE = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "native_layer_norm", "index_put_"}
+SDPA = F.scaled_dot_product_attention
+
+
+class Gpu(torch.Tensor):
+    """A tensor on the pretended device; `raw` is where its numbers are."""
+
+    @staticmethod
+    def __new__(cls, raw):
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, raw.size(), strides=raw.stride(), storage_offset=raw.storage_offset(),
+            dtype=raw.dtype, device=torch.device("gpu", 0))
+        self.raw = raw
+        return self
+
+    def tolist(self):
+        return self.cpu().tolist()
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return on_gpu(func, *args, **kwargs or {})
+
+
+def on_gpu(func, *args, **kwargs):
+    """One operation as CUDA would do it."""
+    tree_map, name = torch.utils._pytree.tree_map, func._schema.name.split("::")[1]
+    tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs))
+               if isinstance(x, torch.Tensor)]
+    ours, others = [x for x in tensors if isinstance(x, Gpu)], [
+        x for x in tensors if not isinstance(x, Gpu)]
+    indexed = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], Gpu)
+    scalars = torch.Tag.pointwise in func.tags and not any(x.dim() for x in others)
+    if ours and others and not (scalars or indexed or name == "copy_"):
+        raise RuntimeError(f"{func}: a tensor on the CPU, {[tuple(x.shape) for x in others]}")
+    if name in ONE_DTYPE and len({x.dtype for x in ours if x.is_floating_point()}) > 1:
+        raise RuntimeError(f"{func}: two dtypes, {[x.dtype for x in ours]}")
+    device = kwargs.get("device")
+    to_gpu = device.type == "gpu" if device else bool(ours)
+    streamed = name == "copy_" and isinstance(args[0], Gpu) and (
+        not others or args[2:] == (True,) and hasattr(args[1], "pinned"))
+    if name == "copy_" and not streamed or ours and not to_gpu or name in FETCHES or indexed and any(
+            not isinstance(i, Gpu) or i.dtype == torch.bool for i in args[1] if i is not None):
+        frame = sys._getframe()
+        while frame and frame.f_code.co_filename != plm.__file__:
+            frame = frame.f_back
+        WAITS[f"{name} in {frame.f_code.co_name if frame else 'backward'}"] += 1
+    raw_args, raw = tree_map(lambda x: x.raw if isinstance(x, Gpu) else x, (args, kwargs))
+    out = func(*raw_args, **raw | ({"device": CPU} if device else {}))
+    if not to_gpu:
+        return out
+    out = tree_map(lambda x: Gpu(x) if isinstance(x, torch.Tensor) else x, out)
+    return torch.utils._python_dispatch.return_and_correct_aliasing(
+        func, args, kwargs, out) if ours else out
+
+
+def gpu_attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+                  enable_gqa=False):
+    """scaled_dot_product_attention; on the GPU in steps, where CUDA would have one kernel for it."""
+    if not isinstance(q, Gpu):
+        return SDPA(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    given = [x for x in (k, v, attn_mask) if x is not None and x.dtype != torch.bool]
+    if {x.dtype for x in given} != {q.dtype}:
+        raise RuntimeError("attention: two dtypes")
+    if attn_mask is not None and q.shape[1] != k.shape[1]:
+        raise RuntimeError("attention: CUDA is slow where heads are grouped and masked")
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    s = q.float() @ k.float().transpose(2, 3) * (scale or q.shape[3] ** -0.5)
+    if is_causal:
+        attn_mask = torch.ones(s.shape[2:], dtype=torch.bool, device=q.device).tril()
+    if attn_mask is not None:
+        s = s + attn_mask if attn_mask.dtype == q.dtype else s.masked_fill(~attn_mask, -math.inf)
+    return (s.softmax(-1) @ v.float()).to(q.dtype)
+
+
+def pretend_gpu():
+    """From here on this process has the device, and plm.py takes it for CUDA."""
+    def pin_memory(x):
+        x = x.clone()
+        x.pinned = True
+        return x
+
+    setup = torch.utils.backend_registration
+    module = type("Module", (setup._DummyBackendModule,), dict(
+        get_amp_supported_dtype=lambda self: [torch.bfloat16],
+        get_rng_state=lambda self, device=None: torch.zeros(1), set_rng_state=lambda *args: None))
+    setup._setup_privateuseone_for_python_backend("gpu", backend_module=module())
+    aten, every = (torch.library.Library(name, "IMPL") for name in ("aten", "_"))
+    every.fallback(on_gpu, "PrivateUse1")
+    aten.impl("copy_", functools.partial(on_gpu, torch.ops.aten.copy_.default), "PrivateUse1")
+    GPU.update(device=torch.device("gpu", 0), libraries=(aten, every))  # which must stay alive
+    torch.Tensor.pin_memory, F.scaled_dot_product_attention = pin_memory, gpu_attention
+    with open(plm.__file__, encoding="utf-8") as f:
+        exec(compile(f.read().replace('"cuda"', '"gpu"'), plm.__file__, "exec"), vars(plm))
+
+
+def trained_on(device, folder, head, recompute=False):
+    """(losses of three steps, of validation; scores; answers) of a model in bfloat16; of the third
+    step and the making of its batches, what waited is in WAITS."""
+    torch.manual_seed(0)
+    users, settings, losses = [f"u{i}" for i in range(4)], plm.RECIPES["ours"], []
+    model, tokenizer = plm.load_model(folder, head, 3, device, torch.bfloat16, settings, users,
+                                      recompute)
+    name_of = plm.user_namer(model, tokenizer, "token", users)
+    rows = [row._replace(user=name_of(f"u{i % 5}") + row.user, source=plm.Annotation("", "", ()))
+            for i, row in enumerate(random_rows())]
+    params, optimizer = model.trainable(), plm.make_optimizer(model, settings)
+    for step in range(3):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01
+        WAITS.clear()
+        batches = plm.micro_batches(model, rows, 6)
+        result = plm.train_step(model, batches, plm.n_targets(rows, head), optimizer, 1.0)
+        waited = dict(WAITS)
+        losses.append(result.tolist()[0])
+        if step == 0:  # stopped, and taken up again
+            plm.save_state(f"{folder}/state", {}, params, optimizer, {})
+            optimizer = plm.make_optimizer(model, settings)
+            plm.load_state(f"{folder}/state", params, optimizer)
+    losses.append(plm.validate(model, rows, False, (0, [5, 6, 7]))["val_loss"])
+    scores = plm.label_scores(model, rows) if head == "cls" else np.zeros(1)
+    write = plm.write_answers if model.seq2seq else plm.grow_answers
+    with torch.no_grad():
+        answers = write(model.train(False), rows, {2}, 3)
+    assert not waited, f"a step waits: {waited}"
+    return losses, scores, answers

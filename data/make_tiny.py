@@ -33,6 +33,7 @@ import make_sample as sample  # noqa: E402
 import plm  # noqa: E402
 
 SEED, VOCABULARY, CONTEXT = 11, 2048, 512
+DATA = plm.load_data("sample")
 METHOD = plm.METHODS["lm"]  # its prompt is the unpersonalized one, without examples
 USER = "\n### User ID:"  # as in the personalized prompt, where the user follows
 
@@ -68,7 +69,7 @@ def fresh_comments(rng, n, readers, introduce):
     """-> [(text, [(who reads, character, answer) of some passers-by])], by `introduce` (`describe`
     or `number`); no text is too similar to one that the models will be judged by."""
     held_out, comments, dropped = sample.Distinct(), [], 0
-    for text in {a.text: 0 for split in plm.load_data("sample")[3:5] for a in split}:
+    for text in {a.text: 0 for a in DATA.val + DATA.test}:
         held_out.add(text)
     while len(comments) < n:
         text, tones = sample.comment(rng)
@@ -116,7 +117,7 @@ def make_tokenizer(texts, specials, template):
 def tokenizer_texts(comments):
     """The comments and, often enough for their words to become tokens, the pieces of the prompts
     and all numbers of two digits."""
-    prompts = [plm.prompt_parts(plm.METHODS[m], sample.LABELS, "", "") for m in ("lm", "lm_p")]
+    prompts = [plm.prompt_parts(plm.METHODS[m], DATA, "", "") for m in ("lm", "lm_p")]
     pieces = [piece for parts in prompts for part in parts for piece in part]
     answers = [plm.answer_text(sample.LABELS, [1] * len(sample.LABELS)), ",".join(sample.LABELS)]
     readers = ["\n### Reader:"] + [f" {word}" for pair in WORDS.values() for word in pair]
@@ -132,7 +133,7 @@ def examples(tokenizer, comments, rng, batch, answered):
     def ids(piece):
         return plm.tokenize(tokenizer, piece)
 
-    *_, (marker,) = plm.prompt_parts(METHOD, sample.LABELS, "", "")
+    *_, (marker,) = plm.prompt_parts(METHOD, DATA, "", "")
     end, kinds = [tokenizer.eos_token_id], {"answer": [], "write": []}
     for text, answers in comments:
         if rng.random() < answered:
@@ -150,7 +151,7 @@ def examples(tokenizer, comments, rng, batch, answered):
 
 def instruction(tokenizer):
     """Token ids of what all prompts begin with."""
-    shared, *_ = plm.prompt_parts(METHOD, sample.LABELS, "", "")
+    shared, *_ = plm.prompt_parts(METHOD, DATA, "", "")
     return [token for piece in shared for token in plm.tokenize(tokenizer, piece)]
 
 
@@ -163,21 +164,21 @@ def pad(rows, value=0):
 def decoder_loss(model, tokenizer, kind, rows):
     """Cross-entropy of lines and answers, and of the text in a prompt with a small weight. The tree
     computes what the rows of a batch begin with once."""
-    shared = instruction(tokenizer) if kind == "answer" else []
-    tree = plm.PromptTree([tokenizer.bos_token_id] + shared)
-    root, said = tree.S - 1, []  # said: (node, the token to come after it, weight)
-    for group, (text, answers) in enumerate(rows):
-        leaf = root
-        for token in text:
-            said.append((leaf, token, 1.0 if kind == "write" else 0.1))
-            leaf = tree.add([token], group, None if leaf == root else leaf)
-        for asked, _, answer in answers:
-            node = tree.add(asked, group, leaf)
-            for token in answer:
-                said.append((node, token, 1.0))
-                node = tree.add([token], group, node)
+    prefix = (tokenizer.bos_token_id, *(instruction(tokenizer) if kind == "answer" else []))
+    lines = [(group, (*prefix, *text), len(prefix), 1.0 if kind == "write" else 0.1)
+             for group, (text, _) in enumerate(rows)]  # (group, path, where it begins, weight)
+    lines += [(group, (*prefix, *text, *asked, *answer), len(prefix) + len(text) + len(asked), 1.0)
+              for group, (text, answers) in enumerate(rows) for asked, _, answer in answers]
+    paths = sorted({line[:2] for line in lines})
+    ids, position, parent, groups, nodes = plm.prompt_tree(paths, len(prefix))
+    nodes = dict(zip(paths, nodes))
+    said = [(nodes[group, path][i - 1], path[i], weight)  # (node, token to come after it, weight)
+            for group, path, start, weight in lines for i in range(start, len(path))]
+    blocks = plm.attention_blocks(parent, groups, len(prefix), 64, torch.float32)
+    inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]),
+                  tree=dict(S=len(prefix), blocks=blocks, cache=None))
     at, target, weight = map(torch.tensor, zip(*said))
-    hidden = model.model(**tree.step("cpu"), use_cache=False).last_hidden_state[0]
+    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
     loss = F.cross_entropy(model.lm_head(hidden[at]), target, reduction="none")
     return (loss * weight).sum() / weight.sum()
 

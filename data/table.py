@@ -1,0 +1,118 @@
+"""The table of the paper from all finished runs.
+
+    python data/table.py [--out out]          (make table)
+
+Methods in rows, models in columns, F1-macro with its 95 % interval; runs of several seeds or splits
+are averaged, with their standard deviation. Behind a personalized method stands what it gains over its
+plain twin in per cent, paired by seed and split, on the same rows only, and a star where every paired
+interval excludes 0.
+"""
+import argparse
+import csv
+import glob
+import os
+import sys
+from collections import defaultdict
+
+import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import plm  # noqa: E402
+
+
+def finished_runs(out):
+    """Yields (folder, metrics) of every finished run; what cannot be read is named on stderr."""
+    pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
+    for path in sorted(glob.glob(pattern)):
+        try:
+            m = plm.read_json(path)
+            low, high = m["f1_macro_ci"]
+            if {type(m[key]) for key in ("data", "method", "model")} == {str} \
+                    and low <= high and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"]:
+                yield os.path.dirname(path), m
+                continue
+            why = "not the metrics of a run"
+        except (OSError, plm.BadInput, KeyError, TypeError, ValueError) as e:
+            why = f"{type(e).__name__}: {e}"
+        print(f"table.py: {path} is left out ({why})", file=sys.stderr)
+
+
+def read_predictions(folder, labels):
+    """(gold (R, L), predicted (R, L), (text id, user) of each row) of a run's predictions.csv."""
+    def ticks(cell):
+        names = [cell] if cell in labels else cell.split(", ")
+        return [int(label in names) for label in labels]
+
+    with plm.readable(f"{folder}/predictions.csv") as f:
+        rows = list(csv.DictReader(f))
+    gold, predicted = (np.array([ticks(r[key]) for r in rows]) for key in ("gold", "predicted"))
+    return gold, predicted, [(r["text_id"], r["user"]) for r in rows]
+
+
+def gain(plain, personal):
+    """(gain in per cent of a personalized run over its plain twin, does the paired plm.interval exclude
+    0?) of two (folder, metrics); None if they were not scored on the same rows."""
+    (a, m), (b, n) = plain, personal
+    gold, first, rows = read_predictions(a, m["labels"])
+    gold_too, second, rows_too = read_predictions(b, n["labels"])
+    if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any():
+        return None
+    texts = [text for text, _ in rows]
+    low, high = plm.interval(plm.bootstrap_f1(gold, second, texts) - plm.bootstrap_f1(gold, first, texts))
+    return 100 * (n["f1_macro"] / max(m["f1_macro"], 1e-9) - 1), not low <= 0 <= high
+
+
+def table_cell(runs, twins):
+    """One cell of the table: F1-macro of a run with its plm.interval (of several: mean and standard
+    deviation), and the gain over the plain twins, * where every paired plm.interval excludes 0."""
+    f1 = [m["f1_macro"] for _, m in runs.values()]
+    low, high = next(iter(runs.values()))[1]["f1_macro_ci"]
+    spread = f"[{low:.3f} {high:.3f}]"
+    if len(f1) > 1:
+        spread = f"+-{np.std(f1, ddof=1):.3f} of {len(f1)}"
+    gains = [gain(twins[key], runs[key]) for key in runs if key in twins]
+    if not gains or None in gains:
+        return f"{np.mean(f1):.3f} {spread}"
+    percent, sure = zip(*gains)
+    return f"{np.mean(f1):.3f} {spread} {np.mean(percent):+.0f} %" + "*" * all(sure)
+
+
+def print_table(out):
+    """F1-macro of every finished run: methods in rows, models in columns, a table a dataset (and
+    --max-eval). Runs of several seeds and splits are averaged; gains are paired by both."""
+    cells = defaultdict(dict)
+    for folder, m in finished_runs(out):
+        key = (m["data"], m.get("max_eval", 0)), m["method"], plm.model_name(m["model"])
+        cells[key][m.get("split"), m.get("seed")] = folder, m
+    if not cells:
+        raise plm.BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
+    for data in sorted({data for data, *_ in cells}):
+        models = sorted({model for d, _, model in cells if d == data})
+        text = {}
+        for (d, method, model), runs in cells.items():
+            if d == data:
+                twin = method.removesuffix("_p") if method.endswith("_p") else None
+                text[method, model] = table_cell(runs, cells.get((d, twin, model), {}))
+        width = max(map(len, [*text.values(), *models])) + 2
+        print(f"\n{data[0]}{f' (--max-eval {data[1]})' * bool(data[1])}: F1-macro [95 %], gain "
+              "over the plain twin, * where it is more than chance")
+        for method in ("", *plm.METHODS):
+            cell = {model: text.get((method, model), "" if method else model) for model in models}
+            if any(cell.values()):
+                print(f"{method:9}" + "".join(f"{cell[model]:>{width}}" for model in models))
+
+
+def main(argv=None):
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="out", help="folder of all runs (out)")
+    try:
+        print_table(parser.parse_args(argv).out)
+    except plm.BadInput as e:
+        print(f"table.py: {e}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
