@@ -108,6 +108,7 @@ COLS ?=
 NAME = $(basename $(notdir $(DATA)))
 VARY = $(PY) data/vary.py $(DATA)
 TABLE = $(PY) data/table.py --out
+LATER = $(OUT)/later/$(NAME)_later.csv
 BASELINES = majority prior
 METHODS = q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p
 
@@ -142,16 +143,17 @@ unseen: $(VENV)/ready  ## new people, of whom training has KNOWN="0 5 15" rows
 	$(TABLE) $(OUT)/unseen
 
 later: $(VENV)/ready  ## does it last? train on the earlier, test on the later by the column TIME
-	$(VARY) $(OUT)/later/$(NAME)_later.csv --by-time $(TIME) $(COLS)
+	$(VARY) $(LATER) --by-time $(TIME) $(COLS)
 	@set -ex; for method in $(BASELINES) cls cls_p; do \
-	    $(PLM) $$method $(FLAGS) --data $(OUT)/later/$(NAME)_later.csv --out $(OUT)/later; done
+	    $(PLM) $$method $(FLAGS) --data $(LATER) --out $(OUT)/later; done
 	$(TABLE) $(OUT)/later
-	$(PY) data/vary.py $(OUT)/later/$(NAME)_later.csv --quarters
+	$(PY) data/vary.py $(LATER) --quarters
 
 private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random with epsilon 1, 3, 8
 	@set -ex; for ids in "dp --epsilon inf" hash words "dp --epsilon 1" "dp --epsilon 3" \
 	    "dp --epsilon 8"; do csv=$(OUT)/private/$(NAME)_$$(echo $$ids | tr -d ' -').csv; \
-	    $(VARY) $$csv --ids $$ids --seed $(SEED) $(COLS); for method in prior cls_p; do \
+	    $(VARY) $$csv --ids $$ids --seed $(SEED) $(COLS); \
+	    for method in prior cls_p; do \
 	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/private; done; done
 	$(PLM) cls $(FLAGS) --data $(OUT)/private/$(NAME)_dpepsiloninf.csv --out $(OUT)/private
 	$(TABLE) $(OUT)/private

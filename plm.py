@@ -77,6 +77,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -130,7 +131,7 @@ RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)
 MODELS = {  # name -> hub id or folder, and what differs from the recipe
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8),
-    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", gb=1),
+    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=5e-4, epochs=2, gb=1),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
     "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
     "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8, gb=6),                      # 2.8 B [1]
@@ -387,8 +388,9 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
         sha = hashlib.sha256(f.read()).hexdigest()[:16]
-    return Dataset(name if row is not None else os.path.splitext(os.path.basename(name))[0], **what, **split,
-                   none=not all(any(a.labels) for a, _ in found), notes=notes, sha=sha)
+    none = not all(any(a.labels) for a, _ in found)
+    name = name if row is not None else os.path.splitext(os.path.basename(name))[0]
+    return Dataset(name, **what, **split, none=none, notes=notes, sha=sha)
 
 
 def print_data(data):
@@ -895,8 +897,8 @@ AttentionInterface.register("tree", tree_attention)
 # a row each of one more trained matrix (U, D).
 
 def load_quantized(name, device, dtype):
-    """(transformers' model, frozen, the linear layers of its backbone in NF4; its tokenizer) of a
-    row of MODELS, a folder or a Hugging Face id. BadInput for what NF4 cannot hold."""
+    """(transformers' model, frozen, its backbone's linear layers in NF4; the tokenizer) of a row of
+    MODELS, a folder or a Hugging Face id; BadInput for what NF4 cannot hold."""
     source = MODELS.get(name, {}).get("id", name)
     known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
     if not os.path.isdir(source) and (source[0] in "./~" or source.count("/") != 1):
@@ -905,27 +907,22 @@ def load_quantized(name, device, dtype):
         config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
         for key in ("quantization_config", "num_local_experts", "num_experts"):
             if getattr(config, key, None):
-                raise BadInput(f"--model {name}: weights that are quantized already and mixtures "
-                               f"of experts are not supported ({key} in config.json)")
+                raise ValueError(f"{key}: quantized weights and experts are not supported")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         lm, info = auto.from_pretrained(
             source, dtype="auto", output_loading_info=True,
             attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
-    except BadInput:
-        raise
     except Exception as e:  # of five packages, for whatever is missing or damaged
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise BadInput(f"--model {name}: cannot load {source} ({why}; {known})") from None
-    head = lm.get_output_embeddings()
+    head, dtype = lm.get_output_embeddings(), dtype or compute_dtype(device, lm.config.hidden_size)
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
-    odd = [*info["missing_keys"], *info["mismatched_keys"], *(  # scales, integers: quantized
-        key for key in info["unexpected_keys"] if "scale" in key), *(
-        path for path, layer in linear.items()
-        if not (layer.weight[:16] % 1).any())]
-    if odd:
-        raise BadInput(f"--model {name}: the checkpoint has no usable weights for {odd[0]}")
-    dtype = dtype or compute_dtype(device, lm.config.hidden_size)
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # quantized, as integers
+    wrong += [path for path, layer in linear.items() if not (layer.weight[:16] % 1).any()]
+    if wrong:
+        raise BadInput(f"--model {name}: {wrong[0]}: weights are missing, or quantized already")
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
         parent, _, leaf = path.rpartition(".")
         setattr(lm.get_submodule(parent), leaf, NF4Linear.from_linear(layer.to(device), dtype))
@@ -985,17 +982,17 @@ class PersonalizedLM(nn.Module):
             out = self.lm.base_model(inputs_embeds=self.embed(input_ids), use_cache=False, **inputs)
             return out.last_hidden_state[0].index_select(0, batch["at"])
         draw_dropout(self, len(inputs["pair"]) * max(input_ids.shape[1], inputs["start"].shape[1]))
-        memory = self.encode(input_ids, inputs["attention_mask"])
+        mask = inputs["attention_mask"][:, None, None].bool()  # of 4 dimensions, it stays as it is
+        memory = self.encode(input_ids, mask)
         out = self.lm.get_decoder()(
             input_ids=inputs["start"], encoder_hidden_states=memory.index_select(0, inputs["pair"]),
-            encoder_attention_mask=inputs["attention_mask"].index_select(0, inputs["pair"]),
-            use_cache=False)
+            encoder_attention_mask=mask.index_select(0, inputs["pair"]), use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
 
-    def encode(self, input_ids, attention_mask):
+    def encode(self, input_ids, mask):
         """(B, T, D) what the decoder of an encoder-decoder reads of some prompts."""
-        return self.lm.get_encoder()(inputs_embeds=self.embed(input_ids),
-                                     attention_mask=attention_mask).last_hidden_state
+        encoder = self.lm.get_encoder()
+        return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def token_logits(self, hidden):
         """(P, D) -> (P, V) float32"""
@@ -1018,9 +1015,8 @@ def find_device():
         return torch.device("cuda", torch.cuda.current_device())
     gpu = os.path.exists("/proc/driver/nvidia/version")
     if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        why = "it does not start" if torch.version.cuda else "this torch is built without CUDA"
-        raise BadInput(f"there is an NVIDIA GPU and {why}; CUDA_VISIBLE_DEVICES= computes on the "
-                       "CPU all the same")
+        raise BadInput("there is an NVIDIA GPU, but CUDA does not start (is this torch built with "
+                       "it?); CUDA_VISIBLE_DEVICES= computes on the CPU all the same")
     return torch.device("cpu")
 
 
@@ -1028,41 +1024,36 @@ def device_name(device):
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    model = None
-    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = re.search(r"model name\s*: (.*)", f.read())
-    return f"{model[1] if model else platform.machine()}, {torch.get_num_threads()} threads"
+    with suppress(OSError, TypeError), open("/proc/cpuinfo", encoding="utf-8") as f:
+        model = re.search(r"model name\s*: (.*)", f.read())[1]
+        return f"{model}, {torch.get_num_threads()} threads"
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def compute_dtype(device, width):
     """bfloat16 where the device multiplies it clearly faster than float32: GPUs that have it in
     hardware, and CPUs by a measurement at the model's own width. Narrow models gain nothing."""
     if device.type == "cuda":
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if bf16 else torch.float32
-
-    def seconds(dtype):  # the best of some
-        a, b, best = torch.ones(512, width, dtype=dtype), torch.ones(width, width, dtype=dtype), 9e9
-        for _ in range(5):
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)  # the best of five
+        for dtype in [*seconds] * 5:
+            a, b = torch.ones(512, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
             start = time.perf_counter()
             a @ b
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    fast = width >= 256 and seconds(torch.bfloat16) < seconds(torch.float32) / 1.5
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        fast = width >= 256 and seconds[torch.bfloat16] < seconds[torch.float32] / 1.5
     return torch.bfloat16 if fast else torch.float32
 
 
 def keep_dense(model):
-    """Keeps a dense copy of the rounded weights if that takes less than a quarter of the memory (a
-    GPU: half of what is free, or held ready by torch): the same numbers without dequantizing.
-    Returns whether it did."""
-    layers, device = [m for m in model.modules() if isinstance(m, NF4Linear)], model.device
-    if device.type == "cuda":
-        ready = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        room = (torch.cuda.mem_get_info(device)[0] + ready) / 2
-    else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    """Keeps a dense copy of the rounded weights, the same numbers without dequantizing, if that
+    takes less than a quarter of the memory (a GPU: half of the free); returns whether it did."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
+    if model.device.type == "cuda":
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # ready for use
+        room = (torch.cuda.mem_get_info()[0] + held) / 2
     fits = sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
     for layer in layers if fits else ():
         layer.dense = layer.dequantize()
@@ -1073,7 +1064,7 @@ def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
     if ids == "word":
         known = user_words(tokenizer, users)
-        return lambda user: (known[user] if user in known else user_words(tokenizer, [user])[user],)
+        return lambda user: (known.get(user) or user_words(tokenizer, [user])[user],)
     if ids == "token" and model.user_embedding is not None:
         V = model.lm.get_input_embeddings().weight.shape[0]
         place = {user: V + i for i, user in enumerate(users)}
@@ -1084,12 +1075,11 @@ def user_namer(model, tokenizer, ids, users):
 def parameter_counts(model):
     """dict(total, trained, quantized) numbers of weights, and packed_bytes of the quantized."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    stored = [b.nbytes for m in layers for k, b in m.named_buffers() if k not in ("bias", "dense")]
     quantized = sum(m.N * m.K for m in layers)
-    stored = [b for m in layers for name, b in m.named_buffers() if name not in ("bias", "dense")]
-    biases = sum(m.bias.numel() for m in layers if m.bias is not None)
-    return dict(total=sum(p.numel() for p in model.parameters()) + biases + quantized,
-                trained=sum(p.numel() for p in model.trainable().values()), quantized=quantized,
-                packed_bytes=sum(b.numel() * b.element_size() for b in stored))
+    return dict(total=quantized + sum(p.numel() for p in model.parameters()) + sum(
+        m.N for m in layers if m.bias is not None), quantized=quantized, packed_bytes=sum(stored),
+        trained=sum(p.numel() for p in model.trainable().values()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1147,13 +1137,12 @@ def as_batch(inputs, at, of, target, tokens):
     return dict(inputs=inputs, at=at, of=of, target=target, tokens=tokens)
 
 
-def to_device(x, device):
+def to_device(batch, device):
     """A batch on the device. A GPU copies from pinned memory while the host goes on."""
-    if isinstance(x, torch.Tensor):
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-    if isinstance(x, (list, tuple)):
-        return type(x)(to_device(y, device) for y in x)
-    return {k: to_device(v, device) for k, v in x.items()} if isinstance(x, dict) else x
+    if device.type == "cpu":
+        return batch
+    return tree_map(lambda x: x.pin_memory().to(device, non_blocking=True)
+                    if isinstance(x, torch.Tensor) else x, batch)
 
 
 def make_batch(model, rows, share=True, head=None):
@@ -1195,29 +1184,24 @@ def check_forward(model):
     lm, V = model.lm, model.lm.get_input_embeddings().weight.shape[0]
     ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
     rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
+    theirs, answer = [], () if model.seq2seq else (5,)
     model.train(False)
     try:
         batch = make_batch(model, rows, head="lm")
         ours = model.token_logits(model.hidden(batch)).index_select(0, batch["of"])
         lm.set_attn_implementation("sdpa")
-        theirs = []
         for row in rows:
-            prompt, answer = [torch.tensor([x], device=lm.device) for x in (row.prompt, row.answer)]
+            inputs = dict(input_ids=[row.prompt + answer])
             if model.seq2seq:
-                start = torch.full_like(answer[:, :1], lm.config.decoder_start_token_id)
-                answer = torch.cat([start, answer[:, :-1]], 1)
-                theirs.append(lm(input_ids=prompt, decoder_input_ids=answer).logits[0])
-            else:
-                logits = lm(torch.cat([prompt, answer[:, :-1]], 1), use_cache=False).logits[0]
-                theirs.append(logits[len(row.prompt) - 1:])
+                inputs["decoder_input_ids"] = [[lm.config.decoder_start_token_id, 5]]
+            inputs = {name: torch.tensor(x, device=lm.device) for name, x in inputs.items()}
+            theirs.append(lm(**inputs, use_cache=False).logits[0, -2:].float())
     except (TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as e:
         why = " ".join(str(e).split())[:99]
-        raise BadInput(f"{type(lm).__name__} is not supported ({why}): take another model") from None
+        raise BadInput(f"{type(lm).__name__} is not supported ({why}): take another") from None
     finally:
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
-    theirs = torch.cat(theirs).float()
-    off = float((ours - theirs).norm() / theirs.norm())
-    if os.environ.get("SHOWOFF"): print("OFF", type(lm).__name__, lm.dtype, off)
+    off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
     if not off < (1e-3 if lm.dtype == torch.float32 else 0.05):
         raise BadInput(f"{type(lm).__name__}: our forward pass differs from transformers' own by "
                        f"{off:.1%} (something in it is not supported): take another model")
@@ -1372,10 +1356,10 @@ def score(data, rows, result):
 # 10. Training. Cross-entropy of the chosen label or binary cross-entropy of all labels (CLS), or
 # cross-entropy of the answer's tokens (LM): the mean over all targets of the 32 rows of a step,
 # however these are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
-# clipped gradients; the epoch with the lowest validation loss is kept [1]. Under torchrun each process
-# ("rank") computes its share of a step, and since every part of the loss is divided by the targets
-# of the whole step, the sum of their gradients is that of one process. Dropout depends on the seed,
-# the step and the rank alone, so a run that is taken up again needs no random state.
+# clipped gradients; the epoch with the lowest validation loss is kept [1]. Under torchrun each
+# process ("rank") computes its share of a step, and since every part of the loss is divided by the
+# targets of the whole step, the sum of their gradients is that of one process. Dropout depends on
+# the seed, the step and the rank alone, so a run that is taken up again needs no random state.
 
 def ranks():
     """(rank of this process, number of processes)"""
@@ -1485,7 +1469,7 @@ def train_step(model, batches, targets, optimizer, clip, single=False):
     optimizer.step()
     optimizer.zero_grad()
     tokens = float(sum(batch["tokens"] for batch in batches))
-    return sum_over_ranks(torch.stack([loss, torch.tensor(tokens, device=model.device)]))
+    return sum_over_ranks(torch.stack([loss, loss.new_full((), tokens)]))
 
 
 @torch.no_grad()
@@ -1537,7 +1521,7 @@ def load_state(path, params, optimizer):
 
 
 def saved_dtype(path):
-    """The dtype in which a stopped run computed: it goes on in the same one. None if there is none."""
+    """The dtype in which a stopped run computed and goes on to compute; None if there is none."""
     if os.path.exists(path):
         with safe_open(path, "pt") as f:
             state = json.loads(f.metadata()["state"])
@@ -1801,7 +1785,7 @@ def parse_reply(said):
 def ask_once(session, url, key, body, names, events):
     """("answered", reply), ("failed", why) or ("stop", why), with one budget for all failures.
     `names`, parameter -> its name on this server or None if refused, is what all workers learn."""
-    until, wait, model = time.monotonic() + DEADLINE, 0, body["model"]
+    until, wait, why, model = time.monotonic() + DEADLINE, 0, "", body["model"]
     for attempt in range(1 + RETRIES):
         if time.monotonic() + wait > until:
             why = f"too late for an attempt in {wait:.0f} s, after {why}"

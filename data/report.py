@@ -30,8 +30,9 @@ COLORS = """body{{color:{0};background:{1}}}text{{fill:{0}}}.soft{{fill:{2}}}.ru
 th,td,h2{{border-color:{3}}}.plain{{stroke:{2};fill:{1}}}.own{{stroke:{4};fill:{4}}}
 .sheet{{fill:{1}}}"""
 STYLE = """text{font:13px system-ui,sans-serif;font-variant-numeric:tabular-nums}
-text.soft{font-size:12px}.head,b{font-weight:600}.own,.plain{stroke-width:1.7}
-path.own,path.plain{fill:none}.plain.line{stroke-dasharray:5 4}%s@media screen and (prefers-color-scheme:dark){%s}""" % (
+text.soft{font-size:12px}.head,b{font-weight:600}.own,.plain{stroke-width:1.7}path.own,path.plain
+{fill:none}.plain.line{stroke-dasharray:5 4}%s
+@media screen and (prefers-color-scheme:dark){%s}""" % (
     COLORS.format("#1d1d1f", "#fff", "#5c5c61", "#dcdce0", "#0b5cad"),
     COLORS.format("#e7e7ea", "#16181b", "#b0b0b6", "#3a3d42", "#7fb8ff"))
 PAGE = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>Runs of plm.py</title>
@@ -66,7 +67,7 @@ def plot(title, x, y, dots, lines, height=230):
     dots: (x, y, personalized?, what it says); lines: (personalized?, points)."""
     kind, left, top, rows = {None: "rule", False: "plain", True: "own"}, 46, 30, None
     if isinstance(y, list):
-        left, top, height, rows = 142, 4, 22 * len(y) + 44, list(enumerate(y))
+        left, top, height, rows = 148, 4, 22 * len(y) + 44, list(enumerate(y))
         y = len(y) - .5, -.5, ""
 
     def at(a, b):
@@ -88,8 +89,8 @@ def plot(title, x, y, dots, lines, height=230):
         svg += f'<path class="{kind[own]}{" line" * (not rows)}" d="M'
         svg += "L".join(at(*p) for p in points) + '"/>'
     for a, b, own, says in dots:
-        svg += (f'<circle class="{kind[own]}" transform="translate({at(a, b)})" r="3.8">'
-                f"<title>{says}</title></circle>")
+        svg += (f'<circle class="{kind[own]}" transform="translate({at(a, b)})" '
+                f'r="{3 if rows else 4}"><title>{says}</title></circle>')
     says = "; ".join(says for *_, says in dots[:60])
     return title, height, f"<title>{title}</title><desc>{says}</desc>{svg}"
 
@@ -98,13 +99,13 @@ def intervals_chart(cells):
     """The chart of F1-macro with its interval: a row a method, by model; a dot for each seed."""
     names, dots, lines = [], [], []
     for (model, method), runs in cells.items():
-        own, head = plm.METHODS[method].personalized, f'<tspan class="head">{safe(model, 16)}</tspan>'
+        head = f'<tspan class="head">{safe(model, 16)}</tspan>'
         names += [head] * (head not in names)
         for k, (_, m) in enumerate(runs.values()):
             f1, (low, high) = m["f1_macro"], m["f1_macro_ci"]
             y = len(names) + .6 * ((k + .5) / len(runs) - .5)
-            says = f"{method} of {safe(model)} {f1:.3f} ({low:.3f} to {high:.3f})"
-            dots.append((f1, y, own, says))
+            says, own = f"{f1:.3f} ({low:.3f} to {high:.3f})", plm.METHODS[method].personalized
+            dots.append((f1, y, own, f"{method} of {safe(model)} {says}"))
             lines.append((own, [(low, y - .2), (low, y + .2), (low, y), (high, y),
                                 (high, y - .2), (high, y + .2)]))
         names.append(f"{method} {np.mean([m['f1_macro'] for _, m in runs.values()]):.3f}")
@@ -116,17 +117,18 @@ def intervals_chart(cells):
 def pair_charts(model, a, b):
     """list of charts: F1 of each user, and of each label, of a plain and a personalized run."""
     users, labels = b["f1_per_user"]["users"], [*zip(a["labels"], a["per_label"], b["per_label"])]
-    model = f"{safe(model)}, seed {a['seed']}"
+    model = f"{safe(model)}, seed {safe(a['seed'])}"
     dots = [(p, users[user], users[user] > p, f"{safe(user, 24)}: {p:.3f} to {users[user]:.3f}")
             for user, p in a["f1_per_user"]["users"].items()]
     more, less = (sum(sign * (q - p) > 0 for p, q, *_ in dots) for sign in (1, -1))
     every = ceil(len(dots) / 300)  # of thousands of users some are enough to see, and a small file
     return [
         plot(f"{model}: {b['method']} predicts {more} of {len(dots)} users "
-             f"({more / len(dots):.0%}) better than {a['method']} and {less} worse; a dot is a user,"
-             " above the line who gains" + f" (1 of {every} is drawn)" * (every > 1),
-             (0, 1, f"F1 without the ID ({a['method']})"), (0, 1, f"F1 with the ID ({b['method']})"),
-             dots[::every], [(None, [(0, 0), (1, 1)])], 340),
+             f"({more / len(dots):.0%}) better than {a['method']} and {less} worse; a dot is a "
+             "user, above the line who gains" + f" (1 of {every} is drawn)" * (every > 1),
+             (0, 1, f"F1 without the ID ({a['method']})"),
+             (0, 1, f"F1 with the ID ({b['method']})"), dots[::every],
+             [(None, [(0, 0), (1, 1)])], 340),
         plot(f"{model}: F1 is higher with {b['method']} (filled) than with {a['method']} (hollow) "
              f"for {sum(q > p for _, p, q in labels)} of {len(labels)} labels",
              (0, 1, "F1 of a label"),
@@ -138,12 +140,12 @@ def pair_charts(model, a, b):
 
 def curve_charts(model, runs):
     """list of charts: validation loss and `listens` by epoch of runs that were trained."""
-    charts, logs = [], {}
+    charts, logs, seeds = [], {}, "/".join(sorted({str(m["seed"]) for _, m in runs}))
     for folder, m in runs:
         with suppress(OSError, ValueError), open(f"{folder}/log.jsonl", encoding="utf-8") as f:
             logs[m["method"]] = [e for e in map(json.loads, f) if "val_loss" in e]
-    for key, what in (("val_loss", "validation loss"), ("listens", "listens (variance between readers)")
-                      ) if any(logs.values()) else ():
+    for key, what in {"val_loss": "validation loss", "listens": "listens (variance between "
+                      "readers)"}.items() if any(logs.values()) else ():
         dots = [(e["epoch"], e[key], plm.METHODS[method].personalized,
                  f"{method}, epoch {e['epoch']}: {e[key]:.3f}")
                 for method, log in logs.items() for e in log]
@@ -151,8 +153,9 @@ def curve_charts(model, runs):
         ends = ", ".join(f"{method} {log[-1][key]:.3f}" for method, log in logs.items() if log)
         low = floor(100 * min(d[1] for d in dots)) / 100 * (key == "val_loss")
         high = low + .04 * ceil((max(d[1] for d in dots) - low) / .04 + .1)  # four round steps
-        charts.append(plot(f"{safe(model)}: {what} by epoch; in the end {ends}", (
-            1, max(2, max(dots)[0]), "epoch"), (low, high, what), dots, lines))
+        charts.append(plot(
+            f"{safe(model)}, seed {safe(seeds)}: {what} by epoch; in the end {ends}",
+            (1, max(2, max(dots)[0]), "epoch"), (low, high, what), dots, lines))
     return charts
 
 
@@ -187,13 +190,13 @@ def controls_table(cells):
                "f1_macro_user_bias": "bias for each user", "f1_macro_shuffled": "IDs shuffled",
                "f1_disagreed": "texts read differently", "model": "listens: model",
                "people": "listens: people"}
-    rows = [[f"{method}<small>{safe(model)} {safe(m['split'] or '')}, seed {m['seed']}</small>"]
+    rows = [[f"{method}<small>{safe(model)} {safe(m['split'] or '')} {safe(m['seed'])}</small>"]
             + ["–" if x is None else f"{x:.3f}" for x in map((m | m["listens"]).get, columns)]
             for (model, method), runs in cells.items() for _, m in runs.values()]
     return "<h3>Controls</h3>" + figure_of(
-        "A personalized run has to beat its plain twin with a bias for each user, or it has learned a "
-        "table; with shuffled user IDs its gain has to vanish. Listens: the share of the variance that "
-        "lies between readers of one text.", ["run", *columns.values()], rows)
+        "A personalized run has to beat its plain twin with a bias for each user, or it has learned"
+        " a table; with shuffled user IDs its gain has to vanish. Listens: the share of the "
+        "variance that lies between readers of one text.", ["run, seed", *columns.values()], rows)
 
 
 def readers(cells):
@@ -238,13 +241,14 @@ def dataset(name, cells):
     for model in dict.fromkeys(model for model, _ in cells):
         charts += [c for pair in twins(cells) if pair[0] == model for c in pair_charts(*pair)]
         for head in ("cls", "lm"):
-            runs = [next(iter(runs.values())) for (other, method), runs in cells.items()
-                    if other == model and plm.METHODS[method].head == head]
-            charts += curve_charts(model, runs) if runs else []
+            group = [runs for (other, method), runs in cells.items()
+                     if other == model and plm.METHODS[method].head == head]
+            key = next((k for runs in group for k in runs if all(k in r for r in group)), None)
+            charts += curve_charts(model, [r.get(key, next(iter(r.values()))) for r in group])
     html = "".join(f'<figure><figcaption>{title}.</figcaption><svg role="img" viewBox="0 0 {W} '
                    f'{height}">{svg}</svg></figure>' for title, height, svg in charts)
-    sizes = ", ".join(f"{n:,} rows for {part}" for part, n in m["rows"].items())
-    return (f"<section><h2>{safe(name[0])}{f' (--max-eval {name[1]})' * bool(name[1])}</h2>"
+    sizes = ", ".join(f"{n:,} rows for {safe(part)}" for part, n in m["rows"].items())
+    return (f"<section><h2>{safe(name[0])}{f' (--max-eval {safe(name[1])})' * bool(name[1])}</h2>"
             f"<p>{sizes}; {len(m['f1_per_user']['users'])} users in the test; {len(m['labels'])} "
             f"labels: {', '.join(map(safe, m['labels']))}.</p>{main_table(cells)}{html}"
             f"{controls_table(cells)}{readers(cells)}</section>")
@@ -287,7 +291,7 @@ def main(argv=None):
             raise plm.BadInput(f"{args.out}: no finished run in it; make one: python plm.py cls_p")
         html = (f"<p>{date.today():%d %B %Y}. {len(runs)} finished runs were read from "
                 f"{safe(args.out, 99)}. In the charts a plain method, which is not told who reads, "
-                "is hollow (○) and dashed; its twin (_p), told the user ID, is filled (●) and solid."
+                "is hollow (○) and dashed; its twin (_p), told the user ID, filled (●) and solid."
                 "</p>" + "".join(dataset(name, cells) for name, cells in found.items()))
         files = {args.to or os.path.join(args.out, "report.html"): PAGE % (STYLE, html)}
         files |= {args.picture: picture(found)} if args.picture else {}
