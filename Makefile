@@ -70,13 +70,13 @@ data: $(VENV)/ready  ## download and prepare DATA=goemotions, unhealthy or popqu
 	$(PY) data/prepare.py $(DATA) $(ARGS)
 
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
-	$(PY) plm.py table $(ARGS)
+	$(PY) data/table.py $(ARGS)
 
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b: one sentence, read by some people
 	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users $(USERS)) $(ARGS)
 
 export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one
-	$(PY) plm.py export $(RUN)
+	$(PY) data/export.py $(RUN)
 
 report: $(VENV)/ready  ## out/report.html: every finished run, to look at
 	$(PY) data/report.py $(ARGS)

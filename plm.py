@@ -474,14 +474,17 @@ def choose_examples(method, train):
         by_user[a.user].append(a)
 
     def choose(asked):
+        if not method.shots:
+            return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
-        own = [a for a in by_user[asked.user] if a.text != asked.text]
+        own = [a for a in by_user[asked.user] if text_id(a.text) != text_id(asked.text)]
         if method.personalized:
             return rng.sample(own, min(method.shots, len(own)))
         chosen = []
         for _ in range(100 * method.shots):  # enough where there are other people
             other = rng.choice(train)
-            if other.user != asked.user and other.text != asked.text and other not in chosen:
+            if other.user != asked.user and other not in chosen \
+                    and text_id(other.text) != text_id(asked.text):
                 chosen.append(other)
             if len(chosen) == method.shots:
                 break
@@ -901,7 +904,7 @@ def load_quantized(name, device, dtype):
     MODELS, a folder or a Hugging Face id; BadInput for what NF4 cannot hold."""
     source = MODELS.get(name, {}).get("id", name)
     known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
-    if not os.path.isdir(source) and (source[0] in "./~" or source.count("/") != 1):
+    if not os.path.isdir(source) and (source[:1] in ("", ".", "/", "~") or source.count("/") != 1):
         raise BadInput(f"--model {name}: no such model ({known})")
     try:
         config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
@@ -1064,7 +1067,8 @@ def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
     if ids == "word":
         known = user_words(tokenizer, users)
-        return lambda user: (known.get(user) or user_words(tokenizer, [user])[user],)
+        stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
+        return lambda user: (known[user] if user in known else stranger(user),)
     if ids == "token" and model.user_embedding is not None:
         V = model.lm.get_input_embeddings().weight.shape[0]
         place = {user: V + i for i, user in enumerate(users)}
@@ -1957,18 +1961,18 @@ def run_folder(folder, config, fresh):
         yield read_json(f"{folder}/metrics.json")
 
 
-def write_predictions(path, data, rows, result):
-    """predictions.csv: a record a row."""
+def write_predictions(path, data, rows, result, gold=True):
+    """predictions.csv: a record a row, with what was chosen if that is known (`gold`)."""
     scores, answers = result.get("scores"), result.get("answers")
     lines = io.StringIO(newline="")
     writer = csv.writer(lines)
     more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
-    writer.writerow(["text_id", "user", "gold", "predicted", *more])
+    writer.writerow(["text_id", "user", *["gold"] * gold, "predicted", *more])
     for i, a in enumerate(rows):
         more = [f"{s:.5f}" for s in scores[i]] if answers is None else [answers[i]]
-        gold, predicted = (answer_text(data.labels, chosen).strip()
-                           for chosen in (a.labels, result["predicted"][i]))
-        writer.writerow([text_id(a.text), a.user, gold, predicted, *more])
+        said = [answer_text(data.labels, chosen).strip()
+                for chosen in (*[a.labels] * gold, result["predicted"][i])]
+        writer.writerow([text_id(a.text), a.user, *said, *more])
     write_file(path, lines.getvalue().encode("utf-8", "replace"))
 
 
@@ -1983,7 +1987,8 @@ def peak_memory_mb():
 def settings_of(args):
     """The recipe, overruled by the model's row (ours only), overruled by flags."""
     recipe = RECIPES[args.recipe]
-    row = MODELS.get(args.model, {}) if args.recipe == "ours" else {}
+    row = {key: value for key, value in MODELS.get(args.model, {}).items()
+           if args.recipe == "ours" or key == "micro_batch"}
     return {key: next(value for value in (getattr(args, key, None), row.get(key), recipe[key])
                       if value is not None) for key in recipe}
 
@@ -2026,7 +2031,8 @@ def run_local(method, args, config, data, folder):
           f"{counts['trained'] / 1e6:.2f} M trained; {cut['texts_cut']} texts cut to "
           f"{args.max_text} tokens", flush=True)
     if trained:
-        ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id) for label in data.labels]
+        ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id)
+               for label in (*data.labels, *[NONE] * data.none)]
         place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
         label_ids = place, [x[place] for x in ids]
         done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
@@ -2253,7 +2259,7 @@ def predict_run(args):
                 raise BadInput(f"{args.csv}: no column {column!r}; there are: {', '.join(rows[0])}")
         asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for row in rows]
     elif args.text:
-        asked = [Annotation(args.text, user, nothing) for user in (
+        asked = [Annotation(args.text, user_id(user), nothing) for user in (
             args.users or users[:5] if method.personalized else ["(anybody)"])]
     else:
         raise BadInput("predict needs --text TEXT (with --users A,B) or --csv FILE")
@@ -2264,8 +2270,8 @@ def predict_run(args):
     data = Dataset(m["data"], m["labels"], m["single"], m["ordered"], m["none"], [], [], [], {}, "")
     result = reader(model, tokenizer, method, data, m, users)(asked)
     if args.csv:
-        path = os.path.join(os.path.dirname(os.path.abspath(args.csv)), "predictions.csv")
-        write_predictions(path, data, asked, result)
+        path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
+        write_predictions(path, data, asked, result, gold=False)
         return print(f"files       {path}")
     shown = result["predicted"]
     if "scores" in result:

@@ -1327,8 +1327,8 @@ def data_script(name):
 def test_predict_gives_the_runs_own_scores_to_the_bit(tmp_path, monkeypatch, capsys, method, model,
                                                       small_csv):
     seen, write_predictions = [], plm.write_predictions
-    monkeypatch.setattr(plm, "write_predictions", lambda *args: (seen.append(args[3]),
-                                                                 write_predictions(*args)))
+    monkeypatch.setattr(plm, "write_predictions", lambda *args, **kw: (seen.append(args[3]),
+                                                                 write_predictions(*args, **kw)))
     run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--lr", 0.01]
     assert go(*run, "--out", tmp_path) == 0
     folder = tmp_path / "small" / model / method / "seed42"

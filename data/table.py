@@ -50,7 +50,7 @@ def read_predictions(folder, labels):
 
 
 def gain(plain, personal):
-    """(gain in per cent of a personalized run over its plain twin, does the paired plm.interval exclude
+    """(gain in per cent of a personalized run over its plain twin, does the paired interval exclude
     0?) of two (folder, metrics); None if they were not scored on the same rows."""
     (a, m), (b, n) = plain, personal
     gold, first, rows = read_predictions(a, m["labels"])
@@ -63,8 +63,8 @@ def gain(plain, personal):
 
 
 def table_cell(runs, twins):
-    """One cell of the table: F1-macro of a run with its plm.interval (of several: mean and standard
-    deviation), and the gain over the plain twins, * where every paired plm.interval excludes 0."""
+    """One cell of the table: F1-macro of a run with its interval (of several: mean and standard
+    deviation), and the gain over the plain twins, * where every paired interval excludes 0."""
     f1 = [m["f1_macro"] for _, m in runs.values()]
     low, high = next(iter(runs.values()))[1]["f1_macro_ci"]
     spread = f"[{low:.3f} {high:.3f}]"
