@@ -1512,7 +1512,9 @@ def load_state(path, params, optimizer):
     """(state, parameters of the best epoch) of save_state, all else put in its place; a new state
     if there is none."""
     state, best = Counter(val_loss=math.inf), {}
-    if os.path.exists(path):
+    if not os.path.exists(path):
+        return state, best
+    try:
         with safe_open(path, "pt") as f:
             state = Counter(json.loads(f.metadata()["state"]))
             for name, p in params.items():
@@ -1521,16 +1523,17 @@ def load_state(path, params, optimizer):
                                       for key in ("step", "exp_avg", "exp_avg_sq")}
                 if f"best.{name}" in f.keys():
                     best[name] = f.get_tensor(f"best.{name}").to(p.device)
+    except Exception as e:  # safetensors has one error for all that can be wrong with a file
+        raise BadInput(f"{path}: not the state of this run ({e}); --fresh starts over") from None
     return state, best
 
 
 def saved_dtype(path):
     """The dtype in which a stopped run computed and goes on to compute; None if there is none."""
-    if os.path.exists(path):
-        with safe_open(path, "pt") as f:
-            state = json.loads(f.metadata()["state"])
+    with suppress(Exception), safe_open(path, "pt") as f:  # load_state says what is wrong with it
+        state = json.loads(f.metadata()["state"])
         print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
-        return state["dtype"]
+        return {"bfloat16": "bfloat16"}.get(state["dtype"], "float32")
 
 
 @contextmanager
@@ -1911,19 +1914,27 @@ def dry_run(prompts, model, limit):
 # one or the new one (write_file), and metrics.json comes last.
 
 def read_json(path):
-    """The value of a JSON file, None if there is no such file."""
+    """The dict in a JSON file, None if there is no such file."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            return dict(json.load(f))
     except FileNotFoundError:
         return None
-    except ValueError:
-        raise BadInput(f"{path}: damaged (not JSON); --fresh starts the run over") from None
+    except (ValueError, TypeError):
+        raise BadInput(f"{path}: damaged (no dict in JSON); --fresh starts the run over") from None
 
 
 def write_json(path, value):
     """Writes a value as JSON."""
     write_file(path, json.dumps(value, indent=1, allow_nan=False).encode())
+
+
+def check_metrics(folder, m):
+    """BadInput if these are not the metrics of a finished run."""
+    needed = {"method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread",
+              "single", "ordered", "none", "ids", "max_text", "no_share", "micro_batch"}
+    if needed - m.keys() or m["method"] not in METHODS:
+        raise BadInput(f"{folder}/metrics.json: not of a finished run; --fresh starts it over")
 
 
 def model_name(model):
@@ -2154,6 +2165,7 @@ def run(args):
         return run_chat(chat, method, args, data, folder)
     with run_folder(folder, config, args.fresh) as metrics:
         if metrics:
+            check_metrics(folder, metrics)
             print(f"{folder} is finished; --fresh runs it again")
         else:
             read, facts, adapter = (
@@ -2231,6 +2243,7 @@ def load_run(folder):
     if m is None or not os.path.exists(path):
         raise BadInput(f"{folder}: no finished run of a trained method (metrics.json and "
                        "adapter.safetensors)")
+    check_metrics(folder, m)
     try:
         with safe_open(path, "pt") as f:
             users = json.loads(f.metadata()["users"])
