@@ -677,19 +677,6 @@ def dequantize_nf4(packed, absmax, dtype):
     return (in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(values)].to(dtype)
 
 
-@functools.cache
-def dequantizer(device):
-    """dequantize_nf4; on a GPU in one kernel if torch.compile works there: 2.5 bytes a weight move
-    instead of 30."""
-    if device.type == "cuda":
-        with suppress(Exception):  # no compiler on that machine: the plain way
-            fused = torch.compile(dequantize_nf4, dynamic=True)
-            fused(torch.zeros(64, dtype=torch.uint8, device=device),
-                  torch.ones(2, device=device), torch.bfloat16)
-            return fused
-    return dequantize_nf4
-
-
 class NF4Matmul(torch.autograd.Function):
     """x (.., K) -> x W^T (.., N) with W in NF4. `F.linear(x, layer.dequantize())` would keep the
     dense W of every layer alive until the backward pass. This keeps the layer, whose bytes are in
@@ -740,7 +727,7 @@ class NF4Linear(nn.Module):
         for chunk in in_chunks(n, weight.device):
             packed = self.packed[chunk.start // 2:(chunk.stop + 1) // 2]
             scales = absmax[chunk.start // 64:(chunk.stop + 63) // 64]
-            part = dequantizer(weight.device)(packed, scales, self.dtype)
+            part = dequantize_nf4(packed, scales, self.dtype)
             weight[chunk] = part[:chunk.stop - chunk.start]
         return weight.view(self.N, self.K)
 
