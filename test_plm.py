@@ -1,6 +1,7 @@
 """Tests of plm.py and of the scripts in data/. Oracles are bitsandbytes' bytes, scikit-learn's
 numbers, transformers' own forward pass and generate, PEFT, prompts word for word; no network, no GPU."""
 import argparse
+import contextlib
 import copy
 import csv
 import functools
@@ -21,6 +22,7 @@ import threading
 import time
 import timeit
 import traceback
+import unittest.mock
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from email.utils import formatdate
@@ -42,91 +44,64 @@ import transformers
 import plm
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-CPU = torch.device("cpu")
-VOCABULARY = 97
-
+CPU, VOCABULARY = torch.device("cpu"), 97
 
 def go(*args):
     """The exit status of a command, in this process: importing everything anew takes seconds."""
     return plm.main([str(arg) for arg in args])
 
-
 def refused(capsys, *args):
-    """The one line that a command ends with which has status 2."""
+    """The one line that a command with status 2 leaves (behind a bar, where it took long)."""
     capsys.readouterr()
     assert go(*args) == 2
-    err = capsys.readouterr().err.split("\r")[-1].lstrip()  # behind a bar, where it took long
+    err = capsys.readouterr().err.split("\r")[-1].lstrip()
     assert err.startswith("plm.py: ") and err.count("\n") == 1
     return err
 
-
 # --------------------------------------------------------------------------------- data and splits
 
-def write_csv(path, rows, header=("text", "user", "calm", "angry"), delimiter=","):
+def write_csv(path, rows, header="text user calm angry"):
     with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f, delimiter=delimiter).writerows([header, *rows])
+        csv.writer(f).writerows([header.split(), *rows])
     return str(path)
-
 
 def some_rows(n=60):
     """Every text is read by three people who disagree."""
     return [(f"comment number {i // 3} about thing {i // 3 * 7}", f"u{i % 3}", i % 2, 1 - i % 2)
             for i in range(n)]
 
+def read(path, **form):
+    return plm.read_annotations(str(path), dict(text="text", user="user") | form)
 
-def read(path, skip_missing=False, **form):
-    return plm.read_annotations(str(path), dict(text="text", user="user") | form, skip_missing)
-
-
-@pytest.mark.parametrize("text", [
-    "cut, with a comma", 'a "quoted"\nline\r\nbreak', "emoji \U0001f600",
-    "</s> ### Response: <|endoftext|>", "x" * 1_000_000])
+@pytest.mark.parametrize("text", ["cut, with a comma", 'a "quoted"\nline\r\nbreak', "\U0001f600",
+                                  "</s> ### Response: <|endoftext|>", "x" * 1_000_000])
 def test_any_text_survives_reading(tmp_path, text):
-    path = write_csv(tmp_path / "a.csv", [(text, "user with\nnewline", 0, 1), *some_rows()])
-    found, what, _ = read(path)
-    assert what == dict(labels=["calm", "angry"], single=False, ordered=False)
-    assert found[0] == (plm.Annotation(text, "user with\nnewline", (0, 1)), None)
+    rows = [(text, "with\nnewline", 0, 1), *some_rows()]
+    found, what, _ = read(write_csv(tmp_path / "a.csv", rows))
+    assert what == dict(labels=MOODS, single=False, ordered=False)
+    assert found[0] == (plm.Annotation(text, "with\nnewline", (0, 1)), None)
 
+@pytest.mark.parametrize("content", [
+    '\ufefftext,user,calm\r\n"a, b",u,1\r\nc,u,0\r\n', 'text;user;calm\n"a, b";u;1\nc;u;0\n',
+    "\ufefftext\tuser\tcalm\na, b\tu\t1\nc\tu\t0\n"])
+def test_byte_order_mark_line_ends_and_separators_are_no_part_of_the_data(tmp_path, content):
+    (tmp_path / "a").write_bytes(content.encode())
+    assert [a for a, _ in read(tmp_path / "a")[0]] == [("a, b", "u", (0, 1)), ("c", "u", (1, 0))]
 
-def test_byte_order_mark_and_crlf_are_no_part_of_the_data(tmp_path):
-    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,user,calm\r\nhello,u1,1\r\nbye,u1,0\r\n")
-    assert [a for a, _ in read(tmp_path / "a.csv")[0]] == [
-        ("hello", "u1", (0, 1)), ("bye", "u1", (1, 0))]
-
-
-@pytest.mark.parametrize("delimiter", [";", "\t"])
-def test_semicolons_and_tabs_separate_as_commas_do(tmp_path, delimiter):
-    rows = [("one, two", "u", 0, 1), ("three; four\tfive", "u", 1, 0)]
-    assert read(write_csv(tmp_path / "a", rows, delimiter=delimiter)) == \
-        read(write_csv(tmp_path / "b", rows))
-
-
-@pytest.mark.parametrize("header, row, says", [
-    (("txt", "user", "calm", "b"), "tu11", "no column 'text'; there are: txt, user, calm, b"),
-    (("text", "user", "calm", "b"), "tu21", "row 2: label 'calm' is '2', not 0 or 1"),
-    (("text", "user", "calm", "b"), " u11", "row 2: 'text' is "),
-    (("text", "user", "calm", "b"), ("t", "", 1, 1), "row 2: 'user' is "),
-    (("text", "user", "calm", "b"), "tu1", "row 2 (line 3) does not have the 4 columns"),
-    (("text", "user", "user", "b"), "tu11", "2 columns are called 'user'"),
-    (("text", "user", "b", "split"), "tu1x", "row 2: 'split' is 'x', not train, val or test"),
-    (("text", "user", "c", "d"), ("t", "u", "x", "y"), "no column of 0 and 1")])
-def test_bad_rows_are_named(tmp_path, header, row, says):
-    fine = ("fine", "u", "joy", "x") if "c" in header else ("fine", "u", 1, "" if "split" in header
-                                                            else 1)
-    path = write_csv(tmp_path / "a.csv", [fine, row, fine], header)
+@pytest.mark.parametrize("content, says", [
+    ("txt,user,a,b\nt,u,1,1", "no column 'text'; there are: txt, user, a, b"),
+    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is '2', not 0 or 1"),
+    ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: 'text' is "), ("", "no annotations"),
+    ("text,user,a,b\nt,u,1,1\n\nt,u,1", "row 2 (line 4) does not have the 4 columns"),
+    ("text,user,user,b\nt,u,1,1", "2 columns are called 'user'"),
+    ("text,user,a,split\nt,u,1,\nt,u,1,x", "row 2: 'split' is 'x', not train, val or test"),
+    ("text,user,words\nt,u,hm", "no column of 0 and 1"), ("text,user,a\n", "no annotations"),
+    ("text,user,a\ncaf\xe9,u,1\n", "not UTF-8"), (None, "no such file")])
+def test_bad_rows_and_files_are_named(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(plm.BadInput, match=re.escape(says)):
-        read(path)
-
-
-def test_files_that_are_no_csv(tmp_path):
-    (tmp_path / "latin.csv").write_bytes("text,user,a\ncaf\xe9,u,1\n".encode("latin-1"))
-    (tmp_path / "empty.csv").write_text("")
-    (tmp_path / "header.csv").write_text("text,user,a\n")
-    for name, says in (("latin.csv", "not UTF-8"), ("empty.csv", "no annotations"), (
-            "header.csv", "no annotations"), ("none.csv", "no such file"), (".", "is a directory")):
-        with pytest.raises(plm.BadInput, match=says):
-            read(tmp_path / name)
-
+        read(tmp_path / "a.csv")
 
 @pytest.mark.parametrize("cells, labels, ordered, chosen", [
     ("0 1 1", "not X,X", False, "011"), ("1.0 0.0 1", "not X,X", False, "101"),
@@ -136,203 +111,146 @@ def test_files_that_are_no_csv(tmp_path):
     ("1000001 1000002 1000001", "1000001,1000002", True, "010")])
 def test_one_column_names_the_single_choice(tmp_path, cells, labels, ordered, chosen):
     rows = [(f"t{i}", "u", 0, cell) for i, cell in enumerate(cells.split())]
-    found, what, _ = read(write_csv(tmp_path / "a.csv", rows, ("text", "user", "Z", "X")), label="X")
+    found, what, _ = read(write_csv(tmp_path / "a.csv", rows, "text user Z X"), label="X")
     assert what == dict(labels=labels.split(","), single=True, ordered=ordered)
-    assert [a.labels.index(1) for a, _ in found] == [int(c) for c in chosen]
-    assert {sum(a.labels) for a, _ in found} == {1}
+    assert "".join(str(a.labels.index(1)) for a, _ in found) == chosen
 
-
-def test_a_lone_column_of_0_and_1_is_a_single_choice_and_several_are_ticks(tmp_path):
-    rows = [("t", "u", "TRUE", "false"), ("s", "u", "false", "false")]
-    found, what, notes = read(write_csv(tmp_path / "b.csv", rows))
-    assert not what["single"] and [a.labels for a, _ in found] == [(1, 0), (0, 0)]
-    assert notes["columns taken as labels"] == "calm, angry"
-    rows = [("t", "u", 1, "m"), ("s", "u", 0, "f")]
-    _, what, notes = read(write_csv(tmp_path / "a.csv", rows, ("text", "user", "calm", "sex")))
+def test_several_columns_are_ticks_a_lone_one_a_choice_and_two_spellings_are_doubtful(tmp_path):
+    rows = [("t", "u", 0, "TRUE", "false", "m"), ("s", "u", 1, "false", "false", "f")]
+    path = write_csv(tmp_path / "a.csv", rows, "text user calm angry sad sex")
+    with pytest.raises(plm.BadInput, match=r"calm \(0/1\); angry, sad \(true/false\).*--labels"):
+        read(path)
+    found, what, _ = read(path, labels=["calm", "angry"])
+    assert not what["single"] and [a.labels for a, _ in found] == [(0, 1), (1, 0)]
+    write_csv(path, [row[:2] + row[3:5] for row in rows], "text user b c")
+    assert [a.labels for a, _ in read(path)[0]] == [(1, 0), (0, 0)]
+    write_csv(path, [row[:3] + row[5:] for row in rows], "text user calm sex")
+    _, what, notes = read(path)
     assert what == dict(labels=["not calm", "calm"], single=True, ordered=False)
     assert notes["two-valued columns not taken"] == "sex"  # said, since it may have been meant
 
-
-def test_label_columns_in_two_spellings_are_doubtful_until_the_user_says(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [("t", "u", 0, 1, "True"), ("s", "u", 1, 1, "False")],
-                     ("text", "user", "calm", "angry", "unclear"))
-    with pytest.raises(plm.BadInput, match=r"calm, angry \(0/1\); unclear \(true/false\).*--labels"):
-        read(path)
-    assert read(path, labels=["calm", "unclear"])[0][0][0].labels == (0, 1)
-
-
-def test_a_split_column_is_followed_to_the_letter(tmp_path):
-    parts = ["train", "Training", "val", "dev", "valid", "validation", "test", "TEST", "", "train"]
-    rows = [(f"t{i}", f"u{i}", i % 2, i % 3 % 2, part) for i, part in enumerate(parts)]
+def test_a_split_column_is_followed_to_the_letter_and_what_is_odd_is_counted(tmp_path):
+    parts = "train Training val dev valid validation test TEST none train test".split()
+    rows = [(f"t{i % 10}", f"u{i}", i % 2, i % 3 % 2, part.replace("none", ""))
+            for i, part in enumerate(parts)]
     for column, said in (("split", None), ("draw", "draw")):
-        path = write_csv(tmp_path / f"{column}.csv", rows, ("text", "user", "a", "b", column))
+        path = write_csv(tmp_path / "a.csv", rows + rows[:1], f"text user a b {column}")
         data = plm.load_data(path, split=said)
-        assert [[a.text for a in x] for x in (data.train, data.val, data.test)] == [
-            ["t0", "t1", "t9"], ["t2", "t3", "t4", "t5"], ["t6", "t7"]]
-        assert data.notes["left out: in no split"] == 1
-        assert data.notes["kept, as the split says: test, user unknown to training"] == 2
-
+        assert [" ".join(a.text for a in x) for x in (data.train, data.val, data.test)] == [
+            "t0 t1 t9 t0", "t2 t3 t4 t5", "t6 t7 t0"]
+        assert {what: n for what, n in data.notes.items() if n and isinstance(n, int)} == {
+            "rows read": 12, "left out: in no split": 1, "texts in two splits": 1,
+            "kept, as the split says: val, user unknown to training": 4,
+            "kept, as the split says: test, user unknown to training": 3,
+            "rows that repeat a (text, user)": 1}
 
 def test_splits_share_no_text_and_know_every_user(tmp_path):
     rows = [(f"text {i} {'!' * (i % 3)}", f"u{i % 40}", i % 2, i % 7 % 2) for i in range(900)]
     rows += [("  TEXT 7 !", "u1", 0, 1)]  # the same text but for case and space: the same split
     rows += [(f"text {i}", f"new {i}", 0, 1) for i in range(900, 960)]
     data = plm.load_data(write_csv(tmp_path / "a.csv", rows))
-    parts = data.train, data.val, data.test
-    ids = [{plm.text_id(a.text) for a in part} for part in parts]
-    assert not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+    parts = data[5:8]  # train, val, test
+    texts = sum(([*{plm.text_id(a.text) for a in part}] for part in parts), [])
+    assert len(set(texts)) == len(texts) and 0.6 < len(data.train) / len(rows) < 0.8
     assert all({a.user for a in part} <= {a.user for a in data.train} for part in parts)
-    assert 0.6 < len(data.train) / len(rows) < 0.8
-    left_out = [data.notes[f"left out: {part}, user unknown to training"] for part in ("val", "test")]
-    assert sum(map(len, parts)) + sum(left_out) == data.notes["rows read"] == len(rows)
+    left_out = sum(n for what, n in data.notes.items() if what.endswith("unknown to training"))
+    assert sum(map(len, parts)) + left_out == data.notes["rows read"] == len(rows)
 
-
-@pytest.mark.parametrize("column", range(4))
-@pytest.mark.parametrize("cell", ["", "NA", "nan", "null"])
+@pytest.mark.parametrize("column, cell", [(0, "NA"), (1, " "), (2, "nan"), (3, ""), (3, "NAN")])
 def test_a_missing_cell_is_named_or_on_demand_left_out_and_counted(tmp_path, column, cell):
-    rows = some_rows()
-    rows[1] = [cell if i == column else x for i, x in enumerate(rows[1])]
-    path = write_csv(tmp_path / "a.csv", rows)
-    says = f"row 2: {('text', 'user', 'calm', 'angry')[column]!r} is .*--skip-missing"
-    with pytest.raises(plm.BadInput, match=says):
+    rows = [list(row) for row in some_rows()]
+    rows[1][column] = cell
+    path, name = write_csv(tmp_path / "a.csv", rows), ("text", "user", "calm", "angry")[column]
+    with pytest.raises(plm.BadInput, match=f"row 2: {name!r} is .*--skip-missing"):
         plm.load_data(path)
     data = plm.load_data(path, skip_missing=True)
-    assert len(data.train + data.val + data.test) == 59
-    assert data.notes["left out: a cell is missing"] == 1
+    assert data.notes["left out: a cell is missing"] == 60 - sum(map(len, data[5:8])) == 1
 
-
-def test_numbers_and_spaces_do_not_make_two_people_of_one(tmp_path):
-    rows = [("t", user, 0, 1) for user in ("11.0", "11", "ann ", "ann", " 7.50", "1.10")]
-    found, _, _ = read(write_csv(tmp_path / "a.csv", rows))
+def test_users_are_people_and_two_text_columns_are_joined(tmp_path):
+    people = ["11.0", "11", "ann ", "ann", " 7.50", "1.10"]  # spreadsheets make 11.0 of 11
+    path = write_csv(tmp_path / "a.csv", [("is it?", "no", user, 0, 1) for user in people],
+                     "context reply user a b")
+    found, _, _ = read(path, text="context,reply")
     assert [a.user for a, _ in found] == ["11", "11", "ann", "ann", "7.50", "1.10"]
-
-
-def test_two_text_columns_are_joined(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [("is it?", "no", "u", 0, 1), ("why", "so", "u", 1, 0)],
-                     ("context", "reply", "user", "a", "b"))
-    assert [a.text for a, _ in read(path, text="context,reply")[0]] == ["is it?\nno", "why\nso"]
-    with pytest.raises(plm.BadInput, match="no column 'answer'"):
-        read(path, text="context,answer")
-
-
-def test_duplicates_and_texts_in_two_splits_are_counted(tmp_path):
-    data = plm.load_data(write_csv(tmp_path / "a.csv", some_rows() + some_rows(3)))
-    assert data.notes["rows that repeat a (text, user)"] == 3
-    rows = [(t, "u", i % 2, 1 - i % 2, s) for i, (t, s) in enumerate(
-        [("a", "train"), ("b", "train"), ("c", "val"), ("A ", "test"), ("d", "test")])]
-    data = plm.load_data(write_csv(tmp_path / "b.csv", rows, ("text", "user", "a", "b", "split")))
-    assert data.notes["texts in two splits"] == 1
-
-
-def test_a_label_that_never_varies_is_refused(tmp_path):
-    rows = [(*row[:3], 1) for row in some_rows()]
-    with pytest.raises(plm.BadInput, match="'angry' never varies"):
-        plm.load_data(write_csv(tmp_path / "a.csv", rows))
-
+    assert found[0][0].text == "is it?\nno"
 
 def test_max_eval_takes_whole_random_texts_over_all_users(tmp_path):
     # the first rows of a file sorted by user would all be those of one
-    rows = sorted((f"text {t}", f"u{u}", u % 2, t % 2) for t in range(200) for u in range(4))
-    path = write_csv(tmp_path / "a.csv", sorted(rows, key=lambda row: row[1]))
+    rows = [(f"u{u}", f"text {t}", u % 2, t % 2) for u in range(4) for t in range(200)]
+    path = write_csv(tmp_path / "a.csv", rows, "user text a b")
     data, some = plm.load_data(path), plm.load_data(path, max_eval=20)
     assert len(some.test) == len(some.val) == 20 and some.train == data.train
-    chosen = {a.text for a in some.test}
-    assert len(chosen) == 5 and some.test == [a for a in data.test if a.text in chosen]
-    assert chosen != set(list(dict.fromkeys(a.text for a in data.test))[:5])
-    assert plm.load_data(path, max_eval=20) == some
-
+    chosen, first = {a.text for a in some.test}, list(dict.fromkeys(a.text for a in data.test))[:5]
+    assert some.test == [a for a in data.test if a.text in chosen] and len(chosen) == 5
+    assert chosen != set(first) and plm.load_data(path, max_eval=20) == some
 
 # ----------------------------------------------------------------------------------------- prompts
 
-LABELS = ["calm", "angry"]
+MOODS = ["calm", "angry"]
 
+def dataset(labels=MOODS, single=False, none=False, ordered=False, train=()):
+    return plm.Dataset("d", list(labels), single, ordered, none, list(train), [], [], {}, "")
 
-def dataset(labels=LABELS, single=False, none=False, ordered=False, train=(), val=(), test=()):
-    return plm.Dataset("d", list(labels), single, ordered, none, list(train), list(val), list(test),
-                       {}, "")
-
-
-PLAIN = "Which of the labels fit the text? "
-TOLD = "Which of the labels would this user choose for the text? "
-OTHERS, OWN = "First see how other people answered. ", "First see how this user answered before. "
-HOW = "HOW\n### Labels: A, B, C"
-ONE = "\n### Text: hi\n### Response: A"
-TWO = ONE + "\n### Text: go away\n### Response: B"
-END, END_P = "\n### Text: well\n### Response:", "\n### Text: well\n### User ID: u2\n### Response:"
-GOLDEN = {
-    "cls": PLAIN + HOW + END, "cls_p": TOLD + HOW + END_P,
-    "lm": PLAIN + HOW + END, "lm_p": TOLD + HOW + END_P,
-    "q_0s": PLAIN + HOW + END, "q_0s_p": TOLD + HOW + END_P,
-    "q_1s": PLAIN + OTHERS + HOW + ONE + END, "q_1s_p": TOLD + OWN + HOW + ONE + END_P,
-    "q_2s": PLAIN + OTHERS + HOW + TWO + END, "q_2s_p": TOLD + OWN + HOW + TWO + END_P}
-
-
-@pytest.mark.parametrize("single, none, how, second", [
-    (False, False, "Answer with labels from the list, separated by commas.", "A, C"),
-    (False, True, "Answer with labels from the list, separated by commas, or with none.", "none"),
-    (True, False, "Answer with one label from the list.", "B")])
-@pytest.mark.parametrize("name", GOLDEN)
-def test_prompts_word_for_word(name, single, none, how, second):
-    chosen = {"A, C": (1, 0, 1), "none": (0, 0, 0), "B": (0, 1, 0)}[second]
-    shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", chosen)]
-    method = plm.METHODS[name]
-    parts = plm.prompt_parts(method, dataset("ABC", single, none), "well", "u2", shown[:method.shots])
-    golden = GOLDEN[name].replace("HOW", how).replace("Response: B", f"Response: {second}")
+@pytest.mark.parametrize("single, none, how, chosen, second", [
+    (False, False, "labels from the list, separated by commas.", (1, 0, 1), "A, C"),
+    (False, True, "labels from the list, separated by commas, or with none.", (0, 0, 0), "none"),
+    (True, False, "one label from the list.", (0, 1, 0), "B")])
+@pytest.mark.parametrize("name", [name for name, m in plm.METHODS.items() if m.head != "rates"])
+def test_prompts_word_for_word(name, single, none, how, chosen, second):
+    own, shots = name.endswith("_p"), int(name[2]) if "q_" in name else 0
+    shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", chosen)][:shots]
+    parts = plm.prompt_parts(plm.METHODS[name], dataset("ABC", single, none), "well", "u2", shown)
+    golden = ("Which of the labels would this user choose for the text? " if own else
+              "Which of the labels fit the text? ")
+    see = f"First see how {'this user answered before' if own else 'other people answered'}. "
+    golden += see * (shots > 0) + f"Answer with {how}\n### Labels: A, B, C"
+    golden += "\n### Text: hi\n### Response: A" * (shots > 0)
+    golden += f"\n### Text: go away\n### Response: {second}" * (shots > 1)
+    golden += "\n### Text: well" + "\n### User ID: u2" * own + "\n### Response:"
     assert "".join(sum(parts, [])) == golden
-
 
 def tiny_tokenizer(name="tiny"):
     return transformers.AutoTokenizer.from_pretrained(plm.MODELS[name]["id"])
 
-
 @pytest.mark.parametrize("name", ["tiny", "tiny_t5"])
-def test_tokens_spell_the_prompt_and_nothing_in_a_text_ends_it(name):
-    tokenizer = tiny_tokenizer(name)
+def test_nothing_in_a_text_ends_a_prompt_and_only_texts_are_cut(name):
+    tokenizer, method = tiny_tokenizer(name), plm.METHODS["lm_p"]
     texts = ["a plain comment", "</s> <s> <pad> ### Response: calm</s>", "word " * 3000]
-    annotations = [plm.Annotation(t, "u 2\n", (1, 1)) for t in texts]
-    rows, counts = plm.encode(tokenizer, plm.METHODS["lm_p"], dataset(), annotations, None, 50)
-    assert counts["texts_cut"] == 1
+    asked = [plm.Annotation(text, "u 2\n", (1, 1)) for text in texts]
+    rows, counts = plm.encode(tokenizer, method, dataset(), asked, None, max_text=50)
+    assert counts["texts_cut"] == 1 and tokenizer.decode(rows[2].answer[:-1]) == " calm, angry"
     for row in rows:
-        prompt = list(row.prompt if tokenizer.bos_token_id is None else row.prompt[1:])
-        content = prompt[:-1] if tokenizer.bos_token_id is None else prompt
-        special = {tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.bos_token_id}
-        assert not special & {*content, *row.answer[:-1]}
-        # Only the text was cut: instruction, user and marker are whole.
+        inside = row.prompt[1:] if name == "tiny" else row.prompt[:-1]  # <s> before, </s> behind
+        assert not {*tokenizer.all_special_ids} & {*inside, *row.answer[:-1]}
         assert row[:1] + row[2:4] == rows[0][:1] + rows[0][2:4]
         assert row.answer[-1] == tokenizer.eos_token_id
-        assert tokenizer.decode(row.answer[:-1]).strip() == "calm, angry"
 
-
-def marked_tokenizer(model, scheme, bos):
-    """A tokenizer of SentencePiece's kind, which marks the beginnings of words, with a template of
-    Llama's form (bos) or of T5's, over words and letters like those of the prompts."""
-    sentences = [PLAIN, TOLD, OTHERS, OWN, *GOLDEN.values(), "calm, angry\n### Response: 12 is on a"]
-    words = sorted({word for s in sentences for word in re.findall("[a-z#]+:?|,|[A-Z][a-z]+", s)})
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>"))
-    if model == "unigram":
-        pieces = [*map(chr, range(32, 127)), "\n", "\u2581", *words, *("\u2581" + w for w in words)]
-        scores = {piece: -9.0 * len(piece) if len(piece) < 2 else -5.0 for piece in pieces}
-        tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram(
-            [("<unk>", -99.0), ("<s>", 0.0), ("</s>", 0.0), *scores.items()], 0))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    tokenizer.decoder = tokenizers.decoders.Metaspace(prepend_scheme=scheme)
-    if model == "bpe":
-        tokenizer.train_from_iterator([*words, "\n"] * 2, tokenizers.trainers.BpeTrainer(
-            vocab_size=400, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False))
+def marked_tokenizer(kind):
+    """A tokenizer of SentencePiece's kind, which marks where words begin, over letters and some
+    words: Llama's (BPE, <s> before a text), Mistral's (the same) or T5's (Unigram, </s> behind)."""
+    words = ("Which of the labels would this user choose for text Answer with list separated by "
+             "commas ### Labels calm angry Text Response User ID a comment on is").split()
+    words, models = [mark + word for word in words for mark in ("", "\u2581")], tokenizers.models
+    merges = list(dict.fromkeys((w[:i], w[i]) for w in words for i in range(1, len(w))))
+    tokens = [*dict.fromkeys(["<unk>", "<s>", "</s>", "\n", "\u2581", *map(chr, range(33, 127)),
+                              *(a + b for a, b in merges)])]
+    model = models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>")
+    if kind == "t5":
+        model = models.Unigram([(t, -9.0 if len(t) < 2 else -5.0) for t in tokens], 0)
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        prepend_scheme="first" if kind == "llama" else "always")
     tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "<s> $A" if bos else "$A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+        "$A </s>" if kind == "t5" else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
+    bos = dict(bos_token="<s>") if kind != "t5" else {}
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>",
-        bos_token="<s>" if bos else None)
-
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", **bos)
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_t5", "llama", "t5", "mistral"])
 @pytest.mark.parametrize("name", ["cls", "lm_p", "q_2s_p"])
 def test_the_tokens_of_a_prompt_are_those_of_the_whole_string(kind, name):
     # The parts are tokenized alone, and the model has to see what it would see of the whole.
-    tokenizer = tiny_tokenizer(kind) if kind.startswith("tiny") else marked_tokenizer(*{
-        "llama": ("bpe", "first", True), "mistral": ("bpe", "always", True),
-        "t5": ("unigram", "always", False)}[kind])
+    tokenizer = tiny_tokenizer(kind) if "tiny" in kind else marked_tokenizer(kind)
     train = [plm.Annotation(f"comment {i}, calm", "12", (1, 0)) for i in range(3)]
     method, data = plm.METHODS[name], dataset(train=train)
     asked = plm.Annotation("and a comment on Text, which is: angry?", "12", (1, 1))
@@ -343,57 +261,48 @@ def test_the_tokens_of_a_prompt_are_those_of_the_whole_string(kind, name):
     if tokenizer.bos_token_id is not None:
         assert list(row.prompt + row.answer[:-1]) == tokenizer(prompt + " calm, angry").input_ids
     else:  # the decoder of a T5 learns to write a text of its own
-        assert list(row.answer) == tokenizer("calm, angry" if kind == "t5" else " calm, angry").input_ids
-
+        assert list(row.answer) == tokenizer(" calm, angry"[kind == "t5":]).input_ids
 
 def test_a_chat_template_goes_around_a_question_and_around_nothing_else():
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
-        "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}")
-    annotation = plm.Annotation("</s> hello", "u2", (1, 0))
-    (row,), _ = plm.encode(tokenizer, plm.METHODS["q_0s_p"], dataset(), [annotation], None)
-    (trained,), _ = plm.encode(tokenizer, plm.METHODS["lm_p"], dataset(), [annotation], None)
-    text = tokenizer.decode(row.prompt)
+    tokenizer, asked = tiny_tokenizer(), [plm.Annotation("</s> hello", "u2", (1, 0))]
+    tokenizer.chat_template = ("{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>"
+                               "{% endfor %}{% if add_generation_prompt %}bot:{% endif %}")
+    (ids, text), (_, trained) = ((row.prompt, tokenizer.decode(row.prompt)) for row in (
+        plm.encode(tokenizer, plm.METHODS[name], dataset(), asked, None)[0][0]
+        for name in ("q_0s_p", "lm_p")))
     assert text.replace(" ", "").startswith("<s>user:") and text.endswith("bot:")
-    assert list(row.prompt).count(tokenizer.eos_token_id) == 1  # the template's; not the text's
-    assert "user:" not in tokenizer.decode(trained.prompt)
-
+    assert ids.count(tokenizer.eos_token_id) == 1  # the template's; not the text's
+    assert "user:" not in trained
 
 def test_examples_come_from_the_right_people_and_never_repeat_the_text():
     train = [plm.Annotation(f"train {i}", f"u{i % 7}", (1, 0)) for i in range(60)]
-    for seed in range(40):
-        asked = plm.Annotation(f"test {seed}", f"u{seed % 9}", (0, 1))  # u7, u8 have no rows
-        for name in ("q_1s", "q_2s", "q_1s_p", "q_2s_p"):
-            method = plm.METHODS[name]
-            shown = plm.choose_examples(method, train)(asked)
-            assert all(a in train for a in shown) and len(set(shown)) == len(shown)
-            assert {a.user == asked.user for a in shown} <= {method.personalized}
-            own = seed % 9 < 7
-            assert len(shown) == (method.shots if own or not method.personalized else 0)
-            assert shown == plm.choose_examples(method, train)(asked)  # fixed for the row
-            # A split column may leave a text in training, too: its answers would tell the answer.
-            same = [a._replace(text=asked.text) for a in train[:50]] + train[50:]
-            assert asked.text not in {a.text for a in plm.choose_examples(method, same)(asked)}
-
-
-def test_examples_end_where_there_are_no_more_distinct_ones():
-    train = [plm.Annotation("a", "u1", (1, 0))] * 5 + [plm.Annotation("b", "u2", (1, 0))] * 3
-    shown = plm.choose_examples(plm.METHODS["q_2s"], train)(plm.Annotation("t", "u1", (1, 0)))
-    assert shown == [train[-1]]
-
+    for i, name in enumerate(["q_1s", "q_2s", "q_1s_p", "q_2s_p"] * 20):
+        method, asked = plm.METHODS[name], plm.Annotation(f"test {i}", f"u{i % 9}", (0, 1))
+        shown = plm.choose_examples(method, train)(asked)
+        assert all(a in train for a in shown) and len(set(shown)) == len(shown)
+        assert {a.user == asked.user for a in shown} <= {method.personalized}
+        assert len(shown) == method.shots * (i % 9 < 7 or not method.personalized)  # u7, u8: none
+        assert shown == plm.choose_examples(method, train)(asked)  # fixed for the row
+        # A split column may leave a text in training, too: its answers would tell the answer.
+        same = [a._replace(text=asked.text) for a in train[:50]] + train[50:]
+        assert asked.text not in {a.text for a in plm.choose_examples(method, same)(asked)}
+    few = [plm.Annotation("a", "u1", (1, 0))] * 5 + [plm.Annotation("b", "u2", (1, 0))] * 3
+    assert plm.choose_examples(plm.METHODS["q_2s"], few)(few[0]._replace(text="t")) == [few[-1]]
 
 def test_rows_without_a_label_stay_and_an_lm_answers_none(tmp_path):
-    rows = [(text, user, calm, 0) if calm == 0 else (text, user, 0, 1)
-            for text, user, calm, _ in some_rows(90)]
-    data = plm.load_data(write_csv(tmp_path / "a.csv", [*rows, *some_rows()]))
-    assert data.none and len(data.train + data.val + data.test) == 150
-    blank = next(a for a in data.train if not any(a.labels))
-    (row,), _ = plm.encode(tiny_tokenizer(), plm.METHODS["lm"], data, [blank], None)
-    assert tiny_tokenizer().decode(row.answer[:-1]) == " none"
-    assert "or with none." in tiny_tokenizer().decode(row.prompt)
-    assert not plm.load_data(write_csv(tmp_path / "b.csv", some_rows())).none
-
+    # u2 never chooses anything; labels that begin alike have more tokens in common than " none" has
+    rows = [(*row[:2], *((0, 0) if row[1] == "u2" else row[2:])) for row in some_rows(90)]
+    path = write_csv(tmp_path / "a.csv", rows, "text user is_labelled_calm is_labelled_angry")
+    data, tokenizer = plm.load_data(path), tiny_tokenizer()
+    assert data.none and len(data.train + data.val + data.test) == 90
+    blank = [next(a for a in data.train if not any(a.labels))]
+    (row,), _ = plm.encode(tokenizer, plm.METHODS["lm"], data, blank, None)
+    assert "or with none." in tokenizer.decode(row.prompt)
+    assert tokenizer.decode(row.answer[:-1]) == " none"
+    assert go("lm", "--data", path, "--max-steps", 1, "--max-eval", 9, "--out", tmp_path) == 0
+    assert not plm.load_data(write_csv(path, some_rows())).none
+    with pytest.raises(plm.BadInput, match="'angry' never varies"):
+        plm.load_data(write_csv(path, [(*row[:3], 1) for row in some_rows()]))
 
 # --------------------------------------------------------------------------------------------- NF4
 
@@ -402,19 +311,17 @@ def quantized(weight):
     linear.weight.data = weight
     return plm.NF4Linear.from_linear(linear)
 
-
-def test_nf4_values_are_quantiles_of_the_normal_distribution():
+def test_nf4_values_are_quantiles_of_the_normal_distribution_and_two_lookups_find_the_nearest():
     # QLoRA, appendix E: 8 quantiles above 0 and 7 below, equally spaced in probability.
     quantile, edge = statistics.NormalDist().inv_cdf, 0.9677083
     above = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
     below = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
     values = torch.tensor(sorted([*above, 0.0, *below])) / max(above)
     assert torch.allclose(values, plm.NF4, atol=2e-7)
-
-
-def digest(tensor):
-    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
-
+    x = torch.cat([torch.linspace(-1, 1, 100_001), plm.NF4, plm.midpoints(plm.NF4)])
+    cell = (x * 16 + 16).int()
+    index = plm.CELL_INDEX[cell] + (x > plm.CELL_BORDER[cell])
+    assert torch.equal(index.long(), torch.bucketize(x, plm.midpoints(plm.NF4)))
 
 def test_bytes_are_those_of_bitsandbytes():
     # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
@@ -423,125 +330,81 @@ def test_bytes_are_those_of_bitsandbytes():
     weight = (i * 7919 % 4001 - 2000).float() / 512 * (1 + i // 2000 % 3)
     weight[640:704] = 0
     layer = quantized(weight.view(48, 344))
-    assert digest(layer.packed) == "91bd7823b50daf8d"
-    assert digest(layer.absmax_code) == "4f1f920137eacf51"
-    assert digest(layer.absmax_scale) == "7c7d88e2f2e5d748"
-    assert digest(layer.absmax_offset) == "35ee6bb71a0ee20c"
-    assert digest(layer.dequantize()) == "24320ad4b8d4f7a4"
+    stored = layer.packed, layer.absmax_code, layer.absmax_scale, layer.absmax_offset
+    shas = [hashlib.sha256(t.numpy().tobytes()).hexdigest() for t in (*stored, layer.dequantize())]
+    assert [sha[:12] for sha in shas] == [
+        "91bd7823b50d", "4f1f920137ea", "7c7d88e2f2e5", "35ee6bb71a0e", "24320ad4b8d4"]
     assert layer.packed[:4].tolist() == [0x0F, 0xFF, 0xEE, 0xEE]  # first weight in the high half
 
-
-def test_nearest_value_by_two_lookups_is_the_nearest_value():
-    x = torch.cat([torch.linspace(-1, 1, 100_001), plm.NF4, plm.midpoints(plm.NF4)])
-    cell = (x * 16 + 16).int()
-    index = plm.CELL_INDEX[cell] + (x > plm.CELL_BORDER[cell])
-    assert torch.equal(index.long(), torch.bucketize(x, plm.midpoints(plm.NF4)))
-
-
-def test_error_is_what_bitsandbytes_publishes():
+def test_error_and_size_are_what_bitsandbytes_publishes():
     # Its tests list, for blocks of 64 of N(0, 1): mean 0.072798, std 0.000074 over 200 samples.
     torch.manual_seed(0)
     weight = torch.randn(1024, 1024)
     layer = quantized(weight)
-    error = (layer.dequantize() - weight).abs()
+    error, absmax = (layer.dequantize() - weight).abs(), weight.view(-1, 64).abs().amax(1)
     assert abs(error.mean() - 0.0728) < 7 * 0.000074 + 0.0001  # double quantization adds 0.0001
     # No weight is further off than half the widest gap (0.152) and what absmax itself is off.
-    absmax = weight.view(-1, 64).abs().amax(1)
     assert (error.view(-1, 64).amax(1) <= 0.152 * absmax + (layer.absmax() - absmax).abs()).all()
     assert abs(8 * sum(b.nbytes for b in layer.buffers()) / 1024 ** 2 - 4.127) < 0.001
 
-
 @pytest.mark.parametrize("shape", [(3, 5), (1, 64), (7, 129), (2, 131_072 + 64)])
 def test_odd_sizes_and_zeros(shape):
-    weight = torch.zeros(shape)
-    assert torch.equal(quantized(weight).dequantize(), weight)
-    torch.manual_seed(0)
-    weight = torch.randn(shape)
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     assert (quantized(weight).dequantize() - weight).abs().max() < 0.16 * weight.abs().max()
-
+    assert torch.equal(quantized(0 * weight).dequantize(), 0 * weight)
 
 def test_nf4_matmul_is_the_dense_one_and_keeps_no_dense_weight():
     torch.manual_seed(0)
-    layer, x = quantized(torch.randn(96, 128)), torch.randn(5, 128, requires_grad=True)
-    saved = []
+    layer, x, saved = quantized(torch.randn(96, 128)), torch.randn(5, 128, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         y = layer(x)
     assert not [t for t in saved if t.is_floating_point() and t.numel() >= 96 * 128]
-    y.square().sum().backward()
-    dense = x.detach().clone().requires_grad_()
-    F.linear(dense, layer.dequantize()).square().sum().backward()
-    assert torch.equal(y, F.linear(x, layer.dequantize())) and torch.allclose(x.grad, dense.grad)
+    dense = F.linear(x, layer.dequantize())
+    grads = [torch.autograd.grad(out.square().sum(), x)[0] for out in (y, dense)]
+    assert torch.equal(y, dense) and torch.allclose(*grads)
     layer.dense = layer.dequantize()
     assert torch.equal(layer(x), y)  # the dense copy is of the rounded weights
 
-
 # -------------------------------------------------------------------------------------------- LoRA
 
-def small_lora(dropout=0.0):
+def small_lora(dropout):
     torch.manual_seed(0)
-    layer = plm.LoRALinear(quantized(torch.randn(24, 64)), r=2, alpha=32, dropout=dropout)
-    return layer, torch.randn(3, 64)
-
-
-def test_lora_begins_as_nothing_and_is_w_plus_ba():
-    layer, x = small_lora()
-    assert torch.equal(layer(x), layer.base(x))
+    layer, x = plm.LoRALinear(quantized(torch.randn(24, 64)), 2, 32, dropout), torch.randn(3, 64)
+    assert torch.equal(layer.eval()(x), layer.base(x))  # it begins as nothing
     nn.init.normal_(layer.lora_B)
-    dense = layer.base.dequantize() + 32 / 2 * layer.lora_B @ layer.lora_A
-    assert torch.allclose(layer(x), F.linear(x, dense), atol=1e-4)
+    return layer.train(), x
 
-
-def test_lora_gradients_are_those_of_the_dense_layer_with_the_same_mask():
+def test_lora_is_w_plus_ba_of_what_dropout_leaves_with_autograds_gradients():
     layer, x = small_lora(dropout=0.3)
-    nn.init.normal_(layer.lora_B)
     layer.masks = (torch.rand(x.numel() + 15) < 0.7).float()  # room for one place: the beginning
-    x.requires_grad_()
-    leaves = x, layer.lora_A, layer.lora_B
-    ours = layer(x)
-    keep = layer.masks[:x.numel()].view(x.shape) / 0.7
-    dense = F.linear(x, layer.base.dequantize()) + 16 * (x * keep) @ layer.lora_A.T @ layer.lora_B.T
+    leaves = x.requires_grad_(), layer.lora_A, layer.lora_B
+    ours, keep = layer(x), layer.masks[:x.numel()].view(x.shape) / 0.7
+    low = (x * keep) @ layer.lora_A.T @ layer.lora_B.T
+    dense = F.linear(x, layer.base.dequantize()) + 32 / 2 * low
     assert torch.allclose(ours, dense, atol=1e-4)
     for a, b in zip(*(torch.autograd.grad(y.sin().sum(), leaves) for y in (ours, dense))):
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-4) and a.abs().max() > 0
 
-
-def test_dropout_has_the_given_probability_and_hits_only_in_training():
+def test_dropout_has_the_given_probability_keeps_the_mean_and_hits_only_in_training():
     layer, x = small_lora(dropout=0.05)
-    nn.init.normal_(layer.lora_B)
     plm.draw_dropout(layer, positions=50_000)
-    assert layer.masks.unique().tolist() == [0, 1]
-    assert abs(1 - float(layer.masks.mean()) - 0.05) < 0.0004  # not 13/256 of random bytes, which is 0.0508
-    kept = [layer(x) for _ in range(2)]  # two places of the draw
-    assert not torch.equal(*kept)
-    layer.eval()
-    assert torch.equal(layer(x), layer(x)) and not torch.equal(layer(x), kept[0])
+    assert layer.masks.unique().tolist() == [0, 1] and not torch.equal(layer(x), layer(x))
+    assert abs(1 - layer.masks.mean().item() - 0.05) < 0.0004  # not 13/256, of random bytes
+    mean, own = layer(x[:1].expand(20_000, -1)).mean(0), layer.eval()(x[:1])[0]
+    assert torch.allclose(mean, own, atol=0.02 * mean.abs().max().item())
 
-
-def test_dropout_keeps_the_expectation():
-    layer, x = small_lora(dropout=0.5)
-    nn.init.normal_(layer.lora_B)
-    plm.draw_dropout(layer, positions=20_000)
-    mean = layer(x[:1].expand(20_000, -1)).mean(0)
-    assert torch.allclose(mean, layer.eval()(x[:1])[0], atol=0.05 * mean.abs().max().item())
-
-
-# --------------------------------------------------------------- the prompt tree, models and batches
+# -------------------------------------------------------------- the prompt tree, models and batches
 
 def random_rows(seed=1, texts=4):
     """Rows of one shared part, some texts, one to four readers of each."""
-    rng = random.Random(seed)
-
-    def ids(low, high):
-        return tuple(rng.randrange(5, VOCABULARY - 7) for _ in range(rng.randrange(low, high)))
-
-    shared, rows = ids(9, 10), []
+    rng, rows = random.Random(seed), []
+    ids = lambda *n: tuple(rng.randrange(5, VOCABULARY - 7) for _ in range(rng.randrange(*n)))
+    shared = ids(9, 10)
     for i in range(texts):
         text = ids(3, 30) if i else (shared[0],)
-        for _ in range(rng.randrange(1, 5)):
-            rows.append(plm.Row(shared, text, (7, rng.randrange(5, 9), 8), ids(1, 4) + (2,),
-                                (rng.randrange(2), 1, 0), None))
+        rows += [plm.Row(shared, text, (7, rng.randrange(5, 9), 8), ids(1, 4) + (2,),
+                         (rng.randrange(2), 1, 0), None) for _ in range(rng.randrange(1, 5))]
     return rows
-
 
 GROUPED = dict(num_key_value_heads=2)
 ARCHITECTURES = {  # name -> config and what it needs besides; the first six are those of the paper
@@ -554,11 +417,9 @@ ARCHITECTURES = {  # name -> config and what it needs besides; the first six are
     "smollm3": ("SmolLM3Config", dict(GROUPED, no_rope_layers=[1, 0])),
     "stablelm": ("StableLmConfig", GROUPED), "granite": ("GraniteConfig", dict(logits_scaling=8.0)),
     "lfm2": ("Lfm2Config", dict(GROUPED, layer_types=["conv", "full_attention"])),
-    "gpt_oss": ("GptOssConfig", dict(GROUPED, num_local_experts=4, head_dim=16)),
-    "mixtral": ("MixtralConfig", dict(num_local_experts=4)), "bert": ("BertConfig", {}),
-    "gemma2": ("Gemma2Config", dict(GROUPED, head_dim=16)), "bloom": ("BloomConfig", {}),
-    "qwen3_moe": ("Qwen3MoeConfig", dict(num_experts=4, num_experts_per_tok=2))}
-
+    "gpt_oss": ("GptOssConfig", dict(GROUPED, head_dim=16, num_local_experts=4)),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4)), "bloom": ("BloomConfig", {}),
+    "gemma2": ("Gemma2Config", dict(GROUPED, head_dim=16)), "bert": ("BertConfig", {})}
 
 def random_model_folder(path, name, vocab_size=VOCABULARY, **more):
     """A Hugging Face folder of a small random model of an architecture, with a tiny tokenizer."""
@@ -567,21 +428,19 @@ def random_model_folder(path, name, vocab_size=VOCABULARY, **more):
         vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, bos_token_id=1, hidden_size=64,
         num_hidden_layers=2, num_attention_heads=4, **{"intermediate_size": 128, **extra, **more})
     torch.manual_seed(0)
-    kind = transformers.AutoModelForSeq2SeqLM if name == "t5" else transformers.AutoModelForCausalLM
-    lm = kind.from_config(config)
+    lm = getattr(transformers, "AutoModelFor" + ("Seq2SeqLM" if name == "t5" else "CausalLM"))
+    lm = lm.from_config(config)
     for p in lm.parameters():  # all of it random: norms and biases too
         p.data += 0.1 * torch.randn_like(p)
     lm.save_pretrained(path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(os.path.join(plm.MODELS["tiny_t5" if name == "t5" else "tiny"]["id"], file), path)
+        shutil.copy(f"{plm.MODELS['tiny_t5' if name == 't5' else 'tiny']['id']}/{file}", path)
     return str(path), lm.eval()
-
 
 @pytest.fixture(scope="module", params=[*ARCHITECTURES][:6])
 def model_dir(request, tmp_path_factory):
     path, lm = random_model_folder(tmp_path_factory.mktemp(request.param), request.param)
     return request.param, path, lm
-
 
 def ready(path, head, lora=True, **how):
     """A PersonalizedLM from a folder, LoRA's B not zero, so that every gradient is one."""
@@ -595,7 +454,6 @@ def ready(path, head, lora=True, **how):
             nn.init.normal_(p, std=0.1)
     return model.train(False)
 
-
 def rounded_reference(model, lm):
     """transformers' own model with the rounded weights of ours."""
     reference = copy.deepcopy(lm)
@@ -604,88 +462,32 @@ def rounded_reference(model, lm):
             reference.get_submodule(name.removesuffix(".base")).weight.data = layer.dequantize()
     return reference.eval()
 
+@torch.no_grad()
+def their_logits(lm, row, n, answer=True):
+    """The last n logits of transformers' own model on a row by itself: those of the answer."""
+    answer = row.answer[:-1] if answer else ()
+    ids = (row.prompt, (0, *answer)) if lm.config.is_encoder_decoder else (row.prompt + answer,)
+    given = dict(zip(("input_ids", "decoder_input_ids"), (torch.tensor([x]) for x in ids)))
+    return lm(**given).logits.flatten(0, -2)[-n:]
 
-def test_only_the_linears_of_the_backbone_are_quantized(model_dir):
-    name, path, _ = model_dir
-    model = ready(path, "lm")
-    leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.LoRALinear)}
+def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
+    # Ours shares prefixes; theirs runs each prompt by itself. Only linears of the backbone are NF4.
+    # 2 is pad and eos of these models, and a text that contains it changes nothing but itself.
+    name, path, lm = model_dir
+    model, rows = ready(path, "lm", lora=False), random_rows()
+    leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.NF4Linear)}
     usual = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
     names = dict(phi="q_proj k_proj v_proj dense fc1 fc2", t5="q k v o wi_0 wi_1 wo",
                  gpt_neox="query_key_value dense dense_h_to_4h dense_4h_to_h").get(name, usual)
-    assert leaves == set(names.split())
-    assert isinstance(model.lm.get_output_embeddings(), nn.Linear)
-    assert {n.split(".")[-1] for n in model.trainable()} == {"lora_A", "lora_B"}
-
-
-def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
-    # Ours shares prefixes; theirs runs each prompt by itself.
-    name, path, lm = model_dir
-    model, rows = ready(path, "lm", lora=False), random_rows()
-    reference, theirs = rounded_reference(model, lm), []
-    batch = plm.make_batch(model, rows)
-    ours = model(batch)[batch["of"]]
-    for row in rows:
-        if name == "t5":
-            theirs.append(reference(input_ids=torch.tensor([row.prompt]), decoder_input_ids=torch.tensor(
-                [(0, *row.answer[:-1])])).logits[0])
-        else:
-            out = reference(torch.tensor([row.prompt + row.answer[:-1]]))
-            theirs.append(out.logits[0, len(row.prompt) - 1:])
-    assert torch.allclose(ours, torch.cat(theirs), atol=2e-5)
-
-
-@pytest.mark.parametrize("head", ["cls", "lm"])
-def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, head):
-    _, path, _ = model_dir
-    rows, results = random_rows(), []
-    for share in (True, False):
-        model = ready(path, head)
-        batch = plm.make_batch(model, rows, share)
-        loss = plm.summed_loss(model(batch), batch, head, False) / plm.n_targets(rows, head)
-        loss.backward()
-        results.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
-    (loss, grads, tokens), (plain_loss, plain_grads, plain_tokens) = results
-    alone = sum(plm.make_batch(model, [row])["tokens"] for row in rows)
-    assert abs(loss - plain_loss) < 1e-5 and tokens < plain_tokens == alone
-    for name in plain_grads:
-        assert grads[name].abs().max() > 0, f"{name} gets no gradient"
-        assert (grads[name] - plain_grads[name]).abs().max() < 1e-5, name
-
-
-@pytest.mark.parametrize("head", ["cls", "lm"])
-def test_the_tree_computes_every_distinct_prefix_once(head):
-    rows = random_rows(texts=6)
-    whole = [row.prompt + (row.answer[:-1] if head == "lm" else ()) for row in rows]
-    prefixes = {ids[:n] for ids in whole for n in range(1, len(ids) + 1)}
-    assert plm.tree_batch(rows, head)["tokens"] == len(prefixes)
-    assert plm.tree_batch(rows, head, share=False)["tokens"] == sum(map(len, whole))
-
-
-def test_micro_batches_give_the_whole_gradient(model_dir):
-    # 32 rows at once or 5 at a time: the mean is over the targets of the step, not of a piece.
-    _, path, _ = model_dir
-    rows, found = random_rows(), []
-    for micro in (32, 5):
-        model = ready(path, "lm")
-        for layer in (m for m in model.modules() if isinstance(m, plm.LoRALinear)):
-            layer.dropout = 0.0
-        before = {n: p.detach().clone() for n, p in model.trainable().items()}
-        optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
-        batches = plm.micro_batches(model, rows, micro)
-        assert len(batches) == math.ceil(len(rows) / micro)
-        plm.train_step(model, batches, plm.n_targets(rows, "lm"), optimizer, clip=1e9)
-        found.append({n: before[n] - p.detach() for n, p in model.trainable().items()})
-    assert all(torch.allclose(found[0][n], found[1][n], atol=1e-5) for n in found[0])
-
-
-def test_greedy_decoding_over_the_tree_is_transformers_generate(model_dir):
-    _, path, lm = model_dir
-    model, rows = ready(path, "lm", lora=False), random_rows(seed=3)
-    reference = rounded_reference(model, lm)
+    assert leaves == set(names.split()) and isinstance(model.lm.get_output_embeddings(), nn.Linear)
+    rows[3] = rows[3]._replace(text=(2, 2, 9, 2))
+    reference, batch = rounded_reference(model, lm), plm.make_batch(model, rows)
+    theirs = torch.cat([their_logits(reference, row, len(row.answer)) for row in rows])
+    assert torch.allclose(model(batch)[batch["of"]], theirs, atol=2e-5)
     write = plm.write_answers if model.seq2seq else plm.grow_answers
     with torch.no_grad():
         ours, plain = write(model, rows, {2}, 9), write(model, rows, {2}, 9, share=False)
-    for row, answer in zip(rows, ours):
+    for row, answer in zip(rows, ours):  # greedy decoding over the tree is their generate
         ids = torch.tensor([row.prompt])
         out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9,
                                  do_sample=False, pad_token_id=2, eos_token_id=2)[0].tolist()
@@ -693,71 +495,61 @@ def test_greedy_decoding_over_the_tree_is_transformers_generate(model_dir):
         assert answer == (out[:out.index(2)] if 2 in out else out)
     assert ours == plain
 
-
-def test_frozen_bytes_stay_and_everything_trained_moves(model_dir):
+@pytest.mark.parametrize("head", ["cls", "lm"])
+def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, head):
     _, path, _ = model_dir
-    model, rows = ready(path, "cls"), random_rows()
-    frozen = {n: b.clone() for n, b in model.named_buffers()}
-    frozen |= {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    trained = {n: p.detach().clone() for n, p in model.trainable().items()}
-    optimizer = plm.make_optimizer(model, dict(head_lr=1, user_lr=1))
-    plm.train_step(model, plm.micro_batches(model, rows, 32), 3 * len(rows), optimizer, clip=1.0)
-    now = dict(model.named_buffers()) | dict(model.named_parameters())
-    assert all(torch.equal(now[n], t) for n, t in frozen.items())
-    assert all(not torch.equal(now[n], t) for n, t in trained.items())
+    rows, found = random_rows(), []
+    for share in (True, False):
+        model = ready(path, head)
+        batch = plm.make_batch(model, rows, share)
+        loss = plm.summed_loss(model(batch), batch, head, False) / plm.n_targets(rows, head)
+        loss.backward()
+        found.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
+    (loss, grads, tokens), (plain_loss, plain_grads, plain_tokens) = found
+    assert abs(loss - plain_loss) < 1e-5 and tokens < plain_tokens
+    if not model.seq2seq:  # the tree computes every distinct prefix once
+        whole = [row.prompt + (row.answer[:-1] if head == "lm" else ()) for row in rows]
+        assert tokens == len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
+        assert plain_tokens == sum(map(len, whole))
+    for name in plain_grads:
+        assert grads[name].abs().max() > 0, f"{name} gets no gradient"
+        assert (grads[name] - plain_grads[name]).abs().max() < 1e-5, name
 
-
-def test_masks_go_by_length_when_pad_is_eos_and_stands_inside(model_dir):
-    # 2 is pad and eos of these models; texts that contain it must change nothing but themselves.
+@pytest.mark.parametrize("head", ["cls", "lm"])
+def test_micro_batches_give_the_whole_gradient_and_move_what_is_trained(model_dir, head):
+    # 32 rows at once or 5 at a time: the mean is over the targets of the step, not of a piece.
     _, path, _ = model_dir
-    model, rows = ready(path, "cls"), random_rows()
-    rows[3] = rows[3]._replace(text=(2, 2, 9, 2))
-    batch = plm.make_batch(model, rows)
-    for row, scores in zip(rows, model(batch)[batch["of"]]):
-        alone = plm.make_batch(model, [row])
-        assert torch.allclose(model(alone)[alone["of"]][0], scores, atol=1e-5)
-
+    rows, moved = random_rows(), []
+    for micro in (32, 5):
+        model = ready(path, head)
+        for layer in (m for m in model.modules() if isinstance(m, plm.LoRALinear)):
+            layer.dropout = 0.0
+        before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
+        optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
+        batches = plm.micro_batches(model, rows, micro)
+        assert len(batches) == math.ceil(len(rows) / micro)
+        plm.train_step(model, batches, plm.n_targets(rows, head), optimizer, clip=1e9)
+        now = dict((*model.named_parameters(), *model.named_buffers()))
+        assert {n for n in now if not torch.equal(now[n], before[n])} == set(model.trainable())
+        moved.append({n: before[n] - p for n, p in model.trainable().items()})
+    assert all(torch.allclose(moved[0][n], moved[1][n], atol=1e-5) for n in moved[0])
 
 def test_batches_hold_every_row_once_and_keep_texts_together():
-    rows = [plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), None) for i in range(1000)]
-    for rng in (None, random.Random(0)):
-        batches = plm.in_batches(rows, 32, rng)
-        assert sorted(row.user for b in batches for row in b) == sorted(row.user for row in rows)
-        assert [len(b) for b in batches].count(32) == 31
-    assert plm.in_batches(rows, 32, random.Random(0)) == plm.in_batches(rows, 32, random.Random(0))
+    rows = [plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), 0) for i in range(1000)]
+    for seed in (None, 5):
+        one, two = (plm.in_batches(rows, 32, seed and random.Random(seed)) for _ in range(2))
+        assert one == two and [len(batch) for batch in one].count(32) == 31
+        assert sorted(row.user for batch in one for row in batch) == [row.user for row in rows]
 
-
-def test_every_step_has_its_rows_whenever_it_is_taken_up():
-    # a run that goes on at step 5 sees what it would have seen
-    model = type("", (), dict(head="cls", seq2seq=False, device=CPU, lm=type("", (), dict(
-        dtype=torch.float32))))
-    rows, how = random_rows(texts=30), dict(batch=8, micro_batch=3)
-    whole = list(plm.step_batches(model, rows, how, 30))
-    again = list(plm.step_batches(model, rows, how, 30, first=5))
-    assert [step[:3] for step in whole[5:]] == [step[:3] for step in again]
-    per_epoch = math.ceil(len(rows) / 8)
-    assert [step[1] for step in whole].index(True) == per_epoch - 1 and whole[-1][1]
-    assert sum((step[2] for step in whole[:per_epoch]), []) != sum(
-        (step[2] for step in whole[per_epoch:2 * per_epoch]), [])
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "phi", "gpt_neox", "t5", "qwen3", "gpt2",
-                                  "gemma", "olmo2", "smollm3"])
-def test_check_forward_passes_what_we_compute_as_transformers_does(tmp_path, name):
-    path, _ = random_model_folder(tmp_path, name)
-    plm.load_model(path, "ask", 3, CPU, torch.float32, {})
-
-
-@pytest.mark.parametrize("name, says", [
+@pytest.mark.parametrize("name, says", [(name, None) for name in [*ARCHITECTURES][:11]] + [
     ("lfm2", "Lfm2ForCausalLM"), ("gpt_oss", "num_local_experts"), ("mixtral", "num_local_experts"),
     ("bert", "BertLMHeadModel"), ("granite", "GraniteForCausalLM"), ("bloom", "BloomForCausalLM"),
-    ("gemma2", "Gemma2ForCausalLM"), ("qwen3_moe", "experts"), ("stablelm", "StableLm")])
-def test_check_forward_refuses_by_name_what_we_would_compute_otherwise(tmp_path, name, says):
+    ("gemma2", "Gemma2ForCausalLM"), ("stablelm", "StableLm")])
+def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(tmp_path, name, says):
     # state beside attention, experts, both directions, scaled or capped logits, biased attention
     path, _ = random_model_folder(tmp_path, name)
-    with pytest.raises(plm.BadInput, match=says):
+    with pytest.raises(plm.BadInput, match=says) if says else contextlib.nullcontext():
         plm.load_model(path, "ask", 3, CPU, torch.float32, {})
-
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -766,15 +558,13 @@ def test_learning_rate_climbs_then_falls_to_nearly_nothing():
     assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
     assert rates[5:] == sorted(rates[5:], reverse=True) and rates[-1] < 0.001
 
-
-def miniature(head, personalized, single, path):
-    """F1 after training on texts that two users label in opposite ways."""
-    path, _ = random_model_folder(path, "llama")
-    model, rows = plm.PersonalizedLM(ready(path, "lm").lm, head, 2), []
-    for i in range(8):
-        for user in (0, 1):
-            rows.append(plm.Row((1, 3, 5), (20 + i, 30 + i), (50 + user, 9) if personalized else (9,),
-                                (60 + user, 2), (user, 1 - user), None))
+@pytest.mark.parametrize("head, single", [("cls", False), ("cls", True), ("lm", False)])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_paper_in_miniature(tmp_path, head, single, told):
+    # Same text, two users, opposite labels: who is told the user can be right, nobody else can.
+    model = plm.PersonalizedLM(ready(random_model_folder(tmp_path, "llama")[0], "lm").lm, head, 2)
+    rows = [plm.Row((1, 3, 5), (20 + i, 30 + i), (50 + user, 9) if told else (9,), (60 + user, 2),
+                    (user, 1 - user), None) for i in range(8) for user in (0, 1)]
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
     for _ in range(40):
         batches = plm.micro_batches(model, rows, 32)
@@ -785,180 +575,104 @@ def miniature(head, personalized, single, path):
         with torch.no_grad():
             answers = plm.grow_answers(model.train(False), rows, {2}, 3)
         predicted = [(answer == [61], answer == [60]) for answer in answers]
-    return plm.f1_scores([row.labels for row in rows], predicted)["f1_macro"]
+    f1 = plm.f1_scores([row.labels for row in rows], predicted)["f1_macro"]
+    assert f1 == 1 if told else f1 <= 2 / 3 + 1e-6  # 2/3: both labels ticked always
 
-
-@pytest.mark.parametrize("head, single", [("cls", False), ("cls", True), ("lm", False)])
-def test_the_paper_in_miniature(head, single, tmp_path):
-    # Same text, two users, opposite labels: who is told the user can be right, nobody else can.
-    # Without the user the best is to tick both labels always: F1 = 2 / 3.
-    assert miniature(head, True, single, tmp_path / "p") == 1.0
-    assert miniature(head, False, single, tmp_path / "plain") <= 2 / 3 + 1e-6
-
-
-def test_recompute_keeps_less_and_changes_nothing(tmp_path):
-    path, _ = random_model_folder(tmp_path, "llama")
-    found = []
-    for recompute in (False, True):
-        model, saved = ready(path, "cls"), []
-        if recompute:
-            model.lm.gradient_checkpointing_enable(dict(use_reentrant=False))
-        torch.manual_seed(5)  # of dropout, which is drawn again in the same way
-        batch = plm.make_batch(model.train(True), random_rows())
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-            loss = plm.summed_loss(model(batch), batch, "cls", False)
-        loss.backward()
-        found.append((sum(t.nbytes for t in saved), [p.grad for p in model.trainable().values()]))
-    assert found[1][0] < found[0][0] / 3
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found[0][1], found[1][1]))
-
-
-def test_a_user_token_is_its_own_row_and_a_stranger_the_mean(model_dir):
-    _, path, _ = model_dir
-    torch.manual_seed(0)
-    users = torch.randn(4, 64)
-    model, V = ready(path, "cls", user_rows=users.clone()), VOCABULARY
-    model.lm.get_input_embeddings().weight.data[5] += 1
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_user_token_is_its_own_row_and_a_stranger_the_mean(tmp_path, name):
+    path, _ = random_model_folder(tmp_path, name)
+    V, users = VOCABULARY, torch.randn(4, 64)
+    model = ready(path, "cls", user_rows=users)
     words = model.lm.get_input_embeddings().weight
     told = model.embed(torch.tensor([[V + 2, V + 4, 5, V - 1]]))[0]
     assert torch.allclose(told, torch.stack([users[2], users.mean(0), words[5], words[V - 1]]))
-    row = random_rows()[0]._replace(user=(7, V + 1, 8))
-    batch = plm.make_batch(model, [row])
+    batch = plm.make_batch(model, [random_rows()[0]._replace(user=(7, V + 1, 8))])
     plm.summed_loss(model(batch), batch, "cls", False).backward()
-    got = model.user_embedding.grad.abs().sum(1)
-    assert got[1] > 0 and not got[[0, 2, 3]].any()
+    assert model.user_embedding.grad.any(1).tolist() == [False, True, False, False]
 
-
-def test_a_prompt_names_a_user_by_token_word_or_number(tmp_path):
-    model, tokenizer = plm.load_model("tiny", "cls", 2, CPU, torch.float32, dict(
-        r=1, alpha=1, dropout=0, ids="token"), users=["a7", "b8"])
-    V, asked = len(tokenizer), [plm.Annotation("hi", user, (0, 1)) for user in ("a7", "b8", "new")]
-    told = {}
+def test_a_prompt_names_a_user_by_token_word_or_number():
+    users, how = ["a7", "b8"], dict(r=1, alpha=1, dropout=0, ids="token")
+    model, tokenizer = plm.load_model("tiny", "cls", 2, CPU, torch.float32, how, users)
+    asked, told = [plm.Annotation("hi", user, (0, 1)) for user in (*users, "new")], {}
     for ids in ("token", "word", "number"):
-        name = plm.user_namer(model, tokenizer, ids, ["a7", "b8"])
-        told[ids], _ = plm.encode(tokenizer, plm.METHODS["cls_p"], dataset(), asked, name)
-        assert all(tokenizer.decode(row.user).endswith("\n### Response:") for row in told[ids])
-        assert all(tokenizer.decode(row.text) == " hi\n### User ID:" for row in told[ids])
-    assert [row.user[0] for row in told["token"]] == [V, V + 1, V + 2]
-    assert [tokenizer.decode(row.user) for row in told["number"]] == [
-        f" {user}\n### Response:" for user in ("a7", "b8", "new")]
-    words = [tokenizer.decode(row.user[:1]) for row in told["word"]]
-    assert all(re.fullmatch(" [a-z]{4,9}", word) for word in words) and words[0] != words[1]
-    first = model.lm.get_input_embeddings().weight[[row.user[0] for row in told["word"][:2]]]
-    assert torch.equal(model.user_embedding.data, first)  # a token begins as that word
+        name = plm.user_namer(model, tokenizer, ids, users)
+        rows, _ = plm.encode(tokenizer, plm.METHODS["cls_p"], dataset(), asked, name)
+        assert {tokenizer.decode(row.text) for row in rows} == {" hi\n### User ID:"}
+        told[ids] = [row.user for row in rows]
+    assert [ids[0] - len(tokenizer) for ids in told["token"]] == [0, 1, 2]
+    assert [tokenizer.decode(x).split()[0] for x in told["number"]] == ["a7", "b8", "new"]
+    assert all(re.match(" [a-z]{4,9}\n### Response:$", tokenizer.decode(x)) for x in told["word"])
+    words = [ids[0] for ids in told["word"][:2]]  # which is what a token begins as
+    assert torch.equal(model.user_embedding, model.lm.get_input_embeddings().weight[words])
 
+# ------------------------------------------------------------------------------------ model folders
 
-def test_as_many_users_as_there_are_get_words_soon_enough():
-    # 20,000 annotators are not rare; to look each of them up among all others takes minutes
-    tokenizer, start = tiny_tokenizer(), time.process_time()
-    tokenizer.convert_ids_to_tokens = lambda ids: ["\u0120" + "".join(
-        chr(97 + i // 26 ** k % 26) for k in range(4)) for i in range(3000)]
-    words = plm.user_words(tokenizer, [str(i) for i in range(3100)])
-    assert len(set(words.values())) == 3000 and time.process_time() - start < 0.5
-
-
-# -------------------------------------------------------------------------------------- checkpoints
-
-def test_an_index_is_followed_and_adapters_and_copies_beside_it_are_not_read(tmp_path):
-    path, lm = random_model_folder(tmp_path / "whole", "gpt_neox")
+@pytest.mark.parametrize("form", ["sharded", "pickled", "beside copies"])
+def test_an_index_is_followed_and_adapters_and_copies_beside_it_are_not_read(tmp_path, form):
+    path, lm = random_model_folder(tmp_path, "gpt_neox")
     plain = plm.load_quantized(path, CPU, torch.float32)[0].state_dict()
     other = {name: torch.zeros_like(tensor) for name, tensor in lm.state_dict().items()}
-    for form in ("sharded", "pickled", "copies"):
-        folder = tmp_path / form
-        shutil.copytree(path, folder)
-        if form == "sharded":
-            (folder / "model.safetensors").unlink()
-            lm.save_pretrained(folder, max_shard_size="30KB")
-            assert (folder / "model.safetensors.index.json").exists()
-        if form == "pickled":
-            (folder / "model.safetensors").unlink()
-            torch.save(lm.state_dict(), folder / "pytorch_model.bin")
-        else:
-            torch.save(other, folder / "pytorch_model.bin")
-        for file in ("adapter_model", "model-copy", "consolidated"):
-            safetensors.torch.save_file(other, folder / f"{file}.safetensors")
-        same = plm.load_quantized(str(folder), CPU, torch.float32)[0].state_dict()
-        assert all(torch.equal(tensor, same[name]) for name, tensor in plain.items()), form
-    (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").unlink()
-    with pytest.raises(plm.BadInput, match="model.safetensors"):  # an adapter alone is no model
-        plm.load_quantized(str(folder), CPU, torch.float32)
+    for file in ("adapter_model", "model-copy", "consolidated"):
+        safetensors.torch.save_file(other, tmp_path / f"{file}.safetensors")
+    torch.save(lm.state_dict() if form == "pickled" else other, tmp_path / "pytorch_model.bin")
+    if form != "beside copies":
+        os.remove(tmp_path / "model.safetensors")
+    if form == "sharded":
+        lm.save_pretrained(path, max_shard_size="30KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    same = plm.load_quantized(path, CPU, torch.float32)[0].state_dict()
+    assert all(torch.equal(tensor, same[name]) for name, tensor in plain.items())
 
-
-def test_an_untied_head_of_a_t5_is_kept(tmp_path):
+def test_an_untied_head_of_a_t5_is_kept_and_a_missing_or_quantized_weight_named(tmp_path):
     # Flan-T5's head is its own; that of a T5 of tied embeddings is not in the file.
     path, _ = random_model_folder(tmp_path, "t5")
-    file = os.path.join(path, "model.safetensors")
-    state = safetensors.torch.load_file(file)
-    state["lm_head.weight"] = torch.randn(VOCABULARY, 64)
+    file, name = f"{path}/model.safetensors", "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    state = safetensors.torch.load_file(file) | {"lm_head.weight": torch.randn(VOCABULARY, 64)}
     safetensors.torch.save_file(state, file, {"format": "pt"})
     loaded, _ = plm.load_quantized(path, CPU, torch.float32)
     assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
     for module in (loaded.shared, loaded.encoder.embed_tokens, loaded.decoder.embed_tokens):
         assert torch.equal(module.weight, state["shared.weight"])
-
-
-def test_a_missing_or_quantized_weight_is_named(tmp_path):
-    path, _ = random_model_folder(tmp_path, "llama")
-    name = "model.layers.1.mlp.up_proj.weight"
-    file = os.path.join(path, "model.safetensors")
-    state = safetensors.torch.load_file(file)
     weight = state.pop(name)
-    for tensor in (None, weight.to(torch.int8), weight[:64].clone()):
-        safetensors.torch.save_file(state | ({name: tensor} if tensor is not None else {}), file,
-                                    {"format": "pt"})
-        with pytest.raises(plm.BadInput, match="up_proj|cannot load"):
+    for bad in ({}, {name: (weight * 50).to(torch.int8)}, {name: weight[:9].clone()}):
+        safetensors.torch.save_file(state | bad, file, {"format": "pt"})
+        with pytest.raises(plm.BadInput, match=name.removesuffix(".weight")):
             plm.load_quantized(path, CPU, torch.float32)
 
-
-def changed(folder, file, drop=(), **keys):
-    """Changes some keys of a JSON file of a model folder."""
-    path = os.path.join(folder, file)
-    with open(path, encoding="utf-8") as f:
-        value = json.load(f)
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump({k: v for k, v in (value | keys).items() if k not in drop}, f)
-
-
-def tiny_copy(path):
+def tiny_copy(path, file="config.json", drop=(), **keys):
+    """A folder of the tiny model with some keys of one of its JSON files changed."""
     shutil.copytree(plm.MODELS["tiny"]["id"], path)
+    with open(path / file, encoding="utf-8") as f:
+        value = {k: v for k, v in (json.load(f) | keys).items() if k not in drop}
+    with open(path / file, "w", encoding="utf-8") as f:
+        json.dump(value, f)
     return str(path)
-
 
 def test_what_a_folder_says_against_it_gets_one_line(tmp_path, capsys, small_csv):
     run = ["q_1s", "--data", small_csv, "--max-eval", 6, "--out", tmp_path / "out", "--model"]
-    folder = tiny_copy(tmp_path / "a")
-    changed(folder, "config.json", quantization_config=dict(quant_method="gptq", bits=4))
-    assert "quantization_config" in refused(capsys, *run, folder)
-    folder = tiny_copy(tmp_path / "b")
-    changed(folder, "config.json", max_position_embeddings=100)
-    assert "reads 100 tokens" in refused(capsys, *run, folder)
-    folder, _ = random_model_folder(tmp_path / "c", "mistral", 2048, sliding_window=90)
-    assert "reads 90 tokens" in refused(capsys, *run, folder)
-    folder = tiny_copy(tmp_path / "d")
-    changed(folder, "tokenizer_config.json", drop=["eos_token"])
-    assert "no end token" in refused(capsys, *run, folder)
+    for says, folder in {
+            "quantization_config": tiny_copy(tmp_path / "a", quantization_config=dict(bits=4)),
+            "reads 100 tokens": tiny_copy(tmp_path / "b", max_position_embeddings=100),
+            "reads 90": random_model_folder(tmp_path / "c", "mistral", 2048, sliding_window=90)[0],
+            "no end token": tiny_copy(tmp_path / "d", "tokenizer_config.json", drop=["eos_token"]),
+            }.items():
+        assert says in refused(capsys, *run, folder)
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         folder = tiny_copy(tmp_path / file)
-        with open(os.path.join(folder, file), "r+b") as f:
-            f.truncate(50)
+        os.truncate(os.path.join(folder, file), 50)
         assert f"cannot load {folder}" in refused(capsys, *run, folder)
-
 
 def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     # Llama 3, Qwen and Phi end a turn with another token than their tokenizer's
-    def answer(folder):
+    asked, found, end = [plm.Annotation("What a day.", "u", (0, 1))], [], None
+    for name in "abc":
+        folder = tiny_copy(tmp_path / name, "generation_config.json", eos_token_id=end)
         model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32, {})
-        asked = [plm.Annotation("What a day.", "u", (0, 1))]
         rows, _ = plm.encode(tokenizer, plm.METHODS["lm"], dataset(), asked, None)
-        return plm.written_answers(model, tokenizer, rows, 6), tokenizer
-    folder = tiny_copy(tmp_path / "a")
-    (before,), tokenizer = answer(folder)
-    first = tokenizer(" " + before, add_special_tokens=False).input_ids[0]
-    for end in (first, [2, first]):
-        changed(folder, "generation_config.json", eos_token_id=end)
-        assert before and answer(folder)[0] == [""]
-
+        found += plm.written_answers(model, tokenizer, rows, 6)
+        first = tokenizer(" " + found[0], add_special_tokens=False).input_ids[0]
+        end = first if name == "a" else [2, first]
+    assert found[0] and found[1:] == ["", ""]
 
 # ------------------------------------------------------------------------------ answers and scores
 
@@ -971,96 +685,72 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
     assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
 
-
 @pytest.mark.parametrize("labels", [
     ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
     ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
     ["+", "++", "-"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"], ["not X", "X"]])
 @pytest.mark.parametrize("single", [True, False])
 def test_answers_we_train_on_are_read_back(labels, single):
-    data = dataset(labels, single, none=not single)
-    plm.check_labels(data)
+    plm.check_labels(dataset(labels, single, none=not single))
     for chosen in np.ndindex(*[2] * len(labels)):
         if not single or sum(chosen) == 1:
-            read_back = plm.parse_answer(plm.answer_text(labels, chosen), labels, single)
-            assert read_back == (chosen, 0)
-
+            answer = plm.answer_text(labels, chosen)
+            assert plm.parse_answer(answer, labels, single) == (chosen, 0)
 
 def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alone():
     answers = ["calm, then angry", "none", "who knows", "none of these"]
     ticks, single = (plm.read_answers(answers, dataset(single=single)) for single in (False, True))
     assert ticks["predicted"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
     assert single["predicted"].tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
-    assert (ticks["unreadable"], single["unreadable"]) == (2, 3)
-    assert ticks["unknown_words"] == 1 + 2 + 2
+    assert (ticks["unreadable"], single["unreadable"], ticks["unknown_words"]) == (2, 3, 5)
 
-
-@pytest.mark.parametrize("labels, single, none, says", [
-    (["Anger", "anger!"], False, False, "'Anger' and 'anger!'"), (["a,b", "c"], False, False, "'a,b'"),
-    (["a\nb", "c"], True, False, "cannot hold"), ([" ", "c"], False, False, "' '"),
-    (["none", "c"], False, True, "'none'")])
-def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, single, none, says):
+@pytest.mark.parametrize("labels, none, says", [
+    (["Anger", "anger!"], False, "'Anger' and 'anger!'"), (["a,b", "c"], False, "'a,b'"),
+    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "None")])
+def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
-        plm.check_labels(dataset(labels, single, none))
+        plm.check_labels(dataset(labels, none=none))
     plm.check_labels(dataset(["a,b", "c", "none"], single=True))  # said alone, these are clear
 
-
-def test_only_methods_that_read_answers_care_for_such_labels(tmp_path, capsys):
-    path = write_csv(tmp_path / "a.csv", some_rows(), ("text", "user", "Anger", "anger"))
-    run = ["--data", path, "--max-steps", 1, "--max-eval", 6, "--out", tmp_path / "out"]
-    assert go("cls", *run) == 0
-    assert "cls and cls_p can" in refused(capsys, "lm", *run)
-
-
-def test_f1_by_hand():
+def test_f1_by_hand_and_as_scikit_learn_has_it():
     # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
     scores = plm.f1_scores([(1, 1, 0), (1, 1, 0), (0, 1, 0)], [(1, 1, 0), (0, 1, 0), (1, 0, 0)])
-    assert scores["per_label"] == pytest.approx([0.5, 0.8, 0.0])
-    assert scores["f1_macro"] == pytest.approx(1.3 / 3)
-    assert scores["f1_micro"] == pytest.approx(6 / 9) and scores["accuracy"] == pytest.approx(1 / 3)
-
-
-def test_f1_is_scikit_learns():
+    assert scores == dict(f1_macro=pytest.approx(1.3 / 3), f1_micro=pytest.approx(6 / 9),
+                          accuracy=pytest.approx(1 / 3), per_label=pytest.approx([0.5, 0.8, 0.0]))
     # Recorded from scikit-learn 1.9.1: f1_score(gold, predicted, average=..., zero_division=0).
     i = np.arange(40)[:, None] * np.array([3, 5, 7, 11]) + np.array([0, 1, 2, 3])
     gold, predicted = (i % 5 < 2).astype(int), (i % 7 < 3).astype(int)
     gold[:, 3] = predicted[:, 3] = 0  # a label that nobody chose and nothing predicted
     scores = plm.f1_scores(gold, predicted)
-    assert scores["f1_macro"] == pytest.approx(0.40409016271085235, abs=1e-12)
-    assert scores["f1_micro"] == pytest.approx(0.5578231292517006, abs=1e-12)
-    assert scores["per_label"] == pytest.approx(
-        [0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0], abs=1e-12)
-
+    assert [*scores["per_label"], scores["f1_macro"], scores["f1_micro"]] == pytest.approx([
+        0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0, 0.40409016271085235,
+        0.5578231292517006], abs=1e-12)
 
 def test_the_bootstrap_draws_whole_texts_and_the_same_ones_for_every_run():
     # Text a: two rows, both right; text b: one row, missed. Drawn twice: F1 is 1, 4/5 or 0.
-    gold, predicted, texts = [[1], [1], [1]], [[1], [1], [0]], ["a", "a", "b"]
-    draws = plm.bootstrap_f1(gold, predicted, texts, 4000)
+    gold, texts = [[1], [1], [1]], ["a", "a", "b"]
+    draws = plm.bootstrap_f1(gold, [[1], [1], [0]], texts, 4000)
     for f1, share in ((1.0, 1 / 4), (0.8, 1 / 2), (0.0, 1 / 4)):
         assert np.isclose(draws, f1).mean() == pytest.approx(share, abs=0.03)
     other = plm.bootstrap_f1(gold, [[0], [0], [1]], texts, 4000)
     assert (np.isclose(draws, 1) == np.isclose(other, 0)).all()
     assert plm.interval(np.arange(1001)) == pytest.approx([25, 975])
 
-
-def test_listens_is_the_share_of_variance_between_readers_of_a_text():
-    # Around the mean 2 the variance is (4 + 1 + 1 + 4) / 4 = 2.5, within texts it is 1/4.
-    assert plm.listens([[0], [1], [3], [4]], list("aabb")) == pytest.approx((0.1, math.sqrt(2.5)))
-    assert plm.listens([[0], [1], [3], [4]], list("abab")) == pytest.approx((0.9, math.sqrt(2.5)))
-    assert plm.listens([[2, 0], [2, 0], [5, 1], [5, 1]], list("aabb"))[0] == 0
-    assert plm.listens([[7], [7], [7]], list("aab")) == (0, 0)
-
+@pytest.mark.parametrize("scores, texts, heard, spread", [  # mean 2, variance (4 + 1 + 1 + 4) / 4
+    ([[0], [1], [3], [4]], "aabb", 0.25 / 2.5, math.sqrt(2.5)), ([[7], [7], [7]], "aab", 0, 0),
+    ([[0], [1], [3], [4]], "abab", 0.9, math.sqrt(2.5)), ([[0], [0], [3]], "aab", 0, 2 ** 0.5)])
+def test_listens_is_the_share_of_variance_between_readers_of_a_text(scores, texts, heard, spread):
+    assert plm.listens(scores, list(texts)) == pytest.approx((heard, spread))
 
 @pytest.mark.parametrize("gold, scores, best", [
     ([1, 0, 1, 0, 0], [5, 4, 3, 2, 1], 4 / 5),  # the first three: 2 * 2 / (3 + 2)
     ([1, 1, 1, 0], [4, 3, 2, 1], 1.0), ([0, 1, 1, 1], [4, 3, 2, 1], 6 / 7),  # all of them
-    ([1, 0, 1, 0], [1, 1, 1, 1], 2 / 3),                  # a tie is ticked together or not at all
+    ([1, 0, 1, 0], [1, 1, 1, 1], 2 / 3),        # a tie is ticked together or not at all
     ([1, 1, 0, 1, 0], [3, 2, 2, 2, 0], 6 / 7), ([0, 0, 0], [3, 2, 1], 0.0)])
 def test_tuned_thresholds_have_the_best_f1_there_is(gold, scores, best):
     gold, scores = np.array(gold)[:, None], np.array(scores, float)[:, None]
-    threshold = plm.tuned_thresholds(gold, scores)
-    assert plm.f1_scores(gold, scores > threshold)["f1_macro"] == pytest.approx(best)
-
+    predicted = scores > plm.tuned_thresholds(gold, scores)
+    assert plm.f1_scores(gold, predicted)["f1_macro"] == pytest.approx(best)
 
 @pytest.mark.parametrize("single", [False, True])
 def test_a_users_bias_is_what_logistic_regression_finds(single):
@@ -1068,69 +758,47 @@ def test_a_users_bias_is_what_logistic_regression_finds(single):
     rng = np.random.default_rng(0)
     scores, users = rng.normal(size=(90, 3)), np.array([f"u{i % 4}" for i in range(90)])
     gold = np.eye(3)[rng.integers(0, 3, 90)] if single else rng.integers(0, 2, (90, 3))
-    bias = plm.user_bias(gold, scores, users, single, ridge=2.0)
-    for user in set(users):
-        of = users == user
-        p = plm.probabilities(scores[of] + bias[user], single)
-        assert (gold[of] - p).sum(0) == pytest.approx(2 * bias[user], abs=1e-3)
-
+    for user, bias in plm.user_bias(gold, scores, users, single, ridge=2.0).items():
+        p = plm.probabilities(scores[users == user] + bias, single)
+        assert (gold[users == user] - p).sum(0) == pytest.approx(2 * bias, abs=1e-4)
 
 def test_rates_are_everybodys_or_the_users_shrunk_to_them():
     rows = [plm.Annotation(f"t{i}", user, labels) for user, n, labels in (
         ("a", 5, (1, 0)), ("b", 3, (0, 1)), ("b", 2, (0, 0))) for i in range(n)]
-    data = dataset(train=rows)
     asked = [plm.Annotation("x", user, (0, 0)) for user in ("a", "b", "new")]
-    majority, prior = (plm.rate_scores(data, asked, known) for known in (False, True))
-    assert 1 / (1 + np.exp(-majority)) == pytest.approx(np.array([[0.5, 0.3]] * 3))
-    assert 1 / (1 + np.exp(-prior)) == pytest.approx(np.array(  # (5 + 2.5) / 10, 1.5 / 10, ...
-        [[0.75, 0.15], [0.25, 0.45], [0.5, 0.3]]))
+    for own, rates in ((False, [[0.5, 0.3]] * 3), (True, [[0.75, 0.15], [0.25, 0.45], [0.5, 0.3]])):
+        p = 1 / (1 + np.exp(-plm.rate_scores(dataset(train=rows), asked, own)))
+        assert p == pytest.approx(np.array(rates))  # 0.75 = (5 + 5 * 0.5) / (5 + 5)
 
-
-def test_scores_of_a_rating_and_of_users_and_of_disagreement():
-    rows = [plm.Annotation(text, user, labels) for text, user, labels in (
-        ("t", "a", (1, 0, 0)), ("t", "b", (0, 0, 1)), ("s", "a", (0, 1, 0)), ("s", "b", (0, 1, 0)))]
-    data = dataset(["1", "2", "5"], single=True, ordered=True)
-    predicted = np.array([(1, 0, 0), (1, 0, 0), (0, 1, 0), (0, 1, 0)])
-    found = plm.score(data, rows, dict(predicted=predicted))
+def test_scores_of_a_rating_of_users_and_of_disagreement():
+    gold, said = np.eye(3, dtype=int)[[0, 2, 1, 1]], np.eye(3, dtype=int)[[0, 0, 1, 1]]
+    rows = [plm.Annotation(text, user, tuple(y)) for text, user, y in zip("ttss", "abab", gold)]
+    found = plm.score(dataset("125", single=True, ordered=True), rows, dict(predicted=said))
     assert found["mean_absolute_error"] == 1.0  # one of four is 4 points off
-    users = found["f1_per_user"]["users"]
-    assert users == pytest.approx(dict(a=2 / 3, b=1 / 3)) and found["rows_disagreed"] == 2
-    assert found["f1_disagreed"] == pytest.approx(2 / 9) and found["listens"]["model"] == 0
+    assert found["f1_per_user"]["users"] == pytest.approx(dict(a=2 / 3, b=1 / 3))
+    assert found["rows_disagreed"] == 2 and found["f1_disagreed"] == pytest.approx(2 / 9)
     low, high = found["f1_macro_ci"]
-    assert 0 <= low <= found["f1_macro"] <= high <= 1
-
+    assert 0 <= low <= found["f1_macro"] <= high <= 1 and found["listens"]["model"] == 0
 
 # ----------------------------------------------------------------------------------- runs and files
 
 @pytest.fixture(scope="module")
 def small_csv(tmp_path_factory):
-    rows = [(f"comment {i // 2} on thing {i * 7 % 50}", f"u{i % 4}", i % 2, 1 - i % 2)
-            for i in range(120)]
-    return write_csv(tmp_path_factory.mktemp("data") / "small.csv", rows)
+    return write_csv(tmp_path_factory.mktemp("data") / "small.csv", some_rows(120))
 
-
-def command(*args, **env):
+def command(*args):
     """(exit status, stdout, stderr) of a program in a process of its own."""
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, text=True, capture_output=True,
-                          env=os.environ | env, timeout=600)
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=HERE, text=True, timeout=600,
+                          capture_output=True)
     return done.returncode, done.stdout, done.stderr
 
-
-def results_of(folder):
-    """The bytes of what a run is there for."""
-    return {name: open(os.path.join(folder, name), "rb").read() for name in
-            ("predictions.csv", "adapter.safetensors") if os.path.exists(os.path.join(folder, name))}
-
-
-def metrics_of(folder):
-    with open(os.path.join(folder, "metrics.json"), encoding="utf-8") as f:
-        return json.load(f)
-
-
-def log_of(folder):
-    with open(os.path.join(folder, "log.jsonl"), encoding="utf-8") as f:
-        return [json.loads(line) for line in f]
-
+def content(folder, name):
+    """The bytes of a file of a run, the value of a JSON file, the list of those of JSON lines."""
+    with open(os.path.join(folder, name), "rb") as f:
+        value = f.read()
+    if name.endswith(".jsonl"):
+        return [json.loads(line) for line in value.splitlines()]
+    return json.loads(value) if name.endswith(".json") else value
 
 @pytest.mark.parametrize("args, says", [
     (["cls_q"], "invalid choice: 'cls_q'"), (["cls", "--modle", "tiny"], "--model --data"),
@@ -1139,179 +807,125 @@ def log_of(folder):
     (["cls", "--model", "./nosuch"], "no such model"), (["predict", "nosuch"], "no finished run"),
     (["cls", "--model", HERE], "config.json"), (["cls", "--dropout", "2"], "from 0 to 0.9"),
     (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
-    (["q_0s", "--model", "openai:"], "needs a name"),
-    (["cls", "--label-col", "text"], "not a choice of one"),
+    (["q_0s", "--model", "openai:"], "needs a name"), (["cls", "--label-col", "text"], "a choice"),
     (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory")])
 def test_bad_input_gets_one_line_and_status_2(args, says, capsys, tmp_path):
     assert says in refused(capsys, *args, *([] if "--out" in args else ["--out", tmp_path]))
 
-
-@pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")])
-def test_a_run_leaves_its_files_and_the_same_seed_the_same_bits(tmp_path, method, model, small_csv,
-                                                                capsys):
-    found = []
-    for out in ("a", "b"):
-        args = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--out", tmp_path / out]
-        if out == "b" and model == "tiny":  # another process hashes strings otherwise
-            assert command("plm.py", *args)[0] == 0
-        else:
-            assert go(*args) == 0
-            stdout, err = capsys.readouterr()
-            assert err.count("\r") < 4  # a bar is for runs of more than two seconds
-        folder = tmp_path / out / "small" / model / method / "seed42"
-        found.append(results_of(folder))
-        m = metrics_of(folder)
-        assert {"method", "model", "data", "seed", "f1_macro", "f1_micro", "per_label", "rows",
-                "seconds", "peak_memory_mb", "notes", "f1_macro_ci", "listens"} <= set(m)
-        with open(folder / "predictions.csv", encoding="utf-8") as f:
-            lines = list(csv.DictReader(f))
-        gold, predicted = ([plm.parse_answer(line[c], m["labels"])[0] for line in lines]
-                           for c in ("gold", "predicted"))
-        assert plm.f1_scores(gold, predicted)["f1_macro"] == m["f1_macro"]
-        assert f"{m['f1_macro']:.4g}" in stdout and str(folder) in stdout.replace("/b/", "/a/") + str(folder)
-        left = {"lock", "run.json", "metrics.json", *found[0]}
-        if method != "q_2s_p":
-            log, left = log_of(folder), left | {"log.jsonl"}
-            assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4] and "val_loss" in log[-1]
-            assert m["tokens_computed"] <= m["tokens_unshared"] and m["rows_per_second"] > 0
-        assert set(os.listdir(folder)) == left
-    assert found[0] == found[1] and len(found[0]) == 1 + (method != "q_2s_p")
-
+@pytest.mark.parametrize("method, model, more", [
+    ("cls_p", "tiny", ["--recompute"]), ("lm", "tiny_t5", ["--no-dense"]), ("q_2s_p", "tiny", [])])
+def test_a_run_leaves_its_files_and_a_seed_the_same_bits(tmp_path, small_csv, method, model, more):
+    # ... however they are computed, and in another process, which hashes strings otherwise
+    run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--out"]
+    assert go(*run, tmp_path / "a") == 0
+    status, out, err = command("plm.py", *run, tmp_path / "b", *more)
+    assert status == 0 and err.count("\r") < 9  # a bar moves every 10 seconds in a file
+    a, b = (tmp_path / x / "small" / model / method / "seed42" for x in "ab")
+    files = ["predictions.csv", "adapter.safetensors", "log.jsonl"][:1 if method == "q_2s_p" else 3]
+    m = content(b, "metrics.json")
+    assert f"{m['f1_macro']:.4g}" in out and str(b) in out and m["rows"]["test"] and m["notes"]
+    gold, predicted, _ = data_script("table").read_predictions(b, m["labels"])
+    assert plm.f1_scores(gold, predicted)["f1_macro"] == m["f1_macro"]
+    assert set(os.listdir(b)) == {"lock", "run.json", "metrics.json", *files}
+    assert all(content(a, name) == content(b, name) for name in files)
+    if len(files) > 1:
+        log = content(b, "log.jsonl")
+        assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4] and "val_loss" in log[-1]
+        assert m["tokens_computed"] <= m["tokens_unshared"] and m["rows_per_second"] > 0
 
 def test_the_same_command_shows_what_it_has_another_one_is_refused_and_fresh_starts_over(
-        tmp_path, small_csv, capsys):
-    run = ["cls", "--data", small_csv, "--max-steps", 2, "--max-eval", 9, "--out", tmp_path / "out"]
-    folder = tmp_path / "out" / "small" / "tiny" / "cls" / "seed42"
+        tmp_path, capsys):
+    rows = [(text, text[::-1], user, user[::-1], a, b) for text, user, a, b in some_rows()]
+    header = "text reply user worker Anger anger"
+    run = ["cls", "--data", write_csv(tmp_path / "a.csv", rows, header), "--max-steps", 2,
+           "--max-eval", 9, "--out", tmp_path]
+    folder = tmp_path / "a" / "tiny" / "cls" / "seed42"
     assert go(*run) == 0
-    summary, before = capsys.readouterr().out.split("\n\n")[-1], os.stat(folder / "metrics.json")
+    summary, written = capsys.readouterr().out.split("\n\n")[-1], os.stat(folder / "metrics.json")
     assert go(*run) == 0
     out = capsys.readouterr().out
     assert "is finished" in out and out.endswith(summary)
-    assert os.stat(folder / "metrics.json").st_mtime_ns == before.st_mtime_ns
-    for flag, value, says in (("--lr", 0.1, "lr 0.003 there and 0.1 here"), ("--ids", "word", "ids"),
-                              ("--no-share", None, "no_share")):
-        assert says in refused(capsys, *run, flag, *([value] if value else []))
-    other = write_csv(tmp_path / "small.csv", some_rows())  # a name is not all there is to a file
-    assert "data_sha" in refused(capsys, *run, "--data", other)
+    assert os.stat(folder / "metrics.json").st_mtime_ns == written.st_mtime_ns
+    for says, flags in {"lr 0.003 there and 0.1 here": ["--lr", 0.1], "no_share": ["--no-share"],
+                        "worker": ["--user-col", "worker"], "reply": ["--text-col", "text,reply"],
+                        "ids": ["--ids", "word"]}.items():
+        assert says in refused(capsys, *run, *flags)
+    assert "cls and cls_p can" in refused(capsys, "lm", *run[1:])  # tell such labels apart
+    write_csv(tmp_path / "a.csv", rows[:-3], header)
+    assert "data_sha" in refused(capsys, *run)  # a name is not all there is to a file
     (folder / "answers.jsonl").write_text("paid for")
-    (folder / "peft").mkdir()
-    assert go(*run, "--lr", 0.1, "--fresh") == 0
-    assert metrics_of(folder)["lr"] == 0.1 and (folder / "answers.jsonl").read_text() == "paid for"
-
-
-def test_other_columns_of_the_same_file_are_another_run(tmp_path, capsys):
-    rows = [(text, text[::-1], user, user[::-1], a, b) for text, user, a, b in some_rows()]
-    path = write_csv(tmp_path / "a.csv", rows, ("text", "reply", "user", "worker", "a", "b"))
-    run = ["prior", "--data", path, "--out", tmp_path / "out"]
-    assert go(*run) == 0
-    assert "worker" in refused(capsys, *run, "--user-col", "worker")
-    assert "reply" in refused(capsys, *run, "--text-col", "text,reply")
-
+    assert "lower --lr" in refused(capsys, *run, "--fresh", "--lr", 1e18)
+    assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl", "answers.jsonl"}
+    assert go(*run, "--lr", 0.1, "--fresh") == 0 and content(folder, "metrics.json")["lr"] == 0.1
+    assert (folder / "answers.jsonl").read_text() == "paid for"  # and kept
 
 DRIVER = """import sys, time, plm
 plm.SAVE_EVERY, save = 0, plm.save_state
 plm.save_state = lambda *args: (save(*args), time.sleep(0.2))
 sys.exit(plm.main(sys.argv[1:]))"""
 
-
 def test_a_killed_run_goes_on_to_the_same_bytes_and_nobody_else_takes_its_folder(
         tmp_path, small_csv, capsys):
-    run = ["cls_p", "--data", small_csv, "--epochs", 4]
-    folders = [tmp_path / out / "small" / "tiny" / "cls_p" / "seed42" for out in ("whole", "killed")]
-    assert go(*run, "--out", tmp_path / "whole") == 0
-    run = [*map(str, run), "--out", str(tmp_path / "killed")]
-    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run], cwd=HERE,
+    run = ["cls_p", "--data", small_csv, "--epochs", "4", "--out"]
+    whole, killed = (tmp_path / out / "small" / "tiny" / "cls_p" / "seed42" for out in ("a", "b"))
+    assert go(*run, tmp_path / "a") == 0
+    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run, str(tmp_path / "b")], cwd=HERE,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        until, log = time.monotonic() + 300, folders[1] / "log.jsonl"
+        until, log = time.monotonic() + 300, killed / "log.jsonl"
         while not log.exists() or log.read_text().count("loss") < 6:  # in the second epoch of four
             assert time.monotonic() < until and child.poll() is None
             time.sleep(0.02)
-        assert "another process is at this run" in refused(capsys, *run)
+        assert "another process is at this run" in refused(capsys, *run, tmp_path / "b")
     finally:
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
-    assert not (folders[1] / "metrics.json").exists()
-    with open(log, "a") as f:
-        f.write('{"step": 99, "lo')  # half a line, as a kill may leave it
-    capsys.readouterr()
-    assert go(*run) == 0
+        child.kill()
+        assert child.wait() < 0
+    assert not (killed / "metrics.json").exists()
+    log.write_text(log.read_text() + '{"step": 99, "lo')  # half a line, as a kill may leave it
+    assert go(*run, tmp_path / "b") == 0
     assert re.search(r"resuming at step [4-9]", capsys.readouterr().out)
-    assert results_of(folders[0]) == results_of(folders[1]) and log_of(folders[0]) == log_of(folders[1])
-    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
-
+    assert sorted(os.listdir(whole)) == sorted(os.listdir(killed))
+    for name in ("predictions.csv", "adapter.safetensors", "log.jsonl"):
+        assert content(whole, name) == content(killed, name)
 
 def test_two_processes_train_as_one_does(tmp_path, small_csv):
     # Dropout off, since each rank draws its own. torchrun's processes find each other on loopback.
     # There are fewer rows to validate than a batch has, so that one of them has none.
     args = ["cls_p", "--data", small_csv, "--dropout", 0, "--max-steps", 4, "--out"]
     assert go(*args, tmp_path / "one") == 0
-    status, out, err = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
-                               "plm.py", *args, tmp_path / "two")
-    assert status == 0, err
-    assert out.count("f1_macro ") == 1  # rank 0 alone prints
-    folders = [tmp_path / n / "small" / "tiny" / "cls_p" / "seed42" for n in ("one", "two")]
-    for a, b in zip(*map(log_of, folders), strict=True):
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
+    status, out, err = command(*torchrun, "plm.py", *args, tmp_path / "two")
+    assert status == 0 and out.count("f1_macro ") == 1, err  # rank 0 alone prints
+    one, two = (tmp_path / n / "small" / "tiny" / "cls_p" / "seed42" for n in ("one", "two"))
+    for a, b in zip(content(one, "log.jsonl"), content(two, "log.jsonl"), strict=True):
         key = "val_loss" if "val_loss" in a else "loss"
         assert abs(a[key] - b[key]) < 1e-5
-    assert sorted(os.listdir(folders[0])) == sorted(os.listdir(folders[1]))
-    f1 = [metrics_of(folder)["f1_macro"] for folder in folders]
-    assert f1[0] == pytest.approx(f1[1], abs=0.01)
-
-
-def test_a_failed_run_can_be_mended_and_leaves_nothing_half_written(tmp_path, small_csv, capsys):
-    run = ["cls", "--data", small_csv, "--max-steps", 3, "--out", tmp_path]
-    assert "lower --lr" in refused(capsys, *run, "--lr", 1e18)
-    folder = tmp_path / "small" / "tiny" / "cls" / "seed42"
-    assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl"}
-    assert "--fresh" in refused(capsys, *run) and go(*run, "--fresh") == 0
-
+    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
+    f1, same = (content(folder, "metrics.json")["f1_macro"] for folder in (one, two))
+    assert f1 == pytest.approx(same, abs=0.01)
 
 @pytest.mark.parametrize("name, methods", [
-    ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p", "q_1s"]), ("gpt_neox", ["lm_p"])])
-def test_the_methods_run_from_a_folder_of_random_weights(name, methods, small_csv, tmp_path, capsys):
-    folder, _ = random_model_folder(tmp_path / name, name, 2048)
-    for method in methods:
-        assert go(method, "--model", folder, "--data", small_csv, "--max-steps", 1, "--max-eval", 6,
-                  "--out", tmp_path / "out") == 0
-    capsys.readouterr()
+    ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p"]), ("gpt_neox", ["lm_p"])])
+def test_methods_run_from_a_folder_of_random_weights(tmp_path, capsys, small_csv, name, methods):
+    run = ["--model", random_model_folder(tmp_path / name, name, 2048)[0], "--data", small_csv,
+           "--max-steps", 1, "--max-eval", 6, "--out", tmp_path / "out"]
+    assert [go(method, *run) for method in methods] == [0] * len(methods)
     data_script("table").print_table(str(tmp_path / "out"))
-    table = capsys.readouterr().out
+    table = capsys.readouterr().out.split("F1-macro [95 %]")[-1]
     assert all(f"\n{method} " in table for method in methods)
 
-
 def test_the_personalized_model_beats_the_plain_one_with_a_bias_for_each_user(tmp_path):
-    # The claim of the paper, for three readers of the sample: it is more than a table of users.
+    # The claim of the paper, for six readers of the sample: it is more than a table of users.
     with open(f"{HERE}/data/sample/annotations.csv", newline="", encoding="utf-8") as f:
         header, *rows = csv.reader(f)
-    path = write_csv(tmp_path / "a.csv", [row for row in rows if row[1] in ("96", "44", "65")], header)
-    run = ["--data", path, "--epochs", 9, "--max-steps", 130, "--batch", 16, "--out", tmp_path]
+    rows = [row for row in rows if row[1] in "16 44 45 65 75 96".split()]
+    run = ["--data", write_csv(tmp_path / "a.csv", rows, " ".join(header)), "--epochs", 20,
+           "--max-steps", 130, "--batch", 16, "--out", tmp_path]
     assert go("cls", *run) == go("cls_p", *run) == 0
-    plain, own = (metrics_of(tmp_path / "a" / "tiny" / m / "seed42") for m in ("cls", "cls_p"))
+    plain, own = (content(tmp_path / "a" / "tiny" / name / "seed42", "metrics.json")
+                  for name in ("cls", "cls_p"))
     assert own["f1_macro"] > plain["f1_macro_user_bias"] > plain["f1_macro"]
-    assert own["f1_macro"] > own["f1_macro_shuffled"] and plain["listens"]["model"] == 0
-
-
-def test_controls_see_through_a_table_of_users():
-    # 40 people of two tastes: who knows the user is right, with shuffled IDs half of the time
-    rows = [plm.Annotation(f"t{i}", f"u{i % 40}", (i % 2, 1 - i % 2)) for i in range(800)]
-    data = dataset(train=rows, val=rows[:400], test=rows[400:])
-
-    def knows(asked):
-        y = np.array([[int(a.user[1:]) % 2, 1 - int(a.user[1:]) % 2] for a in asked])
-        return dict(scores=2.0 * y - 1, predicted=y)
-
-    def deaf(asked):
-        return dict(scores=np.full((len(asked), 2), 0.1), predicted=np.ones((len(asked), 2), int))
-
-    _, found = plm.evaluate(plm.METHODS["cls_p"], data, knows)
-    assert found["f1_macro"] == 1 and found["f1_macro_shuffled"] == pytest.approx(0.5, abs=0.08)
-    _, found = plm.evaluate(plm.METHODS["cls"], data, deaf)
-    assert found["f1_macro"] == pytest.approx(2 / 3) and found["f1_macro_user_bias"] == 1
-    assert found["f1_macro_tuned"] == pytest.approx(2 / 3) and found["listens"]["model"] == 0
-    _, found = plm.evaluate(plm.METHODS["majority"], data, plm.run_rates(plm.METHODS["majority"], data)[0])
-    assert found["f1_macro_tuned"] == pytest.approx(2 / 3)  # to tick all is the best that it can do
-
+    assert own["f1_macro_shuffled"] < plain["f1_macro_user_bias"]  # a deaf model gains nothing
 
 # ------------------------------------------------------------ a trained run: predict, export, table
 
@@ -1322,127 +936,84 @@ def data_script(name):
     spec.loader.exec_module(module)
     return module
 
-
 @pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm_p", "tiny_t5"), ("cls", "tiny")])
-def test_predict_gives_the_runs_own_scores_to_the_bit(tmp_path, monkeypatch, capsys, method, model,
-                                                      small_csv):
-    seen, write_predictions = [], plm.write_predictions
-    monkeypatch.setattr(plm, "write_predictions", lambda *args, **kw: (seen.append(args[3]),
-                                                                 write_predictions(*args, **kw)))
+def test_predict_gives_the_runs_own_scores_to_the_bit(
+        tmp_path, monkeypatch, capsys, method, model, small_csv):
+    seen, own = [], plm.write_predictions
+    monkeypatch.setattr(plm, "write_predictions", lambda *a, **k: (seen.append(a[3]), own(*a, **k)))
     run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--lr", 0.01]
     assert go(*run, "--out", tmp_path) == 0
-    folder = tmp_path / "small" / model / method / "seed42"
-    test = plm.load_data(small_csv).test
-    path = write_csv(tmp_path / "new.csv", [a[:2] for a in test], ("text", "user"))
+    folder, test = tmp_path / "small" / model / method / "seed42", plm.load_data(small_csv).test
+    path = write_csv(tmp_path / "new.csv", [a[:2] for a in test], "text user")
     assert go("predict", folder, "--csv", path) == 0
-    key = "scores" if method.startswith("cls") else "answers"
-    assert np.array_equal(seen[0][key], seen[1][key])
-    capsys.readouterr()
+    for key in seen[0]:
+        assert np.array_equal(seen[0][key], seen[1][key])
     assert go("predict", folder, "--text", test[0].text, "--users", f"{test[0].user},nobody") == 0
-    out = capsys.readouterr().out
     if method == "cls_p":
-        assert "unknown to training: nobody" in out
+        out = capsys.readouterr().out
         shown = out.split(f"\n{test[0].user} ")[1].split("\n")[0].split()
         expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
         assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
-    assert "no column 'text'" in refused(capsys, "predict", folder, "--csv", write_csv(
-        tmp_path / "b.csv", [("a", "b")], ("txt", "user")))
-    assert "--csv FILE" in refused(capsys, "predict", folder)
+        assert "unknown to training: nobody" in out
+        write_csv(path, [("a", "b")], "txt user")
+        assert "no column 'text'" in refused(capsys, "predict", folder, "--csv", path)
+        data_script("export").export(str(folder))  # what PEFT has no place for stands beside
+        with safetensors.safe_open(folder / "peft" / "beside.safetensors", "pt") as f:
+            assert json.loads(f.metadata()["users"]) == ["u0", "u1", "u2"]
+            assert f.get_tensor("user_embedding").shape == (3, 128)
+        assert go(*run, "--out", tmp_path, "--fresh") == 0
 
-
-@pytest.mark.parametrize("name, method", [("llama", "lm_p"), ("llama", "cls"), ("t5", "lm_p"),
-                                          ("phi", "cls_p"), ("gpt_neox", "lm_p")])
-def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, name, method, capsys):
+@pytest.mark.parametrize("name, method", [("phi", "lm_p"), ("llama", "cls"), ("t5", "lm_p")])
+def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, name, method):
     peft = pytest.importorskip("peft")
     path, lm = random_model_folder(tmp_path / name, name, 2048)
     assert go(method, "--model", path, "--data", small_csv, "--max-steps", 3, "--lr", 0.02, "--ids",
               "number", "--out", tmp_path) == 0
     folder = str(tmp_path / "small" / name / method / "seed42")
     data_script("export").export(folder)
-    m, model, tokenizer, _ = plm.load_run(folder)
-    model.train(False)
-    if method.startswith("cls"):  # their classifier reads the last token that is no padding: not 2
+    _, model, tokenizer, _ = plm.load_run(folder)
+    if "cls" in method:  # their classifier reads the last token that is no padding
         lm = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
     theirs = peft.PeftModel.from_pretrained(rounded_reference(model, lm), f"{folder}/peft").eval()
     data = plm.load_data(small_csv)
-    rows, _ = plm.encode(tokenizer, plm.METHODS[method], data, data.test[:5], None)
-    with torch.no_grad():
-        for row in rows:
-            batch = plm.make_batch(model, [row])
-            ours, prompt = model(batch)[batch["of"]], torch.tensor([row.prompt])
-            if method.startswith("cls"):
-                out = theirs(prompt).logits
-            elif name == "t5":
-                start = torch.tensor([(0, *row.answer[:-1])])
-                out = theirs(input_ids=prompt, decoder_input_ids=start).logits[0]
-            else:
-                ids = torch.tensor([row.prompt + row.answer[:-1]])
-                out = theirs(ids).logits[0, len(row.prompt) - 1:]
-            assert torch.allclose(out, ours, atol=1e-4 * ours.abs().max().item())
+    for row in plm.encode(tokenizer, plm.METHODS[method], data, data.test[:5], None)[0]:
+        batch = plm.make_batch(model.train(False), [row])
+        ours = model(batch)[batch["of"]]
+        out = their_logits(theirs, row, len(ours), answer="lm" in method)
+        assert torch.allclose(out, ours, atol=1e-4 * ours.abs().max().item())
 
-
-def test_what_peft_has_no_place_for_stands_beside_and_fresh_still_starts_over(tmp_path, small_csv):
-    run = ["cls_p", "--data", small_csv, "--max-steps", 1, "--out", tmp_path]
-    assert go(*run) == 0
-    folder = str(tmp_path / "small" / "tiny" / "cls_p" / "seed42")
-    data_script("export").export(folder)
-    tensors = safetensors.torch.load_file(f"{folder}/peft/beside.safetensors")
-    with safetensors.safe_open(f"{folder}/peft/beside.safetensors", "pt") as f:
-        assert json.loads(f.metadata()["users"]) == ["u0", "u1", "u2", "u3"]
-    assert tensors["user_embedding"].shape == (4, 128)
-    assert go(*run, "--fresh") == 0
-
-
-TEXTS = [f"text {i}" for i in range(40)]
-
-
-def fake_run(out, method, right, texts=TEXTS, **more):
-    """The files that the table reads, of a run that is right on `right` rows of a text each."""
-    gold = np.array([(i % 2, 1 - i % 2) for i in range(len(texts))])
-    predicted = np.where(np.arange(len(texts))[:, None] < right, gold, 1 - gold)
-    m = dict(data="d", method=method, model="m", seed=42, labels=LABELS, rows=dict(test=len(texts)),
-             **plm.f1_scores(gold, predicted), f1_macro_ci=plm.interval(
-                 plm.bootstrap_f1(gold, predicted, texts))) | more
-    folder = os.path.join(out, "d", "m", method, f"seed{m['seed']}")
+def fake_run(out, method, right, seed=42, odd=""):
+    """The files that the table reads, of a run that is right on the first `right` of 40 texts."""
+    texts = [f"text {i}" for i in range(40 - len(odd))] + [*odd]
+    gold = np.array([(i % 2, 1 - i % 2) for i in range(40)])
+    predicted = np.where(np.arange(40)[:, None] < right, gold, 1 - gold)
+    folder = os.path.join(out, "d", "m", method, f"seed{seed}")
     os.makedirs(folder)
     rows = [plm.Annotation(text, "u", tuple(y)) for text, y in zip(texts, gold.tolist())]
-    plm.write_predictions(f"{folder}/predictions.csv", dataset(), rows,
-                          dict(predicted=predicted, scores=np.zeros(gold.shape)))
-    plm.write_json(f"{folder}/metrics.json", m)
+    result = dict(predicted=predicted, scores=np.zeros(gold.shape))
+    plm.write_predictions(f"{folder}/predictions.csv", dataset(), rows, result)
+    plm.write_json(f"{folder}/metrics.json", dict(
+        plm.score(dataset(), rows, result), data="d", method=method, model="m", seed=seed,
+        labels=MOODS, rows=dict(test=40)))
     return folder
 
-
-def test_the_table_shows_gains_on_the_same_rows_only(tmp_path, capsys):
-    table = data_script("table")
-    fake_run(tmp_path / "a", "cls", 20), fake_run(tmp_path / "a", "cls_p", 40)
-    fake_run(tmp_path / "a", "lm", 20), fake_run(tmp_path / "a", "lm_p", 40, texts=TEXTS[:38] + ["x", "y"])
-    fake_run(tmp_path / "a", "q_0s", 20), fake_run(tmp_path / "a", "q_0s_p", 21)
-    assert table.main(["--out", str(tmp_path / "a")]) == 0
-    line = {text.split()[0]: text for text in capsys.readouterr().out.split("\n") if text.split()}
+def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_path, capsys):
+    for method, right in dict(cls=20, cls_p=40, lm=20, lm_p=40, q_0s=20, q_0s_p=21, q_1s=9).items():
+        fake_run(tmp_path / "a", method, right, odd="xy" * (method == "lm_p"))
+    for seed, text in enumerate(["{", "[]", '{"data": "d"}', "text_id,us"], 39):
+        file = "predictions.csv" if seed == 42 else "metrics.json"
+        with open(os.path.join(fake_run(tmp_path / "a", "q_1s_p", 30, seed), file), "w") as f:
+            f.write(text)
+    for seed, right in ((1, 20), (2, 30)):
+        fake_run(tmp_path / "b", "cls", right, seed), fake_run(tmp_path / "b", "cls_p", 40, seed)
+    a, b = (data_script("table").main(["--out", str(tmp_path / x)]) or capsys.readouterr()
+            for x in "ab")
+    line = {text.split()[0]: text for text in a.out.split("\n") if text.split()}
     assert "0.500" in line["cls"] and "1.000 [1.000 1.000] +100 %*" in line["cls_p"]
     assert "1.000" in line["lm_p"] and "%" not in line["lm_p"]
     assert "+5 %" in line["q_0s_p"] and "*" not in line["q_0s_p"]  # one row in 40 is chance
-    for seed, right in ((1, 20), (2, 30)):
-        fake_run(tmp_path / "b", "cls", right, seed=seed), fake_run(tmp_path / "b", "cls_p", 40, seed=seed)
-    assert table.main(["--out", str(tmp_path / "b")]) == 0
-    out = capsys.readouterr().out
-    assert "0.625 +-0.177 of 2" in out and "+67 %*" in out  # the mean of +100 and +33
-
-
-def test_damaged_runs_are_left_out_of_the_table_and_named(tmp_path, capsys):
-    for seed, text in enumerate(["{", "[]", '{"data": "d"}', '{"f1_macro_ci": [0, 1]}']):
-        folder = fake_run(tmp_path, "cls", 20, seed=seed)
-        with open(os.path.join(folder, "metrics.json"), "w") as f:
-            f.write(text)
-    folder = fake_run(tmp_path, "cls_p", 30, seed=7)
-    fake_run(tmp_path, "cls", 20, seed=7)
-    with open(os.path.join(folder, "predictions.csv"), "w") as f:
-        f.write("text_id,us")
-    assert data_script("table").main(["--out", str(tmp_path)]) == 0
-    out, err = capsys.readouterr()
-    assert "0.500" in out and "0.750" in out and err.count("is left out") >= 4
-    assert data_script("table").main(["--out", str(tmp_path / "none")]) == 2
-
+    assert "0.750" in line["q_1s_p"] and a.err.count("is left out") >= 3
+    assert "0.625 +-0.177 of 2" in b.out and "+67 %*" in b.out  # the mean of +100 and +33
 
 # --------------------------------------------------------------------------- Makefile and README
 
@@ -2256,8 +1827,8 @@ def test_the_picture_is_small_and_nothing_to_show_is_one_line(tmp_path, capsys):
 
 # -------------------------------------------------------------------------- a GPU that is pretended
 # Tensors that say they are on a device "gpu" and whose numbers a CPU computes. What CUDA refuses is
-# refused (two devices, two dtypes), and what makes the host wait for a GPU is counted: a number or a
-# copy fetched from it, a copy to it that does not come from pinned memory. torch cannot forget a
+# refused (two devices, two dtypes), and what makes the host wait for a GPU is counted: a number or
+# a copy fetched from it, a copy to it that does not come from pinned memory. torch cannot forget a
 # device again, so all this happens in a process of its own.
 
 WAITS = Counter()  # "operation that makes the host wait in function of plm.py" -> how often
@@ -2320,19 +1891,17 @@ def on_gpu(func, *args, **kwargs):
     out = func(*raw, **more | ({"device": CPU} if device else {}))
     if not to_gpu:
         return out
-    out = each_tensor(Gpu, out)
-    return torch.utils._python_dispatch.return_and_correct_aliasing(
-        func, args, kwargs, out) if ours else out
+    out, alias = each_tensor(Gpu, out), torch.utils._python_dispatch.return_and_correct_aliasing
+    return alias(func, args, kwargs, out) if ours else out
 
 
 def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None, **more):
-    """scaled_dot_product_attention; on the GPU in steps, where CUDA would have one kernel for it."""
+    """scaled_dot_product_attention; on the GPU in steps, if CUDA has a fast kernel for it."""
     if not isinstance(q, Gpu):
         return SDPA(q, k, v, attn_mask, is_causal=is_causal, scale=scale, **more)
-    if {x.dtype for x in (q, k, v, attn_mask) if x is not None} - {q.dtype, torch.bool}:
-        raise RuntimeError("attention: two dtypes")
-    if attn_mask is not None and q.shape[1] != k.shape[1]:
-        raise RuntimeError("attention: CUDA has no fast kernel for a mask and grouped heads")
+    if {x.dtype for x in (k, v, attn_mask) if x is not None} - {q.dtype, torch.bool} \
+            or attn_mask is not None and q.shape[1] != k.shape[1]:
+        raise RuntimeError("attention: two dtypes, or a mask and grouped heads")
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     s = q.float() @ k.float().transpose(2, 3) * (scale or q.shape[3] ** -0.5)
     if is_causal:
@@ -2350,9 +1919,8 @@ def pretend_gpu():
         return x
 
     setup = torch.utils.backend_registration
-    module = type("Module", (setup._DummyBackendModule,), dict(
-        get_amp_supported_dtype=lambda self: [torch.bfloat16],
-        get_rng_state=lambda self, device=None: torch.zeros(1), set_rng_state=lambda *args: None))
+    module = type("Module", (setup._DummyBackendModule,), {
+        "get_amp_supported_dtype": lambda self: [torch.bfloat16]})
     setup._setup_privateuseone_for_python_backend("gpu", backend_module=module())
     Gpu.libraries = aten, every = [torch.library.Library(name, "IMPL") for name in ("aten", "_")]
     every.fallback(on_gpu, "PrivateUse1")
@@ -2389,39 +1957,33 @@ def tried_on(device, folder, head):
     return losses, plm.label_scores(model, rows) if head == "cls" else np.ones(1), answers
 
 
-def check_gpu(folder, head):
-    """Tries a model on the pretended device. The numbers have to be the CPU's, but for rounding."""
-    ours, theirs = (tried_on(device, folder, head) for device in (torch.device("gpu", 0), CPU))
-    assert np.allclose(ours[0], theirs[0], rtol=0.05), f"losses {ours[0]}, on the CPU {theirs[0]}"
-    assert np.linalg.norm(ours[1] - theirs[1]) < 0.2 * np.linalg.norm(theirs[1]), "scores"
-    same = np.mean([a == b for a, b in zip(ours[2], theirs[2], strict=True)])
-    assert same > 0.7, f"answers {ours[2]}, on the CPU {theirs[2]}"
-
-
-def check_faults(folder):
-    """Each of these has to be caught; the second is as plm.py was once."""
-    tables, dequantize, loss = plm.tables, plm.NF4Linear.dequantize, plm.summed_loss
+def check_gpu(folders):
+    """Models have to give the CPU's numbers but for rounding, and faults have to be caught."""
+    gpu, tables, loss = torch.device("gpu", 0), plm.tables, plm.summed_loss
+    dequantize = plm.NF4Linear.dequantize
+    for folder, head in [*((folder, "cls") for folder in folders), (folders[-1], "lm")]:
+        ours, theirs = tried_on(gpu, folder, head), tried_on(CPU, folder, head)
+        assert np.allclose(ours[0], theirs[0], rtol=0.05), (folder, head, ours[0], theirs[0])
+        assert np.linalg.norm(ours[1] - theirs[1]) < 0.2 * np.linalg.norm(theirs[1]), folder
+        assert np.mean([a == b for a, b in zip(ours[2], theirs[2])]) > 0.7, (ours[2], theirs[2])
     for place, name, fault, says in [
             (plm, "tables", lambda device: tables(CPU), "a tensor on the CPU"),
             (plm, "tables", tables.__wrapped__, "a step waits.*copy_ in tables"),
-            (torch.Tensor, "pin_memory", lambda x: x, "a step waits.*copy_ in"),
+            (torch.Tensor, "pin_memory", lambda x: x, "a step waits.*copy_"),
             (plm.NF4Linear, "dequantize", lambda layer: dequantize(layer).float(), "two dtypes"),
-            (plm, "summed_loss", lambda *args: loss(*args) + 0 * loss(*args).item(),
-             "a step waits.*_local_scalar_dense in train_step")]:
+            (plm, "summed_loss", lambda *x: loss(*x) + loss(*x).item(), "a step waits.*_local")]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(place, name, fault)
             with pytest.raises((AssertionError, RuntimeError), match=says):
-                tried_on(torch.device("gpu", 0), folder, "cls")
+                tried_on(gpu, folders[0], "cls")
 
 
 def test_a_step_on_a_pretended_gpu(tmp_path):
     # In bfloat16: every architecture runs there, a step never waits, and seeded faults are caught.
     folders = [random_model_folder(tmp_path / name, name, 2048)[0]
                for name in ("llama", "mistral", "phi", "gpt_neox", "t5")]
-    code = (f"import {__name__} as test; test.pretend_gpu(); folders = {folders}\n"
-            "for folder in folders: test.check_gpu(folder, 'cls')\n"
-            "test.check_gpu(folders[0], 'lm'); test.check_gpu(folders[-1], 'lm')\n"
-            "test.check_faults(folders[0])")
+    code = (f"import {__name__} as test; test.pretend_gpu(); test.check_gpu({folders})\n"
+            "test.os._exit(0)")  # torch may abort when it is taken down
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
                           env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
@@ -2525,7 +2087,7 @@ def measure(args, peer):
             start = time.perf_counter()
             said = plm.written_answers(model, tokenizer, rows, 8)
         return model.lm.dtype, said, dict(rate=len(rows) / (time.perf_counter() - start))
-    optimizer, width = plm.make_optimizer(model, settings), model.lm.config.hidden_size
+    optimizer, D = plm.make_optimizer(model, settings), model.lm.config.hidden_size
     micro = min(8 if peer and device.type == "cpu" else 999, settings["micro_batch"])
     for rows in batches:
         parts = plm.micro_batches(model, rows, micro, not (peer or args.no_share))
@@ -2535,10 +2097,10 @@ def measure(args, peer):
         steps.append((loss, len(rows), tokens, time.perf_counter() - start,
                       operations(model, plm.make_batch(model, rows))))
     memory, (_, n, tokens, seconds, needed) = plm.peak_memory_mb(), np.sum(steps[1:], 0).tolist()
-    a = torch.randn(2 ** (15 if device.type == "cuda" else 12), width).to(device, model.lm.dtype)
-    best = min(timeit.repeat(lambda: [a @ a[:width] for _ in range(9)][-1].sum().item(), number=1))
+    a, b = torch.randn(2, 2 ** (16 if device.type == "cuda" else 12), D).to(device, model.lm.dtype)
+    usual = np.median(timeit.repeat(lambda: torch.mm(a, a[:D], out=b)[0, 0].item(), number=3))
     return model.lm.dtype, [steps[0][0] * (head == "lm")], dict(rate=n / seconds, memory_mb=memory,
-        tokens_a_row=tokens / n, mfu=needed / seconds * best / (9 * 2 * a.numel() * width))
+        tokens_a_row=tokens / n, mfu=needed / seconds * usual / (3 * 2 * a.numel() * D))
 
 
 def measure_quantizing(args, peer, n=4096):
