@@ -1,7 +1,6 @@
 # make                    this list
 # make cls_p              the default: tiny model, sample data
 # make cls_p MODEL=phi2 DATA=goemotions SEED=1 ARGS="--epochs 3"
-# make cls_p NPROC=2      two processes, a GPU each if there are
 # `python plm.py --help` names the models, the datasets and what ARGS may hold.
 
 MODEL ?= tiny
@@ -10,11 +9,9 @@ SEED ?= 42
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
-NPROC ?= 1
 
 PY = $(VENV)/bin/python
-LAUNCH = $(VENV)/bin/$(if $(filter-out 1,$(NPROC)),torchrun --standalone --nproc-per-node $(NPROC),python)
-PLM = $(LAUNCH) plm.py
+PLM = $(PY) plm.py
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 
 .DEFAULT_GOAL := help

@@ -61,7 +61,6 @@ import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from typing import NamedTuple
 
 # How long an idle thread spins before it sleeps; torch reads it on import. The default makes a
@@ -71,7 +70,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 import numpy as np
 import requests
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
@@ -82,7 +80,6 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
@@ -94,10 +91,9 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message says in one line what would have been."""
 
 
-def progress(items=None, what="", unit="", total=None, initial=0):
+def progress(items, what, unit, total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
     return tqdm(items, what, total=total, initial=initial, unit=" " + unit, delay=2, leave=False,
-                disable=os.environ.get("RANK", "0") != "0",
                 dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 
@@ -117,6 +113,7 @@ def write_file(path, content):
 RECIPES = {
     "ours": dict(
         ids="token",                  # how the prompt names the user: see section 3
+        tune="lora", quant=True,      # or "full": every weight is trained; NF4, or as stored
         r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
         lr=4e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
         user_lr=10,                   # ... and of the user tokens
@@ -125,19 +122,16 @@ RECIPES = {
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
 RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)  # [1]
 
-# gb: GPU memory for training, computed and not measured: 4.127 bits for every quantized weight, 16
-# for the rest, 18 D + 6 F values of 16 bits a layer and token (F: width of the MLP; 8 rows at once
-# of 400 tokens for a decoder, of 1,040 for an encoder-decoder).
 MODELS = {  # name -> hub id or folder, and what differs from the recipe
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8),
-    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=5e-4, epochs=2, gb=1),
-    "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3, gb=1),
-    "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4, gb=1),
-    "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8, gb=6),                      # 2.8 B [1]
-    "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8, gb=5),                  # 2.8 B [1]
-    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8, gb=5),  # [1]
-    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8, gb=9),    # [1]
+    "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=5e-4, epochs=2),
+    "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3),
+    "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4),
+    "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8),                      # 2.8 B [1]
+    "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8),                      # 2.8 B [1]
+    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8),  # [1]
+    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8),    # [1]
     "chatgpt": dict(chat="gpt-3.5-turbo"),  # over HTTP; of 2023 [1]
 }
 
@@ -189,7 +183,7 @@ class Dataset(NamedTuple):
     sha: str       # of the file
 
 
-MISSING = {"", "NA", "N/A", "NaN", "nan", "NULL", "null"}
+MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in any case
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
 ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
@@ -198,8 +192,9 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "dev": "val", "va
 
 
 def words_of(text):
-    """The words of a text without case and punctuation; a combining mark belongs to its word."""
-    text = unicodedata.normalize("NFC", text).lower()
+    """The words of a text without case and punctuation, but for the minus of a number; a combining
+    mark belongs to its word."""
+    text = re.sub(r"(?<!\w)-(?=\d)", "minus ", unicodedata.normalize("NFC", text).lower())
     return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
 
 
@@ -220,36 +215,29 @@ def user_id(cell):
     return re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip())
 
 
-@contextmanager
-def readable(path):
-    """The open text file, for reading CSV; whatever is wrong with it in one line."""
+def csv_rows(path):
+    """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            yield f
+            delimiter = max(",;\t", key=f.readline().count)
+            f.seek(0)
+            reader, rows = csv.DictReader(f, delimiter=delimiter), []
+            columns = reader.fieldnames or []
+            for number, row in enumerate(reader, 1):
+                if None in row or None in row.values():
+                    raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have "
+                                   f"the {len(columns)} columns of the header")
+                rows.append((number, row))
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror.lower()}") from None
     except UnicodeDecodeError as e:
         raise BadInput(f"{path}: not UTF-8 (byte {e.object[e.start]:#x}); save it so") from None
     except csv.Error as e:
         raise BadInput(f"{path}: not a CSV file ({e})") from None
-
-
-def csv_rows(path):
-    """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
-    with readable(path) as f:
-        delimiter = max(",;\t", key=f.readline().count)
-        f.seek(0)
-        reader, rows = csv.DictReader(f, delimiter=delimiter), []
-        columns = reader.fieldnames or []
-        if len(set(columns)) < len(columns):
-            twice = max(columns, key=columns.count)
-            raise BadInput(f"{path}: {columns.count(twice)} columns are called {twice!r}")
-        for number, row in enumerate(reader, 1):
-            if None in row or None in row.values():
-                raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have the "
-                               f"{len(columns)} columns of the header")
-            rows.append((number, row))
+    twice = [column for column, n in Counter(columns).items() if n > 1]
+    if twice:
+        raise BadInput(f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}")
     if not rows:
         raise BadInput(f"{path}: no annotations in it")
     return rows
@@ -268,26 +256,27 @@ def label_columns(path, rows, others):
         elif len(values) == 2:
             two_valued.append(column)
     if len(found) != 1:
-        kinds = "; ".join(f"{', '.join(names)} ({kind})" for kind, names in found.items())
-        kinds = kinds or f"no column of 0 and 1 beside {', '.join(others)}"
-        raise BadInput(f"{path}: {kinds}; say which are the labels with --labels A,B, or with "
+        there = "; ".join(f"{', '.join(names)} ({spelling})" for spelling, names in found.items())
+        there = there or f"no column of 0 and 1 beside {', '.join(others)}"
+        raise BadInput(f"{path}: {there}; say which are the labels with --labels A,B, or with "
                        "--label-col C for a single choice")
-    return next(iter(found.values())), two_valued
+    return found.popitem()[1], two_valued
 
 
 def choices(path, column, values):
-    """(label names, dict value -> place among them, are they numbers in order?) of the values of a
+    """(label names, dict value -> its label, are they numbers in order?) of the values of a
     single-choice column. A yes/no column X has the labels "not X" and "X"."""
     if {value.lower() for value in values} <= ZERO_ONE.keys():
-        return [f"not {column}", column], {v: ZERO_ONE[v.lower()] for v in values}, False
+        names = [f"not {column}", column]
+        return names, {value: names[ZERO_ONE[value.lower()]] for value in values}, False
     try:
-        names = {value: f"{float(value):.12g}" for value in values}
-        labels, ordered = sorted(set(names.values()), key=float), True
+        names, ordered = {value: f"{float(value):.12g}" for value in values}, True
     except ValueError:
-        names, labels, ordered = {value: value for value in values}, sorted(values), False
-    if len(labels) > 100:
-        raise BadInput(f"{path}: column {column!r} has {len(labels):,} values: not a choice of one")
-    return labels, {value: labels.index(name) for value, name in names.items()}, ordered
+        names, ordered = {value: value for value in values}, False
+    if {"inf", "-inf"} & {*names.values()} or len({*names.values()}) > 100:
+        raise BadInput(f"{path}: column {column!r} has {len(values):,} values, as {min(values)!r} "
+                       f"and {max(values)!r}: not a choice of one")
+    return sorted({*names.values()}, key=float if ordered else None), names, ordered
 
 
 def read_annotations(path, form, skip_missing=False):
@@ -303,7 +292,7 @@ def read_annotations(path, form, skip_missing=False):
     if not labels:
         labels, two_valued = label_columns(path, rows, others)
     missing = {number: c for number, row in rows for c in [*texts, form["user"], *labels]
-               if row[c].strip() in MISSING}
+               if row[c].strip().lower() in MISSING}
     if missing and not skip_missing:
         number, column = next(iter(missing.items()))
         raise BadInput(f"{path}: row {number}: {column!r} is {rows[number - 1][1][column]!r} "
@@ -315,29 +304,29 @@ def read_annotations(path, form, skip_missing=False):
     rows = [(number, row) for number, row in rows if number not in missing]
     names, single, ordered, found = labels, len(labels) == 1, False, []
     if single:
-        names, place, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
+        names, said, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
     for number, row in rows:
-        cells = [row[label].strip() for label in labels]
-        chosen = (tuple(int(i == place[cells[0]]) for i in range(len(names))) if single else
-                  tuple(ZERO_ONE.get(cell.lower()) for cell in cells))
-        split = row[split_col].strip() if split_col else ""
+        cells, split = [row[label].strip() for label in labels], None
+        chosen = ([int(name == said[cells[0]]) for name in names] if single else
+                  [ZERO_ONE.get(cell.lower()) for cell in cells])
         if None in chosen:
             raise BadInput(f"{path}: row {number}: label {labels[chosen.index(None)]!r} is "
                            f"{cells[chosen.index(None)][:40]!r}, not 0 or 1 (see --labels)")
-        if split and split.lower() not in SPLITS:
-            raise BadInput(f"{path}: row {number}: {split_col!r} is {split[:40]!r}, not train, val "
-                           "or test")
-        a = Annotation("\n".join(row[c] for c in texts), user_id(row[form["user"]]), chosen)
-        found.append((a, SPLITS.get(split.lower())))
+        if split_col and (cell := row[split_col].strip()):
+            split = SPLITS.get(cell.lower())
+            if not split:
+                raise BadInput(f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, "
+                               "val or test")
+        a = Annotation("\n".join(row[c] for c in texts), user_id(row[form["user"]]), tuple(chosen))
+        found.append((a, split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
 
 
-def split_annotations(found, notes):
+def split_annotations(found, by_hash, notes):
     """dict(train, val, test) of lists of Annotation; what is left out goes into `notes`."""
-    by_hash, split = notes["split by"] == "a hash of the text", {"train": [], "val": [], "test": []}
+    split = {"train": [], "val": [], "test": []}
     for a, part in found:
-        part = split_of(a.text) if by_hash else part
-        if part:
+        if part := split_of(a.text) if by_hash else part:
             split[part].append(a)
     notes["left out: in no split"] = len(found) - sum(map(len, split.values()))
     known = {a.user for a in split["train"]}
@@ -355,13 +344,9 @@ def split_annotations(found, notes):
 
 def some_texts(rows, n):
     """About n rows, all those of randomly chosen texts; the same ones whatever --seed says."""
-    own = Counter(a.text for a in rows)
-    texts, chosen, total = sorted(own), set(), 0
-    random.Random(0).shuffle(texts)
-    while texts and total < n:
-        chosen.add(texts[-1])
-        total += own[texts.pop()]
-    return [a for a in rows if a.text in chosen]
+    order = {text: hashlib.sha256(text.encode()).digest() for text in {a.text for a in rows}}
+    last = sorted(order[a.text] for a in rows)[:n][-1]
+    return [a for a in rows if order[a.text] <= last]
 
 
 def load_data(name, max_eval=0, skip_missing=False, **columns):
@@ -369,22 +354,24 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
     row = DATASETS.get(name)
     if row is None and not name.lower().endswith((".csv", ".tsv")):
         raise BadInput(f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
+    if columns.get("labels") and columns.get("label"):
+        raise BadInput("--labels names several columns and --label-col one: not both")
     form = dict(text="text", user="user") | (row or {})
     form |= {key: value for key, value in columns.items() if value}
     path = name if row is None else f"{HERE}/data/{name}/annotations.csv"
     if row is not None and not os.path.exists(path):
         raise BadInput(f"{path}: no such file; make data DATA={name} makes it")
     found, what, notes = read_annotations(path, form, skip_missing)
-    split = split_annotations(found, notes)
-    train = split["train"]
+    split = split_annotations(found, notes["split by"] == "a hash of the text", notes)
     for part, rows in split.items():
         if not rows:
             raise BadInput(f"--data {name}: no annotation is left for {part}, of "
                            f"{notes['rows read']} in all; more texts are needed")
-    for label, chosen in zip(what["labels"], np.sum([a.labels for a in train], 0)):
-        if chosen in (0, len(train)):
+    n = len(split["train"])
+    for label, chosen in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
+        if chosen in (0, n):
             raise BadInput(f"--data {name}: label {label!r} never varies in training (chosen "
-                           f"{chosen:,} times of {len(train):,})")
+                           f"{chosen:,} times of {n:,})")
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
         sha = hashlib.sha256(f.read()).hexdigest()[:16]
@@ -412,8 +399,8 @@ def print_data(data):
 # text, the user. The paper puts the user ID before the text; the last token sees the same facts
 # either way, and in this order section 6 computes what prompts have in common once. How the prompt
 # names a user is a choice that moves numbers (`ids`): "number" is the paper's, the CSV's own ID;
-# "word" is an everyday word of the tokenizer, drawn by a hash of the ID; "token" is a token of the
-# user's own, which starts out as that word and whose embedding is trained [7].
+# "word" is an everyday word of the tokenizer, drawn at random; "token" is a token of the user's
+# own, which starts out as that word and whose embedding is trained [7].
 
 INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
     False: ("Which of the labels fit the text?", " First see how other people answered."),
@@ -451,17 +438,15 @@ def answer_text(labels, chosen):
     return " " + (", ".join(label for label, y in zip(labels, chosen) if y) or NONE)
 
 
-def check_labels(data):
-    """BadInput if answers in words could not be told apart; that concerns LM and Q, not CLS."""
+def check_labels(data, head):
+    """BadInput if labels cannot be told apart: in a list of them, or in an LM's answer in words."""
     words = defaultdict(list)
-    for label in data.labels:
+    for label in [*data.labels, *[NONE] * data.none]:
+        words[tuple(words_of(label)) or label].append(label)
         if "\n" in label or not label.strip() or "," in label and not data.single:
             raise BadInput(f"label {label!r}: a comma-separated answer cannot hold it")
-        words[tuple(words_of(label)) or label].append(label)
-    if data.none:
-        words[NONE,].append(NONE)
     same = next((names for names in words.values() if len(names) > 1), None)
-    if same:
+    if same and head in ("lm", "ask"):
         raise BadInput(f"labels {same[0]!r} and {same[1]!r} are the same but for case and "
                        "punctuation: an answer cannot tell them apart (cls and cls_p can)")
 
@@ -477,18 +462,10 @@ def choose_examples(method, train):
         if not method.shots:
             return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
-        own = [a for a in by_user[asked.user] if text_id(a.text) != text_id(asked.text)]
-        if method.personalized:
-            return rng.sample(own, min(method.shots, len(own)))
-        chosen = []
-        for _ in range(100 * method.shots):  # enough where there are other people
-            other = rng.choice(train)
-            if other.user != asked.user and other not in chosen \
-                    and text_id(other.text) != text_id(asked.text):
-                chosen.append(other)
-            if len(chosen) == method.shots:
-                break
-        return chosen
+        rows = by_user[asked.user] if method.personalized else rng.choices(train, k=100)
+        fit = dict.fromkeys(a for a in rows if text_id(a.text) != text_id(asked.text)
+                            and (a.user == asked.user) == method.personalized)
+        return rng.sample([*fit], min(method.shots, len(fit)))
 
     return choose
 
@@ -526,20 +503,13 @@ def frame(tokenizer, chat):
 
 
 def user_words(tokenizer, users):
-    """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
-    def is_word(token):
-        return token and token[0] in "\u0120\u2581" and re.fullmatch("[a-z]{4,9}", token[1:])
-
+    """list of ids of everyday words: one a user, and one more for strangers. They are distinct
+    while words last, and the same for the same users."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [i for i, token in enumerate(tokens) if is_word(token)] or list(range(len(tokens)))
-    found, taken = {}, set()
-    for user in users:
-        place = int(hashlib.sha256(user.encode()).hexdigest()[:8], 16) % len(words)
-        while len(taken) < len(words) and place in taken:
-            place = (place + 1) % len(words)
-        taken.add(place)
-        found[user] = words[place]
-    return found
+    words = [i for i, token in enumerate(tokens)
+             if re.fullmatch("[\u0120\u2581][a-z]{4,9}", token or "")] or list(range(len(tokens)))
+    random.Random(0).shuffle(words)
+    return [words[i % len(words)] for i in range(len(users) + 1)]
 
 
 class Row(NamedTuple):
@@ -557,12 +527,10 @@ class Row(NamedTuple):
 
 
 def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
-    """(list of Row, dict of counts: texts_cut to `max_text` tokens, too_few_examples). `user_ids`
-    is a function: user -> token ids, or None where the prompt has the ID as it is written."""
+    """(list of Row, Counter of texts_cut to `max_text` tokens and too_few_examples). `user_ids` is
+    a function: user -> token ids, or None where the prompt has the ID as it is written."""
     known, cut, few, choose = {}, set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
-    if tokenizer.eos_token_id is None:
-        raise BadInput("the tokenizer has no end token (eos_token): answers could not end")
 
     def ids(pieces, texts=(), first=False):
         for piece in pieces:
@@ -582,7 +550,7 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
         rows.append(Row(before + ids(shared, first=True), ids(body, texts), who + after,
                         ids([answer_text(data.labels, a.labels)]) + (tokenizer.eos_token_id,),
                         a.labels, a))
-    return rows, dict(texts_cut=len(cut), too_few_examples=few)
+    return rows, Counter(texts_cut=len(cut), too_few_examples=few)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -601,17 +569,6 @@ NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes 
     0.7229568362236023, 1.0])
 
 
-def midpoints(code):
-    """The borders at which the nearest value of an ascending code changes."""
-    return (code[1:] + code[:-1]) / 2
-
-
-# [-1, 1] in cells of 1/16: no cell holds two borders of NF4, so the nearest index is the one at the
-# cell's left edge, or one more beyond the cell's border. Two lookups, no search.
-CELL_INDEX = torch.bucketize(torch.arange(-16, 17) / 16, midpoints(NF4)).to(torch.uint8)
-CELL_BORDER = torch.cat([midpoints(NF4), torch.tensor([2.0])])[CELL_INDEX.long()]
-
-
 def dynamic_map():
     """(256) ascending: signed, in seven powers of ten, twice as fine with each one up [5]."""
     positive = []
@@ -624,15 +581,19 @@ def dynamic_map():
 
 @functools.cache
 def tables(device):
-    """(values of each byte's two indices (256, 2), dynamic map (256)), once a device: a copy for
-    every layer and step would make a GPU wait for the host each time."""
-    return torch.cartesian_prod(NF4, NF4).to(device), dynamic_map().to(device)
+    """(NF4, values of each byte's two indices (256, 2), dynamic map (256)), once a device: a copy
+    for every layer and step would make a GPU wait for the host each time."""
+    return NF4.to(device), torch.cartesian_prod(NF4, NF4).to(device), dynamic_map().to(device)
 
 
-def in_chunks(n, device):
-    """Slices of n weights; on a CPU of a size that stays in its cache, which is 5 times faster."""
-    size = 2 ** 18 if device.type == "cpu" else n
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+def nearest(values, code):
+    """The place of the nearest value of an ascending code."""
+    return torch.bucketize(values, (code[1:] + code[:-1]) / 2)
+
+
+def chunk_size(device):
+    """How many weights to do at once: what stays in a CPU's cache, where it is 5 times faster."""
+    return 2 ** 18 if device.type == "cpu" else 2 ** 62
 
 
 def in_blocks(flat, size):
@@ -642,21 +603,15 @@ def in_blocks(flat, size):
 
 def quantize_nf4(weight):
     """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; both rounded up."""
-    flat, device = weight.detach().flatten(), weight.device
-    index_of, border_of = CELL_INDEX.to(device), CELL_BORDER.to(device)
-    packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=device)
-    absmax = torch.empty((flat.numel() + 63) // 64, device=device)
-    for chunk in in_chunks(flat.numel(), device):
-        blocks = in_blocks(flat[chunk].float(), 64)
-        largest = blocks.abs().amax(1)
+    packed, absmax = [], []
+    for chunk in weight.detach().flatten().split(chunk_size(weight.device)):
+        blocks = in_blocks(chunk.float(), 64)
+        absmax.append(blocks.abs().amax(1))
         # Times the inverse and not divided by it, as [4] does it: the last bit differs.
-        scaled = (blocks * (1 / largest.clamp(min=1e-38))[:, None]).view(-1)
-        cell = (scaled * 16 + 16).int()
-        index = index_of.index_select(0, cell) + (scaled > border_of.index_select(0, cell))
-        first, n = chunk.start // 2, (chunk.stop - chunk.start + 1) // 2
-        packed[first:first + n] = ((index[::2] << 4) | index[1::2])[:n]
-        absmax[chunk.start // 64:chunk.start // 64 + len(largest)] = largest
-    return packed, absmax
+        scaled = blocks * (1 / absmax[-1].clamp(min=1e-38))[:, None]
+        index = nearest(scaled.view(-1), tables(weight.device)[0]).to(torch.uint8)
+        packed.append(((index[::2] << 4) | index[1::2])[:(len(chunk) + 1) // 2])
+    return torch.cat(packed), torch.cat(absmax)
 
 
 def quantize_absmax(absmax):
@@ -666,13 +621,13 @@ def quantize_absmax(absmax):
     scale = blocks.abs().amax(1)
     scaled = blocks * (1 / scale.clamp(min=1e-38))[:, None]
     step = (((scaled + 1) * 0.5) * 65535 + 0.5).floor()  # [4] first rounds to 65,536 even steps
-    code = torch.bucketize(step.view(-1) / 65535 * 2 - 1, midpoints(tables(absmax.device)[1]))
+    code = nearest(step.view(-1) / 65535 * 2 - 1, tables(absmax.device)[2])
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
 
 def dequantize_nf4(packed, absmax, dtype):
     """packed bytes, absmax (blocks) -> weights (2 a byte); products in float32, cast last."""
-    pairs = tables(packed.device)[0].view(torch.int64).view(-1)  # two floats moved as one word
+    pairs = tables(packed.device)[1].view(torch.int64).view(-1)  # two floats moved as one word
     values = pairs.index_select(0, packed.int()).view(torch.float32)
     return (in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(values)].to(dtype)
 
@@ -693,42 +648,35 @@ class NF4Matmul(torch.autograd.Function):
 
 
 class NF4Linear(nn.Module):
-    """A frozen linear layer (N, K) in NF4; build it with `from_linear`."""
+    """A frozen nn.Linear (N, K), its weight in NF4. It computes in `dtype`."""
     weight = None  # T5 asks a layer's weight for its dtype; there is no dense weight to ask
+    dense = None   # see keep_dense
 
-    @classmethod
-    def from_linear(cls, linear, dtype=None):
-        """The NF4Linear of an nn.Linear. It computes in `dtype`, or in that of the weight."""
-        self = cls()
-        (self.N, self.K), self.dtype = linear.weight.shape, dtype or linear.weight.dtype
+    def __init__(self, linear, dtype):
+        super().__init__()
+        (self.N, self.K), self.dtype, bias = linear.weight.shape, dtype, linear.bias
+        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
-        self.register_buffer("packed", packed)
-        self.register_buffer("absmax_code", code)
-        self.register_buffer("absmax_scale", scale)
-        self.register_buffer("absmax_offset", offset)
-        bias = None if linear.bias is None else linear.bias.detach().to(self.dtype)
-        self.register_buffer("bias", bias)
-        self.register_buffer("dense", None, persistent=False)  # see keep_dense
-        return self
+        for name, buffer in dict(packed=packed, absmax_code=code, absmax_scale=scale,
+                                 absmax_offset=offset).items():
+            self.register_buffer(name, buffer)
 
     def absmax(self):
         """(blocks) float32"""
         scale = self.absmax_scale.repeat_interleave(256)[:self.absmax_code.numel()]
-        dynamic = tables(scale.device)[1]
-        return dynamic.index_select(0, self.absmax_code.int()) * scale + self.absmax_offset
+        dynamic = tables(scale.device)[2].index_select(0, self.absmax_code.int())
+        return dynamic * scale + self.absmax_offset
 
     def dequantize(self):
         """(N, K) the rounded weights, in the layer's dtype."""
         if self.dense is not None:
             return self.dense
-        n, absmax = self.N * self.K, self.absmax()
-        weight = torch.empty(n, dtype=self.dtype, device=self.packed.device)
-        for chunk in in_chunks(n, weight.device):
-            packed = self.packed[chunk.start // 2:(chunk.stop + 1) // 2]
-            scales = absmax[chunk.start // 64:(chunk.stop + 63) // 64]
-            part = dequantize_nf4(packed, scales, self.dtype)
-            weight[chunk] = part[:chunk.stop - chunk.start]
+        weight = torch.empty(self.N * self.K, dtype=self.dtype, device=self.packed.device)
+        size = chunk_size(weight.device)
+        for chunk, packed, absmax in zip(weight.split(size), self.packed.split(size // 2),
+                                         self.absmax().split(size // 64)):
+            chunk.copy_(dequantize_nf4(packed, absmax, self.dtype)[:len(chunk)])
         return weight.view(self.N, self.K)
 
     def forward(self, x):
@@ -764,31 +712,24 @@ class LoRALinear(nn.Module):
         return self.base(x) + F.linear(low, (scaling * self.lora_B).to(x.dtype))
 
 
-def draw_dropout(module, positions):
+def draw_dropout(model, positions):
     """Draws the dropout masks of one forward pass of at most that many positions: zeros with
     probability `dropout`, else ones. Each layer reads its mask from a random place of this one
     draw: a draw for each layer of its own would take a fifth of a step's time on a CPU."""
-    layers = [m for m in module.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
-    if not layers:
-        return
-    n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
-    masks = (torch.rand(n, device=base.packed.device) >= layers[0].dropout).to(base.dtype)
-    for layer in layers:
-        layer.masks = masks
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
+    if layers:
+        n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
+        masks = (torch.rand(n, device=base.packed.device) >= layers[0].dropout).to(base.dtype)
+        for layer in layers:
+            layer.masks = masks
 
 
-def add_lora(module, r, alpha, dropout):
-    """Wraps every NF4Linear below `module` in a LoRALinear, in place; returns how many."""
-    count = 0
-    for name, child in list(module.named_children()):
-        if isinstance(child, LoRALinear):
-            raise ValueError(f"{name} has LoRA already")
-        if isinstance(child, NF4Linear):
-            setattr(module, name, LoRALinear(child, r, alpha, dropout))
-            count += 1
-        else:
-            count += add_lora(child, r, alpha, dropout)
-    return count
+def add_lora(model, r, alpha, dropout):
+    """Wraps every NF4Linear of a model in a LoRALinear, in place; returns how many."""
+    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, NF4Linear)]
+    for path, layer in layers:
+        model.set_submodule(path, LoRALinear(layer, r, alpha, dropout))
+    return len(layers)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -837,10 +778,14 @@ def attention_blocks(parent, groups, S, size, dtype):
             if parent[first + i] >= first:
                 sees[i] = sees[parent[first + i] - first]
             sees[i, prefix + i] = True
-        mask = torch.zeros(1, 1, *sees.shape, dtype=dtype)
-        blocks.append((first, end, mask.masked_fill_(torch.from_numpy(~sees), -math.inf)))
+        blocks.append((first, end, additive_mask(torch.from_numpy(sees), dtype)))
         first = end
     return blocks
+
+
+def additive_mask(sees, dtype):
+    """(1, 1, n, m): 0 where a node sees another, -inf where it does not."""
+    return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -math.inf)[None, None]
 
 
 def attend(q, k, v, mask, scaling):
@@ -866,8 +811,6 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, *, t
         if module.layer_idx in cache:
             key, value = (torch.cat(pair, 2) for pair in zip(cache[module.layer_idx], (key, value)))
         cache[module.layer_idx] = key, value
-    if "mask" in tree:  # answers grow: every node is new, and the mask is over all there are
-        return attend(query, key, value, tree["mask"], scaling).transpose(1, 2), None
     for first, end, mask in tree["blocks"]:
         k, v = (torch.cat([t[:, :, :S], t[:, :, first:end]], 2) if first else t[:, :, :end]
                 for t in (key, value))
@@ -886,9 +829,11 @@ AttentionInterface.register("tree", tree_attention)
 # decoder's state at its start token. Users with a token of their own have the ids V, V + 1, ... and
 # a row each of one more trained matrix (U, D).
 
-def load_quantized(name, device, dtype):
+def load_quantized(name, device, dtype, tune="lora", quant=True):
     """(transformers' model, frozen, its backbone's linear layers in NF4; the tokenizer) of a row of
-    MODELS, a folder or a Hugging Face id; BadInput for what NF4 cannot hold."""
+    MODELS, a folder or a Hugging Face id; BadInput for what NF4 cannot hold. For comparison: no
+    `quant`, computing with the weights as they are; tune "full", every weight float32 and trained.
+    """
     source = MODELS.get(name, {}).get("id", name)
     known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
     if not os.path.isdir(source) and (source[:1] in ("", ".", "/", "~") or source.count("/") != 1):
@@ -898,9 +843,11 @@ def load_quantized(name, device, dtype):
         for key in ("quantization_config", "num_local_experts", "num_experts"):
             if getattr(config, key, None):
                 raise ValueError(f"{key}: quantized weights and experts are not supported")
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token (eos_token): answers could not end")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         lm, info = auto.from_pretrained(
-            source, dtype="auto", output_loading_info=True,
+            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
             attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
     except Exception as e:  # of five packages, for whatever is missing or damaged
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
@@ -908,18 +855,22 @@ def load_quantized(name, device, dtype):
     head, dtype = lm.get_output_embeddings(), dtype or compute_dtype(device, lm.config.hidden_size)
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
-    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
+    wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # quantized, as integers
     wrong += [path for path, layer in linear.items() if not (layer.weight[:16] % 1).any()]
     if wrong:
-        raise BadInput(f"--model {name}: {wrong[0]}: weights are missing, or quantized already")
+        raise BadInput(f"--model {name}: {wrong[0]}: weights are missing, of another shape, or "
+                       "quantized already")
+    dtype, linear = (torch.float32, {}) if tune == "full" else (dtype, linear)
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
-        parent, _, leaf = path.rpartition(".")
-        setattr(lm.get_submodule(parent), leaf, NF4Linear.from_linear(layer.to(device), dtype))
+        packed = NF4Linear(layer.to(device), dtype)
+        packed.dense = None if quant else layer.weight.detach().to(dtype)  # see keep_dense
+        lm.set_submodule(path, packed)
         layer.weight = None  # so that its dense weight goes now
     for param in lm.parameters():  # not the buffers: scales of NF4 and rotary tables are float32
         param.data = param.data.to(dtype)
-    return lm.requires_grad_(False).to(device).eval(), tokenizer
+    lm.requires_grad_(tune == "full").get_output_embeddings().requires_grad_(False)
+    return lm.to(device).eval(), tokenizer
 
 
 class PersonalizedLM(nn.Module):
@@ -929,21 +880,17 @@ class PersonalizedLM(nn.Module):
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
+        self.device, self.share = lm.device, True  # share: what prompts have in common, once
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
             nn.init.normal_(self.score.weight, std=0.02)
         self.user_embedding = None if user_rows is None else nn.Parameter(user_rows.float())
 
-    @property
-    def device(self):
-        return self.lm.device
-
     def train(self, mode=True):
-        """Dropout is LoRA's alone: the backbone stays as it is at prediction, but for the layers
-        that compute their activations again where --recompute asks for that."""
+        """Dropout is LoRA's alone: the backbone stays as it is at prediction."""
         for module in self.modules():
-            if isinstance(module, (LoRALinear, GradientCheckpointingLayer)):
+            if isinstance(module, LoRALinear):
                 module.training = mode
         return self
 
@@ -1014,10 +961,10 @@ def device_name(device):
     """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.machine()
     with suppress(OSError, TypeError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        model = re.search(r"model name\s*: (.*)", f.read())[1]
-        return f"{model}, {torch.get_num_threads()} threads"
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+        name = re.search(r"model name\s*: (.*)", f.read())[1]
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def compute_dtype(device, width):
@@ -1052,25 +999,21 @@ def keep_dense(model):
 
 def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
-    if ids == "word":
-        known = user_words(tokenizer, users)
-        stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
-        return lambda user: (known[user] if user in known else stranger(user),)
-    if ids == "token" and model.user_embedding is not None:
-        V = model.lm.get_input_embeddings().weight.shape[0]
-        place = {user: V + i for i, user in enumerate(users)}
-        return lambda user: (place.get(user, V + len(users)),)
-    return None
+    if ids == "number" or ids == "token" and model.user_embedding is None:
+        return None
+    V = model.lm.get_input_embeddings().weight.shape[0]
+    names = user_words(tokenizer, users) if ids == "word" else range(V, V + len(users) + 1)
+    known = dict(zip(users, names))
+    return lambda user: (known.get(user, names[-1]),)
 
 
 def parameter_counts(model):
     """dict(total, trained, quantized) numbers of weights, and packed_bytes of the quantized."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    stored = [b.nbytes for m in layers for k, b in m.named_buffers() if k not in ("bias", "dense")]
     quantized = sum(m.N * m.K for m in layers)
-    return dict(total=quantized + sum(p.numel() for p in model.parameters()) + sum(
-        m.N for m in layers if m.bias is not None), quantized=quantized, packed_bytes=sum(stored),
-        trained=sum(p.numel() for p in model.trainable().values()))
+    return dict(total=quantized + sum(p.numel() for p in model.parameters()), quantized=quantized,
+                trained=sum(p.numel() for p in model.trainable().values()),
+                packed_bytes=sum(b.nbytes for m in layers for b in m.buffers()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1136,32 +1079,25 @@ def to_device(batch, device):
                     if isinstance(x, torch.Tensor) else x, batch)
 
 
-def make_batch(model, rows, share=True, head=None):
+def make_batch(model, rows, head=None):
     """The batch of some rows for this model."""
     head = head or model.head
     if model.seq2seq:
-        batch = pair_batch(rows, head, model.lm.config.decoder_start_token_id, share)
+        batch = pair_batch(rows, head, model.lm.config.decoder_start_token_id, model.share)
     else:
         block = 64 if model.device.type == "cpu" else 2048  # a GPU likes few and large calls
-        batch = tree_batch(rows, head, model.lm.dtype, share, block)
+        batch = tree_batch(rows, head, model.lm.dtype, model.share, block)
     return to_device(batch, model.device)
 
 
 def in_batches(rows, size, rng=None):
     """The rows in lists of `size`, all of a text side by side, texts of a length together. With
-    `rng` in random order: texts sorted by length in windows of 16 batches, batches shuffled."""
+    `rng` in random order: lengths are only about the same, and the batches are shuffled."""
     by_text = defaultdict(list)
     for row in rows:
         by_text[row.text].append(row)
-    texts = list(by_text)
-    if rng:
-        rng.shuffle(texts)
-    windows, count = defaultdict(list), 0
-    for text in texts:
-        windows[count // (16 * size) if rng else 0].append(text)
-        count += len(by_text[text])
-    flat = [row for window in windows.values() for text in sorted(window, key=len)
-            for row in by_text[text]]
+    texts = sorted(by_text, key=lambda text: len(text) * (rng.uniform(0.8, 1.2) if rng else 1))
+    flat = [row for text in texts for row in by_text[text]]
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     if rng:
         rng.shuffle(batches)
@@ -1198,20 +1134,20 @@ def check_forward(model):
                        f"{off:.1%} (something in it is not supported): take another model")
 
 
-def load_model(name, head, n_labels, device, dtype, settings, users=(), recompute=False):
+def load_model(name, head, n_labels, device, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked. `users` get a
     token each if the settings' ids say so."""
-    lm, tokenizer = load_quantized(name, device, dtype)
+    tune = "lora" if head == "ask" else settings["tune"]
+    lm, tokenizer = load_quantized(name, device, dtype, tune, settings["quant"])
     user_rows = None
     if head != "ask":
-        if not add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]):
+        if tune == "lora" and not add_lora(lm, *(settings[k] for k in ("r", "alpha", "dropout"))):
             raise BadInput(f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
-        if recompute:
-            lm.gradient_checkpointing_enable(dict(use_reentrant=False))
         if settings["ids"] == "token" and users:
-            words = torch.tensor([*user_words(tokenizer, users).values()], device=device)
+            words = torch.tensor(user_words(tokenizer, users)[:-1], device=device)
             user_rows = lm.get_input_embeddings().weight.index_select(0, words)
     model = PersonalizedLM(lm, head, n_labels, user_rows)
+    model.share = not settings.get("no_share")
     check_forward(model)
     return model, tokenizer
 
@@ -1224,20 +1160,14 @@ def load_model(name, head, n_labels, device, dtype, settings, users=(), recomput
 # which is 0 for a model that is deaf to the user; and the plain model with a bias for each user,
 # which a personalized one has to beat, or it has learned no more than a table.
 
-def f1_of(hits, ticks):
-    """(..) macro F1 of (.., L) counts: hits 2TP, ticks 2TP + FP + FN; 0 where there are none
-    (scikit-learn's zero_division=0)."""
-    return (hits / np.maximum(ticks, 1)).mean(-1)
-
-
 def f1_scores(gold, predicted):
-    """dict(f1_macro, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays (R, L)."""
+    """dict(f1_macro, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays (R, L). F1 is
+    2TP / (2TP + FP + FN), and 0 where there is nothing (scikit-learn's zero_division=0)."""
     gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
     hits, ticks = 2 * (gold & predicted).sum(0), gold.sum(0) + predicted.sum(0)
-    return dict(f1_macro=float(f1_of(hits, ticks)),
-                f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
-                accuracy=float((gold == predicted).all(1).mean()),
-                per_label=(hits / np.maximum(ticks, 1)).tolist())
+    per_label = hits / np.maximum(ticks, 1)
+    return dict(f1_macro=float(per_label.mean()), f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
+                accuracy=float((gold == predicted).all(1).mean()), per_label=per_label.tolist())
 
 
 def bootstrap_f1(gold, predicted, texts, draws=1000):
@@ -1249,7 +1179,7 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
     times = np.random.default_rng(0).multinomial(
         len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, texts)
     hits, ticks = np.tensordot(times, counts, 1).transpose(1, 0, 2)
-    return f1_of(hits, ticks)
+    return (hits / np.maximum(ticks, 1)).mean(-1)
 
 
 def interval(draws):
@@ -1274,6 +1204,11 @@ def probabilities(scores, single):
         return 1 / (1 + np.exp(-scores))
     e = np.exp(scores - scores.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
+
+
+def chosen_labels(scores, single):
+    """(R, L) of 0 and 1: the highest score of a single choice, else all above 0."""
+    return np.eye(scores.shape[1], dtype=int)[scores.argmax(1)] if single else 1 * (scores > 0)
 
 
 def tuned_thresholds(gold, scores):
@@ -1321,11 +1256,12 @@ def score(data, rows, result):
     texts, users = np.array([text_id(a.text) for a in rows]), np.array([a.user for a in rows])
     found = f1_scores(gold, predicted)
     found["f1_macro_ci"] = interval(bootstrap_f1(gold, predicted, texts))
-    if data.ordered:
-        values = np.array([float(label) for label in data.labels])
-        found["mean_absolute_error"] = float(np.abs((gold - predicted) @ values).mean())
-    per_user = {u: f1_scores(gold[users == u], predicted[users == u])["f1_macro"]
-                for u in sorted(set(users))}
+    said = predicted.any(1)  # an answer without a label is no point on a scale
+    if data.ordered and said.any():
+        off = (gold - predicted)[said] @ np.array(data.labels, float)
+        found["mean_absolute_error"] = float(np.abs(off).mean())
+    per_user = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
+                for user in sorted(set(users))}
     f1 = [*per_user.values()]
     found["f1_per_user"] = dict(mean=float(np.mean(f1)), median=float(np.median(f1)),
                                 percentile_10=float(np.percentile(f1, 10)), users=per_user)
@@ -1337,57 +1273,16 @@ def score(data, rows, result):
     found["f1_disagreed"] = f1_scores(gold[disagreed], predicted[disagreed])["f1_macro"] \
         if disagreed.any() else None
     shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
-    heard, spread = listens(shown, texts)
-    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
-    found["spread"] = spread
-    return found
+    heard, found["spread"] = listens(shown, texts)
+    return found | dict(listens=dict(model=heard, people=listens(gold, texts)[0]))
 
 
 # --------------------------------------------------------------------------------------------------
 # 10. Training. Cross-entropy of the chosen label or binary cross-entropy of all labels (CLS), or
 # cross-entropy of the answer's tokens (LM): the mean over all targets of the 32 rows of a step,
 # however these are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
-# clipped gradients; the epoch with the lowest validation loss is kept [1]. Under torchrun each
-# process ("rank") computes its share of a step, and since every part of the loss is divided by the
-# targets of the whole step, the sum of their gradients is that of one process. Dropout depends on
-# the seed, the step and the rank alone, so a run that is taken up again needs no random state.
-
-def ranks():
-    """(rank of this process, number of processes)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def join_ranks():
-    """Under torchrun: finds the other processes, takes a GPU if there are any."""
-    if "LOCAL_RANK" not in os.environ:
-        return
-    rank, world, gpus = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]), 0
-    if rank:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
-    if torch.cuda.is_available():
-        gpus = torch.cuda.device_count()
-        if world > gpus:
-            raise BadInput(f"NPROC={world}: there are {gpus} GPUs, and each process needs one"
-                           if rank == 0 else "")
-        torch.cuda.set_device(rank)
-    dist.init_process_group("nccl" if gpus else "gloo", timeout=timedelta(minutes=10))
-
-
-def sum_over_ranks(tensor):
-    """The tensor, added up over all ranks in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def sum_gradients(params):
-    """Adds the gradients of all ranks up, in one message."""
-    if dist.is_initialized():
-        flat = sum_over_ranks(torch.cat([
-            (torch.zeros_like(p) if p.grad is None else p.grad).view(-1) for p in params]))
-        for p, grad in zip(params, flat.split([p.numel() for p in params])):
-            p.grad = grad.view_as(p)
-
+# clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends on the
+# seed and the step alone, so a run that is taken up again needs no random state.
 
 def n_targets(rows, head):
     """How many targets the rows have: labels, or tokens of answers."""
@@ -1414,64 +1309,53 @@ def learning_rate(step, steps, lr, warmup):
 
 def make_optimizer(model, settings):
     """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
-    times = {"score": settings["head_lr"], "user_embedding": settings["user_lr"]}
-    groups = [dict(params=[p], times=times.get(name.partition(".")[0], 1))
-              for name, p in model.trainable().items()]
-    return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
+    times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"]), {}
+    for name, p in model.trainable().items():
+        groups.setdefault(times.get(name.partition(".")[0], 1), []).append(p)
+    return torch.optim.AdamW([dict(params=params, times=times) for times, params in groups.items()],
+                             weight_decay=0.0, fused=True)
 
 
-def set_learning_rate(optimizer, step, steps, settings):
-    """The rate of a step, set for all parameters, each at its multiple of it."""
-    lr = learning_rate(step, steps, settings["lr"], settings["warmup"])
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["times"]
-    return lr
+def micro_batches(model, rows, size):
+    """The batches of a step's rows, `size` rows each: neighbours have most in common."""
+    return [make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
-def micro_batches(model, rows, size, share=True):
-    """The batches that this rank computes of the rows of a step: neighbours have most in common."""
-    rank, world = ranks()
-    own = rows[len(rows) * rank // world:len(rows) * (rank + 1) // world]
-    return [make_batch(model, own[i:i + size], share) for i in range(0, len(own), size)]
-
-
-def step_batches(model, rows, settings, steps, first=0, seed=42, share=True):
+def step_batches(model, rows, settings, steps, first=0, seed=42):
     """Yields (epoch, is it the epoch's last step?, rows, batches) for the steps from `first` on."""
-    per_epoch = math.ceil(len(rows) / settings["batch"])
+    size, order = settings["batch"], []
+    per_epoch = math.ceil(len(rows) / size)
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0 or step == first:
-            order = in_batches(rows, settings["batch"], random.Random(f"{seed} {epoch}"))
-        last = place + 1 == per_epoch or step + 1 == steps
-        yield epoch + 1, last, order[place], micro_batches(
-            model, order[place], settings["micro_batch"], share)
+            order = in_batches(rows, size, random.Random(f"{seed} {epoch}"))
+        part, last = order[place], place + 1 == per_epoch or step + 1 == steps
+        yield epoch + 1, last, part, micro_batches(model, part, settings["micro_batch"])
 
 
 def train_step(model, batches, targets, optimizer, clip, single=False):
-    """(2): loss, tokens computed; of one optimizer step on batches of `targets` targets in all."""
+    """() the loss of one optimizer step on batches of `targets` targets in all."""
     model.train(True)
-    params, loss = list(model.trainable().values()), torch.zeros((), device=model.device)
+    loss = torch.zeros((), device=model.device)
     for batch in batches:
         part = summed_loss(model(batch), batch, model.head, single) / targets
         part.backward()
-        loss = loss + part.detach()
-    sum_gradients(params)
-    nn.utils.clip_grad_norm_(params, clip)
+        loss += part.detach()
+    nn.utils.clip_grad_norm_(model.trainable().values(), clip)
     optimizer.step()
     optimizer.zero_grad()
-    tokens = float(sum(batch["tokens"] for batch in batches))
-    return sum_over_ranks(torch.stack([loss, loss.new_full((), tokens)]))
+    return loss
 
 
 @torch.no_grad()
-def validate(model, rows, single, label_ids, share=True, size=64):
+def validate(model, rows, single, label_ids, size=64):
     """dict(val_loss: mean over all targets, listens, spread: see section 9) of some rows, without
     dropout. Probabilities are those of CLS, or LM's of the first token in which labels differ
     (`label_ids`: its place in the answer, and what it is for each label)."""
     model.train(False)
-    total, found, (rank, world) = torch.zeros((), device=model.device), [], ranks()
-    for part in progress(in_batches(rows, size)[rank::world], "validate", "batches"):
-        batch = make_batch(model, part, share)
+    total, found = torch.zeros((), device=model.device), []
+    for part in progress(in_batches(rows, size), "validate", "batches"):
+        batch = make_batch(model, part)
         out = model(batch)
         total += summed_loss(out, batch, model.head, single)
         if model.head == "lm":
@@ -1480,9 +1364,9 @@ def validate(model, rows, single, label_ids, share=True, size=64):
         else:
             p = out[batch["of"]].softmax(1) if single else out[batch["of"]].sigmoid()
         found += zip(p.cpu().numpy(), (row.source.text for row in part))
-    heard = listens(*zip(*found)) if found else (0.0, 0.0)  # of this rank's rows
-    loss = sum_over_ranks(total).item() / n_targets(rows, model.head)
-    return dict(val_loss=loss, listens=round(heard[0], 4), spread=round(heard[1], 4))
+    heard, spread = listens(*zip(*found))
+    return dict(val_loss=total.item() / n_targets(rows, model.head), listens=round(heard, 4),
+                spread=round(spread, 4))
 
 
 def save_state(path, state, params, optimizer, best):
@@ -1526,13 +1410,11 @@ def saved_dtype(path):
 @contextmanager
 def open_log(path, step):
     """A function that appends a dict to log.jsonl, of which the lines up to `step` stay."""
-    if ranks()[0]:
-        yield lambda line: None
-        return
     lines = []
     if step and os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            lines = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= step]
+        with open(path, encoding="utf-8", errors="replace") as f:
+            whole = (re.match(r'{"step": (\d+),.*}\n', line) for line in f)  # not half a line
+            lines = [m[0] for m in whole if m and int(m[1]) <= step]
     write_file(path, "".join(lines).encode())
     with open(path, "a", encoding="utf-8", buffering=1) as f:
         yield lambda line: f.write(json.dumps(line) + "\n")
@@ -1541,56 +1423,49 @@ def open_log(path, step):
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
 
 
-def train(model, rows, val_rows, single, settings, folder, label_ids=None, seed=42, share=True,
-          max_steps=0):
-    """Counter(step, val_loss, seconds, rows, tokens, unshared); trains in place, best epoch kept.
-    Goes on from the state in `folder` if there is one. log.jsonl gets a line a step."""
+def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
+    """Counter(step, val_loss, seconds, rows, tokens); trains in place, the best epoch is kept. Goes
+    on from the state in `folder` if there is one. log.jsonl gets a line a step."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
     steps = min(steps, max_steps or steps)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
     state["dtype"] = str(model.lm.dtype).removeprefix("torch.")
-    stream = step_batches(model, rows, settings, steps, state["step"], seed, share)
+    stream = step_batches(model, rows, settings, steps, state["step"], seed)
     ahead = next(stream, None)
     with (open_log(f"{folder}/log.jsonl", state["step"]) as log,
           progress(None, "train", "steps", steps, state["step"]) as bar):
         while ahead:
             start, (epoch, last, part, batches) = time.perf_counter(), ahead
-            lr = set_learning_rate(optimizer, state["step"], steps, settings)
-            torch.manual_seed(1000003 * seed + 1009 * state["step"] + ranks()[0])
-            targets = n_targets(part, model.head)
-            result = train_step(model, batches, targets, optimizer, settings["clip"], single)
+            lr = learning_rate(state["step"], steps, settings["lr"], settings["warmup"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["times"]
+            torch.manual_seed(1000003 * seed + 1009 * state["step"])
+            loss = train_step(model, batches, n_targets(part, model.head), optimizer,
+                              settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
-            loss, tokens = result.tolist()
-            count_step(state, model, part, tokens, time.perf_counter() - start)
-            log(dict(step=state["step"], epoch=epoch, loss=loss, lr=lr, tokens=int(tokens)))
+            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
+            state.update(step=1, rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
+            log(dict(step=state["step"], epoch=epoch, loss=loss, lr=lr, tokens=tokens))
             check_finite(loss, state["step"], part)
-            heard = f"listens {state['listens']:.2f}"  # of the last validation
-            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, listens "
+                                f"{state['listens']:.2f}", refresh=False)  # of the last validation
             bar.update()
             if last:
-                found = validate(model, val_rows, single, label_ids, share, settings["micro_batch"])
-                check_finite(found["val_loss"], state["step"], val_rows[:1])
+                found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
                 log(dict(step=state["step"], epoch=epoch, **found))
-                say = bar.write if state["seconds"] > 2 and not bar.disable else print
+                check_finite(found["val_loss"], state["step"], val_rows[:1])
+                say = bar.write if state["seconds"] > 2 else print
                 say(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 state["listens"] = found["listens"]
                 if found["val_loss"] < state["val_loss"]:
                     state["val_loss"] = found["val_loss"]
                     best = {name: p.detach().clone() for name, p in params.items()}
-            if (last or time.time() - saved > SAVE_EVERY) and not ranks()[0]:
+            if last or time.time() - saved > SAVE_EVERY:
                 save_state(f"{folder}/{STATE}", state, params, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
     return state
-
-
-def count_step(state, model, rows, tokens, seconds):
-    """Adds a step to the counts; `unshared` is how many tokens the rows have by themselves."""
-    unshared = sum(len(row.prompt) + model.seq2seq for row in rows)  # a T5's decoder has a start
-    if model.head == "lm":
-        unshared += sum(len(row.answer) - 1 for row in rows)  # an answer's end is not read again
-    state.update(step=1, rows=len(rows), tokens=int(tokens), unshared=unshared, seconds=seconds)
 
 
 def check_finite(loss, step, rows):
@@ -1612,39 +1487,25 @@ MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, whi
 def for_each_batch(model, rows, function, size=64):
     """List of what function(`size` rows) returns for each row, in the order of the rows."""
     model.train(False)
-    place, found = {id(row): i for i, row in enumerate(rows)}, {}
-    bar, (rank, world) = progress(what="predict", unit="rows", total=len(rows)), ranks()
-    for part in in_batches(rows, size)[rank::world]:
-        found.update(zip((place[id(row)] for row in part), function(part)))
-        bar.update(len(part) * world)
-    bar.close()
-    if dist.is_initialized():
-        parts = [None] * world
-        dist.all_gather_object(parts, found)
-        found = {i: result for part in parts for i, result in part.items()}
-    return [found[i] for i in range(len(rows))]
+    found = {}
+    for part in progress(in_batches(rows, size), "predict", "batches"):
+        found.update(zip(map(id, part), function(part)))
+    return [found[id(row)] for row in rows]
 
 
-def label_scores(model, rows, share=True, size=64):
+def label_scores(model, rows, size=64):
     """(R, L) scores of the classification head, in the order of the rows."""
     def scores(part):
-        batch = make_batch(model, part, share)
+        batch = make_batch(model, part)
         return model(batch)[batch["of"]].cpu().numpy()
 
     return np.array(for_each_batch(model, rows, scores, size))
 
 
-def chosen_labels(scores, single):
-    """(R, L) of 0 and 1: the highest score of a single choice, else all above 0."""
-    if single:
-        return np.eye(scores.shape[1], dtype=int)[scores.argmax(1)]
-    return (scores > 0).astype(int)
-
-
-def grow_answers(model, rows, ends, limit, share=True):
+def grow_answers(model, rows, ends, limit):
     """Greedy decoding with a decoder: the answer of each row in ids, without the end token. New
     nodes go behind all others in the cache; `sees` (answers growing, nodes) is their mask."""
-    batch, cache = make_batch(model, rows, share, head="cls"), {}
+    batch, cache = make_batch(model, rows, head="cls"), {}
     batch["inputs"]["tree"]["cache"] = cache
     hidden, answers = model.hidden(batch), [[] for _ in batch["at"]]
     sees = torch.zeros(len(answers), batch["tokens"], dtype=torch.bool)
@@ -1663,20 +1524,19 @@ def grow_answers(model, rows, ends, limit, share=True):
             answers[i].append(token)
         own = torch.eye(len(alive), dtype=torch.bool, device=model.device)
         sees = torch.cat([sees[torch.tensor(alive, device=model.device)], own], 1)
-        mask = torch.zeros(sees.shape, dtype=model.lm.dtype, device=model.device)
-        tree = dict(S=0, cache=cache, mask=mask.masked_fill_(~sees, -math.inf)[None, None])
+        block = 0, None, additive_mask(sees, model.lm.dtype)  # over all there are
         new = to_device(dict(input_ids=torch.tensor([tokens]), position_ids=position[None, alive]),
                         model.device)
         position = position[alive] + 1
-        hidden = model.hidden(dict(inputs=dict(new, tree=tree),
+        hidden = model.hidden(dict(inputs=dict(new, tree=dict(S=0, cache=cache, blocks=[block])),
                                    at=torch.arange(len(alive), device=model.device)))
 
 
-def write_answers(model, rows, ends, limit, share=True):
+def write_answers(model, rows, ends, limit):
     """Greedy decoding with an encoder-decoder: the answer of each row in ids."""
     prompts = {}
     for i, row in enumerate(rows):
-        prompts.setdefault((row.prompt, share or i), len(prompts))
+        prompts.setdefault((row.prompt, model.share or i), len(prompts))
     ids, mask = (t.to(model.device) for t in padded([ids for ids, _ in prompts]))
     memory = BaseModelOutput(last_hidden_state=model.encode(ids, mask))
     out = model.lm.generate(
@@ -1684,18 +1544,17 @@ def write_answers(model, rows, ends, limit, share=True):
         num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends), past_key_values=(
             EncoderDecoderCache(DynamicCache(), DynamicCache())))[:, 1:].tolist()
     out = [ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in out]
-    return [out[prompts[row.prompt, share or i]] for i, row in enumerate(rows)]
+    return [out[prompts[row.prompt, model.share or i]] for i, row in enumerate(rows)]
 
 
-def written_answers(model, tokenizer, rows, limit, share=True, size=64):
+def written_answers(model, tokenizer, rows, limit, size=64):
     """The answer of each row as a string, in the order of the rows. Many chat models end a turn
     with another token than the tokenizer's; it stands in their generation config."""
     also = getattr(model.lm.generation_config, "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])}
 
     def answers(part):
-        write = write_answers if model.seq2seq else grow_answers
-        ids = write(model, part, ends, limit, share)
+        ids = (write_answers if model.seq2seq else grow_answers)(model, part, ends, limit)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     return for_each_batch(model, rows, answers, size)
@@ -1705,18 +1564,18 @@ def parse_answer(answer, labels, single=False):
     """((L) zeros and ones, number of words that belong to no label). Case, punctuation and order
     are forgiven; of labels that begin alike ("unfair", "unfair_to_all") the longest is meant; of a
     single choice the first counts. Finished thoughts are dropped; unfinished ones are no answer."""
-    answer = re.sub(r"<think>.*?</think>", "", answer, flags=re.S | re.I)
+    answer = re.split("</think>", answer, flags=re.I)[-1]
     answer = "" if "<think>" in answer.lower() else answer
-    names = sorted(((words_of(label), i) for i, label in enumerate(labels) if words_of(label)),
-                   key=lambda name: -len(name[0]))
     found, unknown = [], 0
-    for i, label in sorted(enumerate(labels), key=lambda pair: -len(pair[1])):  # of symbols alone
-        if not words_of(label) and label in answer:
+    names = sorted(((words_of(label), i) for i, label in enumerate(labels)),
+                   key=lambda name: (-len(name[0]), -len(labels[name[1]])))
+    for name, i in names:
+        if not name and labels[i] in answer:  # a label of symbols alone
             found.append(i)
-            answer = answer.replace(label, " ")
+            answer = answer.replace(labels[i], " ")
     words = words_of(answer)
     while words:
-        name, i = next((n for n in names if words[:len(n[0])] == n[0]), (words[:1], None))
+        name, i = next((n for n in names if n[0] and words[:len(n[0])] == n[0]), (words[:1], None))
         found += [i] * (i is not None)
         unknown += i is None and words[0] != NONE
         words = words[len(name):]
@@ -1732,14 +1591,13 @@ def read_answers(answers, data):
                 unreadable=len(said) - sum(said))
 
 
-def predict(model, tokenizer, data, rows, share=True, size=64):
+def predict(model, tokenizer, data, rows, size=64):
     """dict(predicted (R, L) and scores (R, L)), or what read_answers returns."""
     if model.head == "cls":
-        scores = label_scores(model, rows, share, size)
+        scores = label_scores(model, rows, size)
         return dict(predicted=chosen_labels(scores, data.single), scores=scores)
     limit = len(tokenize(tokenizer, answer_text(data.labels, [1] * len(data.labels)))) + 1
-    return read_answers(
-        written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), share, size), data)
+    return read_answers(written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), size), data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1754,12 +1612,6 @@ CONNECT, READ, DEADLINE = 10, 120, 600  # seconds to connect, of silence, for ne
 RETRIES = 8   # where a third of all attempts fail, 9 in a row do for one request in 20,000
 BACKOFF = 1   # seconds before the second attempt; each wait is twice the last, up to 20 s
 GIVE_UP = 20  # requests that fail one after the other: it is not the rows then; the run stops
-
-
-def chat_body(model, prompt, seed, limit):
-    """The request for one prompt. Its hash is the name of the answer, however it is sent."""
-    return dict(model=model, messages=[dict(role="user", content=prompt)], temperature=0, seed=seed,
-                max_tokens=limit)
 
 
 def parse_reply(said):
@@ -1856,7 +1708,8 @@ def finished_answers(path):
 def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
     """(dict row -> answer, dict of counts) for dict row -> prompt; answers are kept in `path`. Of
     the counts, requests and retries were sent now; tokens are those of all the answers."""
-    bodies = {row: chat_body(model, prompt, seed, limit) for row, prompt in prompts.items()}
+    bodies = {row: dict(model=model, messages=[dict(role="user", content=prompt)], temperature=0,
+                        seed=seed, max_tokens=limit) for row, prompt in prompts.items()}
     shas = {row: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
             for row, body in bodies.items()}
     row_of = {sha: row for row, sha in reversed(shas.items())}  # the first one with this prompt
@@ -1885,43 +1738,39 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
         failed=[(row, failed[sha]) for row, sha in shas.items() if sha in failed])
 
 
-def dry_run(prompts, model, limit):
-    """Prints what ask_chatgpt would send, without sending it."""
-    distinct = list(dict.fromkeys(prompts.values()))
-    print(f"{model}: {len(distinct):,} requests for {len(prompts):,} rows (the same prompt is sent "
-          f"once), about {sum(map(len, distinct)) // 4:,} tokens of prompts (estimated: 4 "
-          f"characters a token), at most {len(distinct) * limit:,} of answers ({limit} a request). "
-          "Nothing was sent.\nThe first prompt:\n", *distinct[:1], sep="\n")
-
-
 # --------------------------------------------------------------------------------------------------
 # 13. One experiment from end to end. A run lives in out/<data>/<model>/<method>/seed<S>/, a folder
 # that belongs to one configuration (run.json) and to one process at a time. A run that was stopped
 # is taken up by the same command, a finished one prints its summary again. Every file is the old
 # one or the new one (write_file), and metrics.json comes last.
 
-def read_json(path):
-    """The dict in a JSON file, None if there is no such file."""
+def read_json(path, keys=()):
+    """The dict in a JSON file, None if there is no such file; BadInput if it lacks a key."""
     try:
         with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
+            found = dict(json.load(f))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
         raise BadInput(f"{path}: damaged (no dict in JSON); --fresh starts the run over") from None
+    if not found.keys() >= set(keys):
+        raise BadInput(f"{path}: not of a finished run; --fresh starts it over")
+    return found
+
+
+def read_metrics(folder):
+    """The metrics of a finished run, None if it is not finished."""
+    m = read_json(f"{folder}/metrics.json", (
+        "method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread", "ids",
+        "single", "ordered", "none", "max_text", "no_share", "micro_batch"))
+    if m and m["method"] not in METHODS:
+        raise BadInput(f"{folder}/metrics.json: no method {m['method']!r}")
+    return m
 
 
 def write_json(path, value):
     """Writes a value as JSON."""
     write_file(path, json.dumps(value, indent=1, allow_nan=False).encode())
-
-
-def check_metrics(folder, m):
-    """BadInput if these are not the metrics of a finished run."""
-    needed = {"method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread",
-              "single", "ordered", "none", "ids", "max_text", "no_share", "micro_batch"}
-    if needed - m.keys() or m["method"] not in METHODS:
-        raise BadInput(f"{folder}/metrics.json: not of a finished run; --fresh starts it over")
 
 
 def model_name(model):
@@ -1933,10 +1782,6 @@ def model_name(model):
 def run_folder(folder, config, fresh):
     """Takes a run's folder: yields the metrics that it holds already, or None for a run to begin or
     to go on. BadInput if it belongs to another configuration or another process."""
-    if ranks()[0]:  # the first rank decides for all
-        dist.barrier()
-        yield read_json(f"{folder}/metrics.json")
-        return
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/lock", "w") as lock:
         try:
@@ -1949,25 +1794,22 @@ def run_folder(folder, config, fresh):
                 os.remove(f"{folder}/{name}")  # not the answers: they were paid for
         there = read_json(f"{folder}/run.json") or config
         differ = [f"{key} {there.get(key)} there and {config.get(key)} here"
-                  for key in {**there, **config} if there.get(key) != config.get(key)]
+                  for key in there | config if there.get(key) != config.get(key)]
         if differ:
             raise BadInput(f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
                            "over, --out DIR keeps both")
         write_json(f"{folder}/run.json", config)
-        if dist.is_initialized():
-            dist.barrier()
-        yield read_json(f"{folder}/metrics.json")
+        yield read_metrics(folder)
 
 
 def write_predictions(path, data, rows, result, gold=True):
     """predictions.csv: a record a row, with what was chosen if that is known (`gold`)."""
-    scores, answers = result.get("scores"), result.get("answers")
     lines = io.StringIO(newline="")
-    writer = csv.writer(lines)
-    more = [f"score:{label}" for label in data.labels] if answers is None else ["answer"]
+    writer, answers = csv.writer(lines), result.get("answers")
+    more = ["answer"] if answers else [f"score:{label}" for label in data.labels]
     writer.writerow(["text_id", "user", *["gold"] * gold, "predicted", *more])
     for i, a in enumerate(rows):
-        more = [f"{s:.5f}" for s in scores[i]] if answers is None else [answers[i]]
+        more = [answers[i]] if answers else [f"{s:.5f}" for s in result["scores"][i]]
         said = [answer_text(data.labels, chosen).strip()
                 for chosen in (*[a.labels] * gold, result["predicted"][i])]
         writer.writerow([text_id(a.text), a.user, *said, *more])
@@ -1984,22 +1826,19 @@ def peak_memory_mb():
 
 def settings_of(args):
     """The recipe, overruled by the model's row (ours only), overruled by flags."""
-    recipe = RECIPES[args.recipe]
     row = {key: value for key, value in MODELS.get(args.model, {}).items()
            if args.recipe == "ours" or key == "micro_batch"}
-    return {key: next(value for value in (getattr(args, key, None), row.get(key), recipe[key])
-                      if value is not None) for key in recipe}
+    flags = {key: value for key, value in vars(args).items() if value is not None}
+    known = RECIPES[args.recipe] | row | flags
+    return {key: known[key] for key in RECIPES["ours"]}
 
 
-def check_length(name, config, rows):
+def check_length(name, config, longest):
     """BadInput if a prompt with its answer is longer than what the model reads at once."""
-    if config.is_encoder_decoder:
-        return  # a T5 knows distances, not places
     room = getattr(config, "max_position_embeddings", None) or math.inf
     if getattr(config, "use_sliding_window", True):
         room = min(room, getattr(config, "sliding_window", None) or math.inf)
-    longest = max(len(row.prompt) for row in rows) + MAX_ANSWER
-    if longest > room:
+    if longest > room and not config.is_encoder_decoder:  # a T5 knows distances, not places
         raise BadInput(f"--model {name} reads {room} tokens and the longest prompt with its answer "
                        f"may have {longest}: cut texts with --max-text")
 
@@ -2007,19 +1846,19 @@ def check_length(name, config, rows):
 def run_local(method, args, config, data, folder):
     """(function: annotations -> what `predict` returns, facts for the metrics, (trained parameters,
     users)) of a model that runs here, after training if the method does."""
-    device, share, trained = find_device(), not args.no_share, method.head != "ask"
+    device, trained = find_device(), method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
     torch.manual_seed(args.seed)
     dtype = args.dtype or saved_dtype(f"{folder}/{STATE}")
-    dtype = getattr(torch, dtype) if dtype else None
-    model, tokenizer = load_model(args.model, method.head, len(data.labels), device, dtype,
-                                  config, users, args.recompute)
-    read = reader(model, tokenizer, method, data, config, users)
-    rows, cut = {}, Counter()
+    model, tokenizer = load_model(args.model, method.head, len(data.labels), device,
+                                  dtype and getattr(torch, dtype), config, users)
+    name_of, rows, cut = user_namer(model, tokenizer, config["ids"], users), {}, Counter()
     for part in ("train", "val", "test") if trained else ("test",):
-        rows[part], counts = read(getattr(data, part), only_encode=True)
-        cut.update(counts)
-    check_length(args.model, model.lm.config, sum(rows.values(), []))
+        rows[part], counts = encode(
+            tokenizer, method, data, getattr(data, part), name_of, args.max_text)
+        cut += counts
+    longest = max(len(row.prompt) for part in rows.values() for row in part)
+    check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
     counts, dense = parameter_counts(model), not args.no_dense and keep_dense(model)
     facts = dict(device=device_name(device), dtype=str(model.lm.dtype).removeprefix("torch."),
                  parameters=counts, dense_copy=dense, **cut)
@@ -2032,26 +1871,21 @@ def run_local(method, args, config, data, folder):
         ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id)
                for label in (*data.labels, *[NONE] * data.none)]
         place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
-        label_ids = place, [x[place] for x in ids]
-        done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
-                     args.seed, share, args.max_steps)
+        done = train(model, rows["train"], rows["val"], data.single, config, folder,
+                     (place, [x[place] for x in ids]), args.seed, args.max_steps)
         facts |= dict(train_seconds=round(done["seconds"], 2), steps=done["step"],
                       rows_per_second=round(done["rows"] / done["seconds"], 2),
-                      val_loss=done["val_loss"], tokens_computed=done["tokens"],
-                      tokens_unshared=done["unshared"])
-    return read, facts, (model.trainable(), users)
+                      val_loss=done["val_loss"], tokens_computed=done["tokens"])
+    return reader(model, tokenizer, method, data, config, users), facts, (model.trainable(), users)
 
 
 def reader(model, tokenizer, method, data, config, users):
-    """A function: annotations -> what `predict` returns of them, or what `encode` does."""
+    """A function: annotations -> what `predict` returns of them."""
     name_of = user_namer(model, tokenizer, config["ids"], users)
 
-    def read(annotations, only_encode=False):
-        rows, counts = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
-        if only_encode:
-            return rows, counts
-        return predict(model, tokenizer, data, rows, not config["no_share"],
-                       2 * config["micro_batch"])
+    def read(annotations):
+        rows, _ = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
+        return predict(model, tokenizer, data, rows, 2 * config["micro_batch"])
 
     return read
 
@@ -2065,39 +1899,20 @@ def run_rates(method, data):
     return read, {}, None
 
 
-def evaluate(method, data, read):
-    """(what `read` returns of the test rows, all scores) and what these are to be compared with:
-    thresholds tuned on validation, a bias for each user, the same rows with shuffled user IDs."""
-    result, gold = read(data.test), np.array([a.labels for a in data.test])
-    found = score(data, data.test, result)
-    if "scores" in result and not data.single:
-        tuned = tuned_thresholds([a.labels for a in data.val], read(data.val)["scores"])
-        found["f1_macro_tuned"] = f1_scores(gold, result["scores"] > tuned)["f1_macro"]
-    if method.head == "cls" and not method.personalized:
-        bias = user_bias([a.labels for a in data.train], read(data.train)["scores"],
-                         [a.user for a in data.train], data.single)
-        own = np.array([bias.get(a.user, np.zeros(len(data.labels))) for a in data.test])
-        chosen = chosen_labels(result["scores"] + own, data.single)
-        found["f1_macro_user_bias"] = f1_scores(gold, chosen)["f1_macro"]
-    if method.head in ("cls", "lm") and method.personalized:
-        users = [a.user for a in data.test]
-        random.Random(0).shuffle(users)
-        strangers = [a._replace(user=user) for a, user in zip(data.test, users)]
-        found["f1_macro_shuffled"] = f1_scores(gold, read(strangers)["predicted"])["f1_macro"]
-    return result, found
-
-
 def run_chat(chat, method, args, data, folder):
-    """As run_local, of a model behind HTTP; BadInput if a row got no answer; None for --dry-run."""
+    """As run_local, of a model behind HTTP; BadInput if a row got no answer."""
     choose, prompts, few = choose_examples(method, data.train), {}, 0
     for i, a in enumerate(data.test):
         examples = [x._replace(text=x.text[:4 * args.max_text]) for x in choose(a)]
         few += len(examples) < method.shots
         parts = prompt_parts(method, data, a.text[:4 * args.max_text], a.user, examples)
         prompts[f"{i}:{text_id(a.text)}:{a.user}"] = "".join(sum(parts, []))
+    distinct, path = [*dict.fromkeys(prompts.values())], os.path.join(folder, "answers.jsonl")
+    print(f"{chat}: {len(distinct):,} requests for {len(prompts):,} rows (equal prompts are sent "
+          f"once), about {sum(map(len, distinct)) // 4:,} tokens of prompts (4 characters each), "
+          f"at most {len(distinct) * MAX_ANSWER:,} of answers", flush=True)
     if args.dry_run:
-        return dry_run(prompts, chat, MAX_ANSWER)
-    path = os.path.join(folder, "answers.jsonl")
+        return print("Nothing was sent. The first prompt:", distinct[0], sep="\n\n")
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
     failed = counts.pop("failed")
     if failed:
@@ -2120,11 +1935,32 @@ def chat_model(args, method):
     if chat and method.head != "ask":
         asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
         raise BadInput(f"--model {args.model} can only be asked ({asking}), not trained")
-    if chat and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise BadInput(f"--model {args.model} is asked by one process (NPROC=1): two pay twice")
     if args.dry_run and not chat:
         raise BadInput(f"--dry-run is for models that cost money, and --model {args.model} is free")
     return chat
+
+
+def evaluate(method, data, read):
+    """(what `read` returns of the test rows, all scores) and what these are to be compared with:
+    thresholds tuned on validation, a bias for each user, the same rows with shuffled user IDs."""
+    result, gold = read(data.test), np.array([a.labels for a in data.test])
+    found = score(data, data.test, result)
+    if "scores" in result and not data.single:
+        tuned = tuned_thresholds([a.labels for a in data.val], read(data.val)["scores"])
+        found["f1_macro_tuned"] = f1_scores(gold, result["scores"] > tuned)["f1_macro"]
+    if method.head == "cls" and not method.personalized:
+        bias = user_bias([a.labels for a in data.train], read(data.train)["scores"],
+                         [a.user for a in data.train], data.single)
+        own = np.array([bias.get(a.user, np.zeros(len(data.labels))) for a in data.test])
+        chosen = chosen_labels(result["scores"] + own, data.single)
+        found["f1_macro_user_bias"] = f1_scores(gold, chosen)["f1_macro"]
+    if method.head in ("cls", "lm") and method.personalized:
+        users = [a.user for a in data.test]
+        random.Random(0).shuffle(users)
+        strangers = [a._replace(user=user) for a, user in zip(data.test, users)]
+        found["f1_macro_shuffled"] = f1_scores(gold, read(strangers)["predicted"])["f1_macro"]
+    found |= {key: result[key] for key in ("unknown_words", "unreadable") if key in result}
+    return result, found
 
 
 def run(args):
@@ -2137,8 +1973,7 @@ def run(args):
                      user=args.user_col, split=args.split_col, labels=args.labels,
                      label=args.label_col)
     print_data(data)
-    if method.head in ("lm", "ask"):
-        check_labels(data)
+    check_labels(data, method.head)
     settings["ids"] = "number" if method.head == "ask" else settings["ids"]  # it knows no token
     config = dict(
         method=args.command, data=data.name, data_sha=data.sha, split=args.split_col,
@@ -2152,7 +1987,6 @@ def run(args):
         return run_chat(chat, method, args, data, folder)
     with run_folder(folder, config, args.fresh) as metrics:
         if metrics:
-            check_metrics(folder, metrics)
             print(f"{folder} is finished; --fresh runs it again")
         else:
             read, facts, adapter = (
@@ -2163,18 +1997,15 @@ def run(args):
             metrics = config | found | facts | dict(
                 rows={part: len(getattr(data, part)) for part in ("train", "val", "test")},
                 notes=data.notes, seconds=round(time.perf_counter() - start, 1),
-                peak_memory_mb=peak_memory_mb(),
-                **{key: result[key] for key in ("unknown_words", "unreadable") if key in result},
+                peak_memory_mb=peak_memory_mb(), python=platform.python_version(),
                 versions={m.__name__: m.__version__ for m in (torch, transformers, np)},
-                python=platform.python_version(), command=" ".join(sys.argv))
+                command=" ".join(sys.argv))
             finish(folder, metrics, data, result, adapter)
     print_summary(metrics, folder)
 
 
 def finish(folder, metrics, data, result, adapter):
     """Writes a run's files, metrics.json last, and removes what only resuming needs."""
-    if ranks()[0]:
-        return
     write_predictions(f"{folder}/predictions.csv", data, data.test, result)
     if adapter and adapter[0]:
         tensors = {name: p.detach().cpu().contiguous() for name, p in adapter[0].items()}
@@ -2226,11 +2057,10 @@ def print_summary(m, folder):
 
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
-    m, path = read_json(f"{folder}/metrics.json"), f"{folder}/adapter.safetensors"
+    m, path = read_metrics(folder), f"{folder}/adapter.safetensors"
     if m is None or not os.path.exists(path):
         raise BadInput(f"{folder}: no finished run of a trained method (metrics.json and "
                        "adapter.safetensors)")
-    check_metrics(folder, m)
     try:
         with safe_open(path, "pt") as f:
             users = json.loads(f.metadata()["users"])
@@ -2309,7 +2139,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
                      help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")),
     ("--data", dict(default="sample", metavar="D", help="a name below or a CSV (sample)")),
     ("--text-col", dict(metavar="COL", help="column of the texts; A,B joins two (text)")),
-    ("--user-col", dict(dest="user_col", metavar="COL", help="column of the user IDs (user)")),
+    ("--user-col", dict(metavar="COL", help="column of the user IDs (user)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
     ("--labels", dict(type=NAMES, metavar="A,B,C", help="0/1 columns of labels (all there are)")),
     ("--label-col", dict(metavar="COL", help="one column that names the single choice")),
@@ -2321,6 +2151,8 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--ids", dict(choices=["number", "word", "token"], help="how the prompt names a user")),
     ("--lr", dict(type=number(float, 1e-12), metavar="X", help="learning rate")),
     ("--epochs", dict(type=COUNT, metavar="N", help="passes over the training rows")),
+    ("--tune", dict(choices=["lora", "full"], help="train LoRA, or every weight (lower --lr)")),
+    ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
     ("--r", dict(type=COUNT, metavar="N", help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), metavar="X", help="dropout of LoRA")),
     ("--batch", dict(type=COUNT, metavar="N", help="annotations a step")),
@@ -2329,7 +2161,6 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--max-eval", dict(type=COUNT, default=0, metavar="N", help="score about N rows")),
     ("--max-text", dict(type=COUNT, default=384, metavar="N", help="tokens of a text (384)")),
     ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
-    ("--recompute", dict(action="store_true", help="keep less for the backward pass: slower")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
     ("--concurrency", dict(type=COUNT, default=8, metavar="N", help="requests at a time (8)")),
@@ -2364,22 +2195,19 @@ def main(argv=None):
         if (args.run is None) == (args.command == "predict"):
             raise BadInput("predict needs the folder of a run" if args.run is None else
                            f"what is {args.run!r}? Only predict takes a folder")
-        if args.command == "predict":
-            predict_run(args)
-        else:
-            join_ranks()
-            run(args)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            raise BadInput("a run is one process; several GPUs take a run each, as in "
+                           "CUDA_VISIBLE_DEVICES=1 python plm.py ...")
+        (predict_run if args.command == "predict" else run)(args)
     except BadInput as e:
-        print(f"plm.py: {e}" * bool(str(e)), file=sys.stderr)
+        print(f"plm.py: {e}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) \
                 and "allocate memory" not in str(e):
             raise
-        gb = MODELS.get(args.model, {}).get("gb")
-        need = f"; {args.model} was computed to need {gb} GB with --micro-batch 8" if gb else ""
-        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --recompute "
-              f"keeps less of it, --max-text 128 cuts long texts{need}", file=sys.stderr)
+        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --max-text 128 "
+              "cuts long texts, --no-dense keeps 4 bits a weight", file=sys.stderr)
         return 2
     except OSError as e:
         print(f"plm.py: {e.filename or 'output'}: {e.strerror or e} (what was written is kept: the "

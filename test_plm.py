@@ -309,19 +309,15 @@ def test_rows_without_a_label_stay_and_an_lm_answers_none(tmp_path):
 def quantized(weight):
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight.data = weight
-    return plm.NF4Linear.from_linear(linear)
+    return plm.NF4Linear(linear, weight.dtype)
 
-def test_nf4_values_are_quantiles_of_the_normal_distribution_and_two_lookups_find_the_nearest():
+def test_nf4_values_are_quantiles_of_the_normal_distribution():
     # QLoRA, appendix E: 8 quantiles above 0 and 7 below, equally spaced in probability.
     quantile, edge = statistics.NormalDist().inv_cdf, 0.9677083
     above = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
     below = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
     values = torch.tensor(sorted([*above, 0.0, *below])) / max(above)
     assert torch.allclose(values, plm.NF4, atol=2e-7)
-    x = torch.cat([torch.linspace(-1, 1, 100_001), plm.NF4, plm.midpoints(plm.NF4)])
-    cell = (x * 16 + 16).int()
-    index = plm.CELL_INDEX[cell] + (x > plm.CELL_BORDER[cell])
-    assert torch.equal(index.long(), torch.bucketize(x, plm.midpoints(plm.NF4)))
 
 def test_bytes_are_those_of_bitsandbytes():
     # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
@@ -486,7 +482,8 @@ def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
     assert torch.allclose(model(batch)[batch["of"]], theirs, atol=2e-5)
     write = plm.write_answers if model.seq2seq else plm.grow_answers
     with torch.no_grad():
-        ours, plain = write(model, rows, {2}, 9), write(model, rows, {2}, 9, share=False)
+        ours, model.share = write(model, rows, {2}, 9), False
+        plain = write(model, rows, {2}, 9)
     for row, answer in zip(rows, ours):  # greedy decoding over the tree is their generate
         ids = torch.tensor([row.prompt])
         out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9,
@@ -501,7 +498,8 @@ def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, h
     rows, found = random_rows(), []
     for share in (True, False):
         model = ready(path, head)
-        batch = plm.make_batch(model, rows, share)
+        model.share = share
+        batch = plm.make_batch(model, rows)
         loss = plm.summed_loss(model(batch), batch, head, False) / plm.n_targets(rows, head)
         loss.backward()
         found.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
@@ -549,7 +547,7 @@ def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(tm
     # state beside attention, experts, both directions, scaled or capped logits, biased attention
     path, _ = random_model_folder(tmp_path, name)
     with pytest.raises(plm.BadInput, match=says) if says else contextlib.nullcontext():
-        plm.load_model(path, "ask", 3, CPU, torch.float32, {})
+        plm.load_model(path, "ask", 3, CPU, torch.float32, plm.RECIPES["ours"])
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -591,7 +589,7 @@ def test_a_user_token_is_its_own_row_and_a_stranger_the_mean(tmp_path, name):
     assert model.user_embedding.grad.any(1).tolist() == [False, True, False, False]
 
 def test_a_prompt_names_a_user_by_token_word_or_number():
-    users, how = ["a7", "b8"], dict(r=1, alpha=1, dropout=0, ids="token")
+    users, how = ["a7", "b8"], plm.RECIPES["ours"]
     model, tokenizer = plm.load_model("tiny", "cls", 2, CPU, torch.float32, how, users)
     asked, told = [plm.Annotation("hi", user, (0, 1)) for user in (*users, "new")], {}
     for ids in ("token", "word", "number"):
@@ -667,7 +665,8 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     asked, found, end = [plm.Annotation("What a day.", "u", (0, 1))], [], None
     for name in "abc":
         folder = tiny_copy(tmp_path / name, "generation_config.json", eos_token_id=end)
-        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32, {})
+        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32,
+                                          plm.RECIPES["ours"])
         rows, _ = plm.encode(tokenizer, plm.METHODS["lm"], dataset(), asked, None)
         found += plm.written_answers(model, tokenizer, rows, 6)
         first = tokenizer(" " + found[0], add_special_tokens=False).input_ids[0]
@@ -681,17 +680,18 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     ("calm calm", (1, 0, 0), 0), ("", (0, 0, 0), 0), ("I think: angry", (0, 1, 0), 2),
     ("not_calm", (0, 0, 1), 0), ("very furious", (0, 0, 0), 2), ("none", (0, 0, 0), 0),
     ("<think>angry? No.</think>\n calm", (1, 0, 0), 0), ("<think>\nangry or calm", (0, 0, 0), 0),
-    ("<THINK>a</think>calm<think>b", (0, 0, 0), 0)])
+    ("<THINK>a</think>calm<think>b", (0, 0, 0), 0),
+    ("angry? No.</think> calm", (1, 0, 0), 0)])
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
     assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
 
 @pytest.mark.parametrize("labels", [
     ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
     ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
-    ["+", "++", "-"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"], ["not X", "X"]])
+    ["+", "++", "-"], ["-1", "0", "1"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"], ["not X", "X"]])
 @pytest.mark.parametrize("single", [True, False])
 def test_answers_we_train_on_are_read_back(labels, single):
-    plm.check_labels(dataset(labels, single, none=not single))
+    plm.check_labels(dataset(labels, single, none=not single), "lm")
     for chosen in np.ndindex(*[2] * len(labels)):
         if not single or sum(chosen) == 1:
             answer = plm.answer_text(labels, chosen)
@@ -709,8 +709,8 @@ def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alon
     (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "None")])
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
-        plm.check_labels(dataset(labels, none=none))
-    plm.check_labels(dataset(["a,b", "c", "none"], single=True))  # said alone, these are clear
+        plm.check_labels(dataset(labels, none=none), "lm")
+    plm.check_labels(dataset(["a,b", "c", "none"], single=True), "ask")  # said alone, these are clear
 
 def test_f1_by_hand_and_as_scikit_learn_has_it():
     # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
@@ -813,7 +813,7 @@ def test_bad_input_gets_one_line_and_status_2(args, says, capsys, tmp_path):
     assert says in refused(capsys, *args, *([] if "--out" in args else ["--out", tmp_path]))
 
 @pytest.mark.parametrize("method, model, more", [
-    ("cls_p", "tiny", ["--recompute"]), ("lm", "tiny_t5", ["--no-dense"]), ("q_2s_p", "tiny", [])])
+    ("cls_p", "tiny", ["--no-dense"]), ("lm", "tiny_t5", ["--no-dense"]), ("q_2s_p", "tiny", [])])
 def test_a_run_leaves_its_files_and_a_seed_the_same_bits(tmp_path, small_csv, method, model, more):
     # ... however they are computed, and in another process, which hashes strings otherwise
     run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--out"]
@@ -831,7 +831,7 @@ def test_a_run_leaves_its_files_and_a_seed_the_same_bits(tmp_path, small_csv, me
     if len(files) > 1:
         log = content(b, "log.jsonl")
         assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4] and "val_loss" in log[-1]
-        assert m["tokens_computed"] <= m["tokens_unshared"] and m["rows_per_second"] > 0
+        assert m["tokens_computed"] > 0 and m["rows_per_second"] > 0
 
 def test_the_same_command_shows_what_it_has_another_one_is_refused_and_fresh_starts_over(
         tmp_path, capsys):
@@ -888,21 +888,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_nobody_else_takes_its_folder
     for name in ("predictions.csv", "adapter.safetensors", "log.jsonl"):
         assert content(whole, name) == content(killed, name)
 
-def test_two_processes_train_as_one_does(tmp_path, small_csv):
-    # Dropout off, since each rank draws its own. torchrun's processes find each other on loopback.
-    # There are fewer rows to validate than a batch has, so that one of them has none.
-    args = ["cls_p", "--data", small_csv, "--dropout", 0, "--max-steps", 4, "--out"]
-    assert go(*args, tmp_path / "one") == 0
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
-    status, out, err = command(*torchrun, "plm.py", *args, tmp_path / "two")
-    assert status == 0 and out.count("f1_macro ") == 1, err  # rank 0 alone prints
-    one, two = (tmp_path / n / "small" / "tiny" / "cls_p" / "seed42" for n in ("one", "two"))
-    for a, b in zip(content(one, "log.jsonl"), content(two, "log.jsonl"), strict=True):
-        key = "val_loss" if "val_loss" in a else "loss"
-        assert abs(a[key] - b[key]) < 1e-5
-    assert sorted(os.listdir(one)) == sorted(os.listdir(two))
-    f1, same = (content(folder, "metrics.json")["f1_macro"] for folder in (one, two))
-    assert f1 == pytest.approx(same, abs=0.01)
+def test_a_run_is_one_process(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    assert "CUDA_VISIBLE_DEVICES=1" in refused(capsys, "cls", "--out", tmp_path)
 
 @pytest.mark.parametrize("name, methods", [
     ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p"]), ("gpt_neox", ["lm_p"])])
@@ -1293,7 +1281,8 @@ def test_the_dialect_of_the_server_is_learned(chat_server, path, refuses):
     chat_server.refuses = refuses
     answers, counts = plm.ask_chatgpt(some_prompts(30), path, "m", limit=5)
     assert len(answers) == 30 and counts["retries"] <= 8 * len(refuses)
-    body = plm.chat_body("m", chat_server.prompts[-1], 42, 5)
+    body = dict(model="m", messages=[dict(role="user", content=chat_server.prompts[-1])],
+                temperature=0, seed=42, max_tokens=5)
     limit = {"max_completion_tokens": 5} if "max_tokens" in refuses else {}
     kept = {name: value for name, value in body.items() if name not in refuses}
     assert chat_server.seen[-1][0] == kept | limit and len(chat_server.seen) == counts["requests"]
@@ -1352,13 +1341,14 @@ def test_an_answers_file_with_odd_lines(path):
     assert plm.finished_answers(path + ".none") == {} and not os.path.exists(path + ".none")
 
 
-def test_dry_run(capsys, monkeypatch):
+def test_dry_run(tmp_path, capsys, monkeypatch):
     # what it will cost, before it costs anything: no key, no server
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    plm.dry_run(dict(a="Which?\n### Response:", b="Which?\n### Response:", c="x" * 401), "gpt", 48)
-    out = capsys.readouterr().out
-    assert "gpt: 2 requests for 3 rows" in out and "105 tokens" in out and "96 of answers" in out
-    assert out.endswith(":\n\nWhich?\n### Response:\n")
+    assert go("q_0s", "--model", "chatgpt", "--dry-run", "--out", tmp_path) == 0
+    out, data = capsys.readouterr().out, plm.load_data("sample")
+    distinct = len({a.text for a in data.test})
+    assert f"gpt-3.5-turbo: {distinct} requests for {len(data.test)} rows" in out
+    assert "Nothing was sent" in out and out.count("### Labels:") == 1 and not os.listdir(tmp_path)
 
 
 # ------------------------------------------------------------------ preparing data: data/prepare.py
@@ -1793,8 +1783,9 @@ def report_run(out, method, right, users=NASTY, data="<b>&'", text="text {}"):
 
 def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path, monkeypatch):
     text = "<img src=x> said"  # a row of the sample, as far as the report knows
-    there = [(1, dict(text=text))]
-    monkeypatch.setattr(plm, "csv_rows", lambda path: there * os.path.exists(path))
+    real, there = plm.csv_rows, [(1, dict(text=text))]
+    monkeypatch.setattr(plm, "csv_rows", lambda path: there * os.path.exists(path)
+                        if path.endswith("annotations.csv") else real(path))
     a, b = (report_run(tmp_path, method, 0.8, NASTY, "sample", text) for method in ("cls", "cls_p"))
     c, tags, words = report_run(tmp_path, "lm", 0.8), [], []
     assert report.main(["--out", str(tmp_path)]) == 0
@@ -1951,7 +1942,7 @@ def tried_on(device, folder, head):
         batches = plm.micro_batches(model, rows, 6)
         result = plm.train_step(model, batches, targets, optimizer, 1.0)
         assert not losses or not WAITS, f"a step waits: {dict(WAITS)}"  # the first makes constants
-        losses.append(result.tolist()[0])
+        losses.append(result.item())
         plm.save_state(f"{folder}/state", {}, params, optimizer, {})
     losses.append(plm.validate(model, rows, False, (0, [5, 6, 7]))["val_loss"])
     return losses, plm.label_scores(model, rows) if head == "cls" else np.ones(1), answers
@@ -2024,6 +2015,13 @@ def operations(model, batch):
     return 4 * used + 12 * config.num_attention_heads * width * seen
 
 
+def shared_operations(model, rows):
+    share, model.share = model.share, True
+    needed = operations(model, plm.make_batch(model, rows))
+    model.share = share
+    return needed
+
+
 def test_operations_are_counted_as_on_paper(tmp_path):
     rows = [plm.Row((5, 6, 7), text, (user, 8), answer, (), None) for text, user, answer in (
         ((9, 10), 11, (20, 2)), ((9, 10), 12, (20, 21, 2)), ((13,), 11, (21, 2)))]
@@ -2062,13 +2060,15 @@ def peft_model(source, head, n_labels, device, dtype, settings):
     lm.add_adapter(LoraConfig(r=settings["r"], target_modules="all-linear", **{
         f"lora_{key}": settings[key] for key in ("alpha", "dropout")}))
     nn.ModuleList(m for m in lm.modules() if hasattr(m, "quant_state")).train()  # not its dropout
-    return type("PeftLM", (plm.PersonalizedLM,), dict(hidden=hidden))(lm, head, n_labels), None
+    model = type("PeftLM", (plm.PersonalizedLM,), dict(hidden=hidden))(lm, head, n_labels)
+    model.share = False
+    return model, None
 
 
 def measure(args, peer):
     """What training takes, or prediction where nothing is trained; `peer` is PEFT, with 8 rows at
     once on a CPU, as fast as 32 in half the memory, or transformers' generate."""
-    def generate(model, rows, ends, limit, share):
+    def generate(model, rows, ends, limit):
         model.lm.set_attn_implementation("sdpa")
         ids, mask = (x.flip(1).to(device) for x in plm.padded([row.prompt[::-1] for row in rows]))
         out = model.lm.generate(ids, attention_mask=mask, max_new_tokens=limit, do_sample=False,
@@ -2081,6 +2081,7 @@ def measure(args, peer):
         tokenizer.name_or_path, head, len(data.labels), device,
         getattr(torch, args.dtype or "", None), settings)
     args.no_dense or plm.keep_dense(model)
+    model.share &= not args.no_share
     if head == "ask":
         plm.grow_answers = generate if peer else plm.grow_answers
         for rows in (batches[0][:4], sum(batches[1:], [])):  # a few to warm up
@@ -2090,12 +2091,12 @@ def measure(args, peer):
     optimizer, D = plm.make_optimizer(model, settings), model.lm.config.hidden_size
     micro = min(8 if peer and device.type == "cpu" else 999, settings["micro_batch"])
     for rows in batches:
-        parts = plm.micro_batches(model, rows, micro, not (peer or args.no_share))
+        parts = plm.micro_batches(model, rows, micro)
         start = time.perf_counter()
-        loss, tokens = plm.train_step(model, parts, plm.n_targets(rows, head), optimizer,
-                                      settings["clip"], data.single).tolist()
-        steps.append((loss, len(rows), tokens, time.perf_counter() - start,
-                      operations(model, plm.make_batch(model, rows))))
+        loss = plm.train_step(model, parts, plm.n_targets(rows, head), optimizer, settings["clip"],
+                              data.single).item()
+        steps.append((loss, len(rows), sum(x["tokens"] for x in parts), time.perf_counter() - start,
+                      shared_operations(model, rows)))
     memory, (_, n, tokens, seconds, needed) = plm.peak_memory_mb(), np.sum(steps[1:], 0).tolist()
     a, b = torch.randn(2, 2 ** (16 if device.type == "cuda" else 12), D).to(device, model.lm.dtype)
     usual = np.median(timeit.repeat(lambda: torch.mm(a, a[:D], out=b)[0, 0].item(), number=3))
@@ -2108,7 +2109,7 @@ def measure_quantizing(args, peer, n=4096):
     torch.manual_seed(0)
     linear = nn.Linear(n, n, bias=False, device=plm.find_device())
     packed = ((lambda: quantize_4bit(linear.weight.data, None, None, 64, True, "nf4")[0]) if peer
-              else lambda: plm.NF4Linear.from_linear(linear).packed)
+              else lambda: plm.NF4Linear(linear, torch.float32).packed)
     rate = n / min(timeit.repeat(lambda: packed().view(-1)[0].item(), number=1))
     return torch.float32, [bytes(x) for x in packed().view(n, -1).cpu().numpy()], dict(rate=rate)
 

@@ -8,7 +8,6 @@ plain twin in per cent, paired by seed and split, on the same rows only, and a s
 interval excludes 0.
 """
 import argparse
-import csv
 import glob
 import os
 import sys
@@ -43,8 +42,7 @@ def read_predictions(folder, labels):
         names = [cell] if cell in labels else cell.split(", ")
         return [int(label in names) for label in labels]
 
-    with plm.readable(f"{folder}/predictions.csv") as f:
-        rows = list(csv.DictReader(f))
+    rows = [row for _, row in plm.csv_rows(f"{folder}/predictions.csv")]
     gold, predicted = (np.array([ticks(r[key]) for r in rows]) for key in ("gold", "predicted"))
     return gold, predicted, [(r["text_id"], r["user"]) for r in rows]
 
@@ -53,8 +51,12 @@ def gain(plain, personal):
     """(gain in per cent of a personalized run over its plain twin, does the paired interval exclude
     0?) of two (folder, metrics); None if they were not scored on the same rows."""
     (a, m), (b, n) = plain, personal
-    gold, first, rows = read_predictions(a, m["labels"])
-    gold_too, second, rows_too = read_predictions(b, n["labels"])
+    try:
+        gold, first, rows = read_predictions(a, m["labels"])
+        gold_too, second, rows_too = read_predictions(b, n["labels"])
+    except (plm.BadInput, KeyError) as e:
+        print(f"table.py: no gain of {b} over {a} ({type(e).__name__}: {e})", file=sys.stderr)
+        return None
     if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any():
         return None
     texts = [text for text, _ in rows]
