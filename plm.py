@@ -11,7 +11,7 @@ and scores.
     python plm.py lm --model DIR --data file.csv --text-col comment --user-col worker
     python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
 
-Around it stand scripts in data/ and targets of the Makefile: make data, table, report, export.
+Around it stand scripts in data/, each with a target of the Makefile: data, table, report, export.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
 
@@ -37,8 +37,6 @@ References
     [5] Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2021. arXiv 2110.02861
     [6] shared prefixes: Prefix Grouper, arXiv 2506.05433; Tree Training, arXiv 2511.00413
     [7] Sarumi et al., 2024, arXiv 2404.02340: a trained token for each user
-
-Left out: merging adapters into the base, quantization other than NF4, adapters other than LoRA.
 """
 import argparse
 import csv
@@ -79,7 +77,6 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 from transformers import AttentionInterface, AutoConfig, AutoTokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
@@ -91,6 +88,12 @@ class BadInput(Exception):
     """What the user gave cannot be used; the message says in one line what would have been."""
 
 
+def check(ok, message):
+    """Raises BadInput unless `ok`."""
+    if not ok:
+        raise BadInput(message)
+
+
 def progress(items, what, unit, total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
     return tqdm(items, what, total=total, initial=initial, unit=" " + unit, delay=2, leave=False,
@@ -98,7 +101,10 @@ def progress(items, what, unit, total=None, initial=0):
 
 
 def write_file(path, content):
-    """Writes bytes so that the file is the old one or the new one, whatever happens meanwhile."""
+    """Writes bytes, or a value as JSON, so that the file is the old one or the new one, whatever
+    happens meanwhile."""
+    if not isinstance(content, bytes):
+        content = json.dumps(content, indent=1, allow_nan=False).encode()
     with open(path + ".part", "wb") as f:
         f.write(content)
         f.flush()
@@ -122,18 +128,17 @@ RECIPES = {
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
 RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)  # [1]
 
-MODELS = {  # name -> hub id or folder, and what differs from the recipe
+MODELS = {  # name -> hub id or folder, and what differs from the recipe; [1] has the last five
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
     "tiny_t5": dict(id=f"{HERE}/data/models/tiny_t5", lr=1e-3, epochs=8),
     "smollm2": dict(id="HuggingFaceTB/SmolLM2-135M-Instruct", lr=5e-4, epochs=2),
     "flan_t5_small": dict(id="google/flan-t5-small", lr=1e-3),
     "flan_t5_base": dict(id="google/flan-t5-base", lr=5e-4),
-    "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8),                      # 2.8 B [1]
-    "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8),                      # 2.8 B [1]
-    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8),  # [1]
-    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8),    # [1]
-    "chatgpt": dict(chat="gpt-3.5-turbo"),  # over HTTP; of 2023 [1]
-}
+    "flan_t5": dict(id="google/flan-t5-xl", micro_batch=8),
+    "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8),
+    "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8),
+    "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8),
+    "chatgpt": dict(chat="gpt-3.5-turbo")}  # over HTTP; of 2023
 
 # A dataset is data/NAME/annotations.csv; `make data DATA=NAME` makes those that are not there.
 DATASETS = {  # name -> columns with other names than text, user and split
@@ -153,8 +158,7 @@ METHODS = {
     "q_1s": Method("ask", False, 1), "q_1s_p": Method("ask", True, 1),
     "q_2s": Method("ask", False, 2), "q_2s_p": Method("ask", True, 2),
     "cls": Method("cls", False, 0), "cls_p": Method("cls", True, 0),
-    "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0),
-}
+    "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,8 +196,7 @@ SPLITS = {"train": "train", "training": "train", "val": "val", "dev": "val", "va
 
 
 def words_of(text):
-    """The words of a text without case and punctuation, but for the minus of a number; a combining
-    mark belongs to its word."""
+    """The words of a text without case and punctuation. A combining mark belongs to its word."""
     text = re.sub(r"(?<!\w)-(?=\d)", "minus ", unicodedata.normalize("NFC", text).lower())
     return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
 
@@ -222,24 +225,20 @@ def csv_rows(path):
         with open(path, newline="", encoding="utf-8-sig") as f:
             delimiter = max(",;\t", key=f.readline().count)
             f.seek(0)
-            reader, rows = csv.DictReader(f, delimiter=delimiter), []
-            columns = reader.fieldnames or []
+            reader = csv.DictReader(f, delimiter=delimiter)
+            rows, columns = [], Counter(reader.fieldnames)
             for number, row in enumerate(reader, 1):
-                if None in row or None in row.values():
-                    raise BadInput(f"{path}: row {number} (line {reader.line_num}) does not have "
-                                   f"the {len(columns)} columns of the header")
+                check(None not in row and None not in row.values(),
+                      f"{path}: row {number} (line {reader.line_num}) does not have the "
+                      f"{len(reader.fieldnames)} columns of the header")
                 rows.append((number, row))
     except OSError as e:
         raise BadInput(f"{path}: {e.strerror.lower()}") from None
-    except UnicodeDecodeError as e:
-        raise BadInput(f"{path}: not UTF-8 (byte {e.object[e.start]:#x}); save it so") from None
-    except csv.Error as e:
-        raise BadInput(f"{path}: not a CSV file ({e})") from None
-    twice = [column for column, n in Counter(columns).items() if n > 1]
-    if twice:
-        raise BadInput(f"{path}: {columns.count(twice[0])} columns are called {twice[0]!r}")
-    if not rows:
-        raise BadInput(f"{path}: no annotations in it")
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise BadInput(f"{path}: not a CSV file in UTF-8 ({e})") from None
+    check(rows, f"{path}: no annotations in it")
+    twice, n = columns.most_common(1)[0]
+    check(n == 1, f"{path}: {n} columns are called {twice!r}")
     return rows
 
 
@@ -255,11 +254,10 @@ def label_columns(path, rows, others):
             found[spelling].append(column)
         elif len(values) == 2:
             two_valued.append(column)
-    if len(found) != 1:
-        there = "; ".join(f"{', '.join(names)} ({spelling})" for spelling, names in found.items())
-        there = there or f"no column of 0 and 1 beside {', '.join(others)}"
-        raise BadInput(f"{path}: {there}; say which are the labels with --labels A,B, or with "
-                       "--label-col C for a single choice")
+    there = "; ".join(f"{', '.join(names)} ({spelling})" for spelling, names in found.items())
+    there = there or f"no column of 0 and 1 beside {', '.join(others)}"
+    check(len(found) == 1, f"{path}: {there}; say which are the labels with --labels A,B, or with "
+          "--label-col C for a single choice")
     return found.popitem()[1], two_valued
 
 
@@ -273,10 +271,10 @@ def choices(path, column, values):
         names, ordered = {value: f"{float(value):.12g}" for value in values}, True
     except ValueError:
         names, ordered = {value: value for value in values}, False
-    if {"inf", "-inf"} & {*names.values()} or len({*names.values()}) > 100:
-        raise BadInput(f"{path}: column {column!r} has {len(values):,} values, as {min(values)!r} "
-                       f"and {max(values)!r}: not a choice of one")
-    return sorted({*names.values()}, key=float if ordered else None), names, ordered
+    labels = {*names.values()}
+    check(len(labels) <= 100 and not {"inf", "-inf"} & labels, f"{path}: column {column!r} has "
+          f"{len(labels):,} values, such as {max(labels)[:40]!r}: not a choice of one")
+    return sorted(labels, key=float if ordered else None), names, ordered
 
 
 def read_annotations(path, form, skip_missing=False):
@@ -287,16 +285,15 @@ def read_annotations(path, form, skip_missing=False):
     others = [*texts, form["user"], *([split_col] if split_col else [])]
     labels, two_valued = [form["label"]] if form.get("label") else form.get("labels"), []
     for column in [*others, *(labels or ())]:
-        if column not in rows[0][1]:
-            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
+        check(column in rows[0][1],
+              f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
     if not labels:
         labels, two_valued = label_columns(path, rows, others)
     missing = {number: c for number, row in rows for c in [*texts, form["user"], *labels]
                if row[c].strip().lower() in MISSING}
-    if missing and not skip_missing:
-        number, column = next(iter(missing.items()))
-        raise BadInput(f"{path}: row {number}: {column!r} is {rows[number - 1][1][column]!r} "
-                       "(--skip-missing leaves such rows out and counts them)")
+    for number, column in missing.items():
+        check(skip_missing, f"{path}: row {number}: {column!r} is {rows[number - 1][1][column]!r} "
+              "(--skip-missing leaves such rows out and counts them)")
     notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
              "columns taken as labels": ", ".join(labels),
              "two-valued columns not taken": ", ".join(two_valued),
@@ -306,19 +303,18 @@ def read_annotations(path, form, skip_missing=False):
     if single:
         names, said, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
     for number, row in rows:
-        cells, split = [row[label].strip() for label in labels], None
-        chosen = ([int(name == said[cells[0]]) for name in names] if single else
-                  [ZERO_ONE.get(cell.lower()) for cell in cells])
-        if None in chosen:
-            raise BadInput(f"{path}: row {number}: label {labels[chosen.index(None)]!r} is "
-                           f"{cells[chosen.index(None)][:40]!r}, not 0 or 1 (see --labels)")
+        cells, split = {label: row[label].strip() for label in labels}, None
+        for label, cell in () if single else cells.items():
+            check(cell.lower() in ZERO_ONE, f"{path}: row {number}: label {label!r} is "
+                  f"{cell[:40]!r}, not 0 or 1 (see --labels)")
+        chosen = ((name == said[cells[labels[0]]] for name in names) if single else
+                  (ZERO_ONE[cell.lower()] for cell in cells.values()))
         if split_col and (cell := row[split_col].strip()):
             split = SPLITS.get(cell.lower())
-            if not split:
-                raise BadInput(f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, "
-                               "val or test")
-        a = Annotation("\n".join(row[c] for c in texts), user_id(row[form["user"]]), tuple(chosen))
-        found.append((a, split))
+            check(split, f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, val or "
+                  "test")
+        text, user = "\n".join(row[c] for c in texts), user_id(row[form["user"]])
+        found.append((Annotation(text, user, tuple(map(int, chosen))), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
 
 
@@ -344,39 +340,37 @@ def split_annotations(found, by_hash, notes):
 
 def some_texts(rows, n):
     """About n rows, all those of randomly chosen texts; the same ones whatever --seed says."""
-    order = {text: hashlib.sha256(text.encode()).digest() for text in {a.text for a in rows}}
+    order = {a.text: hashlib.sha256(a.text.encode()).digest() for a in rows}
     last = sorted(order[a.text] for a in rows)[:n][-1]
     return [a for a in rows if order[a.text] <= last]
 
 
 def load_data(name, max_eval=0, skip_missing=False, **columns):
     """The Dataset of a row of DATASETS or of a CSV file; `columns` (text, user, ...) overrule."""
-    row = DATASETS.get(name)
-    if row is None and not name.lower().endswith((".csv", ".tsv")):
-        raise BadInput(f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
-    if columns.get("labels") and columns.get("label"):
-        raise BadInput("--labels names several columns and --label-col one: not both")
-    form = dict(text="text", user="user") | (row or {})
+    known, path = name in DATASETS, name
+    if known:
+        path = f"{HERE}/data/{name}/annotations.csv"
+        check(os.path.exists(path), f"{path}: no such file; make data DATA={name} makes it")
+    check(path.lower().endswith((".csv", ".tsv")),
+          f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
+    check(not (columns.get("labels") and columns.get("label")),
+          "--labels names several columns and --label-col one: not both")
+    form = dict(text="text", user="user") | DATASETS.get(name, {})
     form |= {key: value for key, value in columns.items() if value}
-    path = name if row is None else f"{HERE}/data/{name}/annotations.csv"
-    if row is not None and not os.path.exists(path):
-        raise BadInput(f"{path}: no such file; make data DATA={name} makes it")
     found, what, notes = read_annotations(path, form, skip_missing)
     split = split_annotations(found, notes["split by"] == "a hash of the text", notes)
     for part, rows in split.items():
-        if not rows:
-            raise BadInput(f"--data {name}: no annotation is left for {part}, of "
-                           f"{notes['rows read']} in all; more texts are needed")
+        check(rows, f"--data {name}: no annotation is left for {part}, of {notes['rows read']} in "
+              "all; more texts are needed")
     n = len(split["train"])
     for label, chosen in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
-        if chosen in (0, n):
-            raise BadInput(f"--data {name}: label {label!r} never varies in training (chosen "
-                           f"{chosen:,} times of {n:,})")
+        check(0 < chosen < n, f"--data {name}: label {label!r} never varies in training (chosen "
+              f"{chosen:,} times of {n:,})")
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
         sha = hashlib.sha256(f.read()).hexdigest()[:16]
     none = not all(any(a.labels) for a, _ in found)
-    name = name if row is not None else os.path.splitext(os.path.basename(name))[0]
+    name = name if known else os.path.splitext(os.path.basename(name))[0]
     return Dataset(name, **what, **split, none=none, notes=notes, sha=sha)
 
 
@@ -405,8 +399,7 @@ def print_data(data):
 INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
     False: ("Which of the labels fit the text?", " First see how other people answered."),
     True: ("Which of the labels would this user choose for the text?",
-           " First see how this user answered before."),
-}
+           " First see how this user answered before.")}
 ANSWER_WITH = {  # single choice?, may nothing be chosen? -> how to answer
     (True, False): "Answer with one label from the list.",
     (False, False): "Answer with labels from the list, separated by commas.",
@@ -417,20 +410,16 @@ NONE = "none"  # the answer where no label is chosen
 def prompt_parts(method, data, text, user, examples=()):
     """The prompt as (shared, text, user) parts, each a list of pieces that are tokenized alone."""
     question, see = INSTRUCTIONS[method.personalized]
-    shared = [f"{question}{see if method.shots else ''} "
-              f"{ANSWER_WITH[data.single, data.none]}\n### Labels: {', '.join(data.labels)}"]
+    shared = (f"{question}{see if method.shots else ''} {ANSWER_WITH[data.single, data.none]}"
+              f"\n### Labels: {', '.join(data.labels)}\n### Text:")
     body = []
     for example in examples:
-        body += ["\n### Text:", f" {example.text}", "\n### Response:",
-                 answer_text(data.labels, example.labels)]
-    if method.shots:
-        body += ["\n### Text:"]
-    else:
-        shared[0] += "\n### Text:"
+        body += [f" {example.text}", "\n### Response:", answer_text(data.labels, example.labels),
+                 "\n### Text:"]
     body.append(f" {text}")
     if method.personalized:
-        return shared, body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
-    return shared, body, ["\n### Response:"]
+        return [shared], body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
+    return [shared], body, ["\n### Response:"]
 
 
 def answer_text(labels, chosen):
@@ -443,12 +432,11 @@ def check_labels(data, head):
     words = defaultdict(list)
     for label in [*data.labels, *[NONE] * data.none]:
         words[tuple(words_of(label)) or label].append(label)
-        if "\n" in label or not label.strip() or "," in label and not data.single:
-            raise BadInput(f"label {label!r}: a comma-separated answer cannot hold it")
-    same = next((names for names in words.values() if len(names) > 1), None)
-    if same and head in ("lm", "ask"):
-        raise BadInput(f"labels {same[0]!r} and {same[1]!r} are the same but for case and "
-                       "punctuation: an answer cannot tell them apart (cls and cls_p can)")
+        check("\n" not in label and label.strip() and (data.single or "," not in label),
+              f"label {label!r}: a comma-separated answer cannot hold it")
+    for same in words.values() if head in ("lm", "ask") else ():
+        check(len(same) == 1, f"labels {same[0]!r} and {same[-1]!r} are the same but for case and "
+              "punctuation: an answer cannot tell them apart (cls and cls_p can)")
 
 
 def choose_examples(method, train):
@@ -657,9 +645,8 @@ class NF4Linear(nn.Module):
         (self.N, self.K), self.dtype, bias = linear.weight.shape, dtype, linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         packed, absmax = quantize_nf4(linear.weight)
-        code, scale, offset = quantize_absmax(absmax)
-        for name, buffer in dict(packed=packed, absmax_code=code, absmax_scale=scale,
-                                 absmax_offset=offset).items():
+        names = "packed", "absmax_code", "absmax_scale", "absmax_offset"
+        for name, buffer in zip(names, (packed, *quantize_absmax(absmax))):
             self.register_buffer(name, buffer)
 
     def absmax(self):
@@ -804,8 +791,7 @@ def attend(q, k, v, mask, scaling):
 def tree_attention(module, query, key, value, attention_mask, scaling=None, *, tree=None, **kwargs):
     """Attention over a prompt tree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
     transformers calls it in place of its own and hands `tree` through."""
-    if tree is None:
-        raise BadInput(f"{type(module).__name__} does not pass arguments on to its attention")
+    check(tree, f"{type(module).__name__} does not pass arguments on to its attention")
     S, cache, out = tree["S"], tree["cache"], []
     if cache is not None:
         if module.layer_idx in cache:
@@ -829,22 +815,18 @@ AttentionInterface.register("tree", tree_attention)
 # decoder's state at its start token. Users with a token of their own have the ids V, V + 1, ... and
 # a row each of one more trained matrix (U, D).
 
-def load_quantized(name, device, dtype, tune="lora", quant=True):
-    """(transformers' model, frozen, its backbone's linear layers in NF4; the tokenizer) of a row of
-    MODELS, a folder or a Hugging Face id; BadInput for what NF4 cannot hold. For comparison: no
-    `quant`, computing with the weights as they are; tune "full", every weight float32 and trained.
-    """
+def load_pretrained(name):
+    """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
+    Hugging Face id; BadInput for what is not there, not whole, or quantized already."""
     source = MODELS.get(name, {}).get("id", name)
     known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
-    if not os.path.isdir(source) and (source[:1] in ("", ".", "/", "~") or source.count("/") != 1):
-        raise BadInput(f"--model {name}: no such model ({known})")
+    check(os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source),
+          f"--model {name}: no such model ({known})")
     try:
         config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
         for key in ("quantization_config", "num_local_experts", "num_experts"):
-            if getattr(config, key, None):
-                raise ValueError(f"{key}: quantized weights and experts are not supported")
-        if tokenizer.eos_token_id is None:
-            raise ValueError("the tokenizer has no end token (eos_token): answers could not end")
+            check(not getattr(config, key, None), f"{key}: quantized or experts: not supported")
+        check(tokenizer.eos_token_id is not None, "no end token (eos_token): answers never end")
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         lm, info = auto.from_pretrained(
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
@@ -852,16 +834,20 @@ def load_quantized(name, device, dtype, tune="lora", quant=True):
     except Exception as e:  # of five packages, for whatever is missing or damaged
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise BadInput(f"--model {name}: cannot load {source} ({why}; {known})") from None
-    head, dtype = lm.get_output_embeddings(), dtype or compute_dtype(device, lm.config.hidden_size)
-    linear = {path: layer for path, layer in lm.named_modules()
-              if isinstance(layer, nn.Linear) and layer is not head}
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # quantized, as integers
-    wrong += [path for path, layer in linear.items() if not (layer.weight[:16] % 1).any()]
-    if wrong:
-        raise BadInput(f"--model {name}: {wrong[0]}: weights are missing, of another shape, or "
-                       "quantized already")
-    dtype, linear = (torch.float32, {}) if tune == "full" else (dtype, linear)
+    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integers
+    wrong += [path for path, m in lm.named_modules()
+              if isinstance(m, nn.Linear) and not (m.weight[:16] % 1).any()]  # integers
+    check(not wrong, f"--model {name}: {wrong[:1]}: weights are missing, of another shape, or "
+          "quantized already")
+    return lm, tokenizer
+
+
+def quantize(lm, device, dtype, quant=True):
+    """The model, frozen and computing in `dtype`, its backbone's linear layers now NF4Linear;
+    without `quant`, for comparison, these compute with the weights as they were."""
+    linear = {path: layer for path, layer in lm.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings()}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
         packed = NF4Linear(layer.to(device), dtype)
         packed.dense = None if quant else layer.weight.detach().to(dtype)  # see keep_dense
@@ -869,8 +855,7 @@ def load_quantized(name, device, dtype, tune="lora", quant=True):
         layer.weight = None  # so that its dense weight goes now
     for param in lm.parameters():  # not the buffers: scales of NF4 and rotary tables are float32
         param.data = param.data.to(dtype)
-    lm.requires_grad_(tune == "full").get_output_embeddings().requires_grad_(False)
-    return lm.to(device).eval(), tokenizer
+    return lm.requires_grad_(False).to(device).eval()
 
 
 class PersonalizedLM(nn.Module):
@@ -944,16 +929,15 @@ class PersonalizedLM(nn.Module):
 
 
 def find_device():
-    """The GPU if there is one, else the CPU. A GPU that does not start is an error and no reason to
-    compute a hundred times slower in silence."""
+    """The GPU if there is one, else the CPU; no CPU in silence where a GPU does not start."""
     if torch.cuda.is_available():
         # cuDNN's attention plans every new shape anew, and shapes change every step here.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
-    gpu = os.path.exists("/proc/driver/nvidia/version")
-    if gpu and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-        raise BadInput("there is an NVIDIA GPU, but CUDA does not start (is this torch built with "
-                       "it?); CUDA_VISIBLE_DEVICES= computes on the CPU all the same")
+    check(not os.path.exists("/proc/driver/nvidia/version")
+          or os.environ.get("CUDA_VISIBLE_DEVICES") == "",
+          "there is an NVIDIA GPU, but CUDA does not start (is this torch built with it?); "
+          "CUDA_VISIBLE_DEVICES= computes on the CPU all the same")
     return torch.device("cpu")
 
 
@@ -1007,26 +991,17 @@ def user_namer(model, tokenizer, ids, users):
     return lambda user: (known.get(user, names[-1]),)
 
 
-def parameter_counts(model):
-    """dict(total, trained, quantized) numbers of weights, and packed_bytes of the quantized."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    quantized = sum(m.N * m.K for m in layers)
-    return dict(total=quantized + sum(p.numel() for p in model.parameters()), quantized=quantized,
-                trained=sum(p.numel() for p in model.trainable().values()),
-                packed_bytes=sum(b.nbytes for m in layers for b in m.buffers()))
-
-
 # --------------------------------------------------------------------------------------------------
 # 8. Batches. What a head reads and what it should say there are the same four entries for both
 # heads and both kinds of model: `inputs` of the backbone; `at` (P), the positions that are read;
 # `of`, which of these each target belongs to (the readers of one text share one where their ID is
 # not told); `target`, labels (R, L) or the ids of all answers.
 
-def tree_batch(rows, head, dtype=torch.float32, share=True, block=64):
+def tree_batch(model, rows, head):
     """A batch for a decoder. Without `share`, every row computes its whole prompt."""
-    S, groups, paths = len(rows[0].shared) if share else 0, {}, []
+    S, groups, paths = len(rows[0].shared) if model.share else 0, {}, []
     for i, row in enumerate(rows):  # the state at a token predicts the next one of an answer
-        group = groups.setdefault(row.text if share else i, len(groups))
+        group = groups.setdefault(row.text if model.share else i, len(groups))
         paths.append((group, row.prompt + (row.answer[:-1] if head == "lm" else ())))
     distinct = sorted(set(paths))
     ids, position, parent, group_of, nodes = prompt_tree(distinct, S)
@@ -1034,17 +1009,20 @@ def tree_batch(rows, head, dtype=torch.float32, share=True, block=64):
     for row, path in zip(rows, paths):
         of += [at.setdefault(node, len(at)) for node in nodes[path][len(row.prompt) - 1:]]
         target += [row.labels] if head == "cls" else row.answer
-    tree = dict(S=S, blocks=attention_blocks(parent, group_of, S, block, dtype), cache=None)
-    inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]), tree=tree)
-    return as_batch(inputs, at, of, target, len(ids)) | dict(branches=[nodes[p] for p in distinct])
+    size = 64 if model.device.type == "cpu" else 2048  # a GPU likes few and large calls
+    blocks = attention_blocks(parent, group_of, S, size, model.lm.dtype)
+    inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]),
+                  tree=dict(S=S, blocks=blocks, cache=None))
+    return inputs, at, of, target, dict(tokens=len(ids), branches=[nodes[p] for p in distinct])
 
 
-def pair_batch(rows, head, start, share=True):
+def pair_batch(model, rows, head):
     """A batch for an encoder-decoder: equal prompts are encoded once, equal (prompt, answer) pairs
     decoded once. Its encoder reads both ways: prompts that only begin alike share nothing."""
     prompts, pairs, at, of, target = {}, {}, {}, [], []
+    start = model.lm.config.decoder_start_token_id
     for i, row in enumerate(rows):
-        prompt = prompts.setdefault((row.prompt, share or i), len(prompts))
+        prompt = prompts.setdefault((row.prompt, model.share or i), len(prompts))
         answer = row.answer if head == "lm" else (None,)  # CLS reads the state at the start token
         pair = pairs.setdefault((prompt, (start, *answer[:-1])), len(pairs))
         of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
@@ -1055,7 +1033,7 @@ def pair_batch(rows, head, start, share=True):
                   pair=torch.tensor([prompt for prompt, _ in pairs]))
     at = [pair * decoder_input_ids.shape[1] + j for pair, j in at]
     tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
-    return as_batch(inputs, at, of, target, tokens)
+    return inputs, at, of, target, dict(tokens=tokens)
 
 
 def padded(sequences):
@@ -1063,12 +1041,6 @@ def padded(sequences):
     lengths = torch.tensor([len(s) for s in sequences])
     ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-
-
-def as_batch(inputs, at, of, target, tokens):
-    """The dict that PersonalizedLM takes; `tokens` is how many are computed for it."""
-    at, of, target = (torch.tensor(list(x)) for x in (at, of, target))
-    return dict(inputs=inputs, at=at, of=of, target=target, tokens=tokens)
 
 
 def to_device(batch, device):
@@ -1080,14 +1052,11 @@ def to_device(batch, device):
 
 
 def make_batch(model, rows, head=None):
-    """The batch of some rows for this model."""
-    head = head or model.head
-    if model.seq2seq:
-        batch = pair_batch(rows, head, model.lm.config.decoder_start_token_id, model.share)
-    else:
-        block = 64 if model.device.type == "cpu" else 2048  # a GPU likes few and large calls
-        batch = tree_batch(rows, head, model.lm.dtype, model.share, block)
-    return to_device(batch, model.device)
+    """The batch of some rows for this model; `tokens` is how many are computed for it."""
+    make = pair_batch if model.seq2seq else tree_batch
+    inputs, at, of, target, facts = make(model, rows, head or model.head)
+    at, of, target = (torch.tensor(list(x)) for x in (at, of, target))
+    return to_device(dict(inputs=inputs, at=at, of=of, target=target), model.device) | facts
 
 
 def in_batches(rows, size, rng=None):
@@ -1108,17 +1077,16 @@ def in_batches(rows, size, rng=None):
 def check_forward(model):
     """BadInput if ours is not transformers' own forward pass, its own attention and all logits, on
     the weights as they stand: what an architecture does beside what we know of is found here."""
-    lm, V = model.lm, model.lm.get_input_embeddings().weight.shape[0]
+    lm, V, theirs = model.lm, model.lm.get_input_embeddings().weight.shape[0], []
     ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
     rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
-    theirs, answer = [], () if model.seq2seq else (5,)
     model.train(False)
     try:
         batch = make_batch(model, rows, head="lm")
         ours = model.token_logits(model.hidden(batch)).index_select(0, batch["of"])
         lm.set_attn_implementation("sdpa")
         for row in rows:
-            inputs = dict(input_ids=[row.prompt + answer])
+            inputs = dict(input_ids=[row.prompt + (() if model.seq2seq else (5,))])
             if model.seq2seq:
                 inputs["decoder_input_ids"] = [[lm.config.decoder_start_token_id, 5]]
             inputs = {name: torch.tensor(x, device=lm.device) for name, x in inputs.items()}
@@ -1129,23 +1097,28 @@ def check_forward(model):
     finally:
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
     off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
-    if not off < (1e-3 if lm.dtype == torch.float32 else 0.05):
-        raise BadInput(f"{type(lm).__name__}: our forward pass differs from transformers' own by "
-                       f"{off:.1%} (something in it is not supported): take another model")
+    check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
+          f"{type(lm).__name__}: our forward pass differs from transformers' own by {off:.1%} "
+          "(something in it is not supported): take another model")
 
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
-    """(PersonalizedLM, tokenizer): quantized, and with LoRA unless it is only asked. `users` get a
-    token each if the settings' ids say so."""
-    tune = "lora" if head == "ask" else settings["tune"]
-    lm, tokenizer = load_quantized(name, device, dtype, tune, settings["quant"])
-    user_rows = None
-    if head != "ask":
-        if tune == "lora" and not add_lora(lm, *(settings[k] for k in ("r", "alpha", "dropout"))):
-            raise BadInput(f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
-        if settings["ids"] == "token" and users:
-            words = torch.tensor(user_words(tokenizer, users)[:-1], device=device)
-            user_rows = lm.get_input_embeddings().weight.index_select(0, words)
+    """(PersonalizedLM, tokenizer): in NF4, with LoRA unless it is only asked or trained whole; with
+    a token for each of the `users` if the settings' ids say so."""
+    lm, tokenizer = load_pretrained(name)
+    full, user_rows = settings["tune"] == "full" and head != "ask", None
+    if full:  # for comparison: every weight but the LM's head is trained, in float32
+        lm = lm.to(device).float().eval()
+        lm.get_output_embeddings().requires_grad_(False)
+    else:
+        lm = quantize(lm, device, dtype or compute_dtype(device, lm.config.hidden_size),
+                      settings["quant"])
+    if head != "ask" and not full:
+        check(add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]),
+              f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
+    if head != "ask" and settings["ids"] == "token" and users:
+        words = torch.tensor(user_words(tokenizer, users)[:-1], device=device)
+        user_rows = lm.get_input_embeddings().weight.detach().index_select(0, words)
     model = PersonalizedLM(lm, head, n_labels, user_rows)
     model.share = not settings.get("no_share")
     check_forward(model)
@@ -1180,11 +1153,6 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
         len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, texts)
     hits, ticks = np.tensordot(times, counts, 1).transpose(1, 0, 2)
     return (hits / np.maximum(ticks, 1)).mean(-1)
-
-
-def interval(draws):
-    """[low, high] of 95 %."""
-    return [float(x) for x in np.percentile(draws, [2.5, 97.5])]
 
 
 def listens(scores, texts):
@@ -1254,27 +1222,28 @@ def score(data, rows, result):
     """dict of the scores of a run's predictions on test rows."""
     gold, predicted = np.array([a.labels for a in rows]), np.asarray(result["predicted"])
     texts, users = np.array([text_id(a.text) for a in rows]), np.array([a.user for a in rows])
-    found = f1_scores(gold, predicted)
-    found["f1_macro_ci"] = interval(bootstrap_f1(gold, predicted, texts))
-    said = predicted.any(1)  # an answer without a label is no point on a scale
-    if data.ordered and said.any():
-        off = (gold - predicted)[said] @ np.array(data.labels, float)
-        found["mean_absolute_error"] = float(np.abs(off).mean())
+    draws = bootstrap_f1(gold, predicted, texts)
     per_user = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
                 for user in sorted(set(users))}
-    f1 = [*per_user.values()]
-    found["f1_per_user"] = dict(mean=float(np.mean(f1)), median=float(np.median(f1)),
-                                percentile_10=float(np.percentile(f1, 10)), users=per_user)
+    f1 = np.array([*per_user.values()])
     answers = defaultdict(set)
     for text, labels in zip(texts, gold):
         answers[text].add(tuple(labels))
     disagreed = np.array([len(answers[text]) > 1 for text in texts])
-    found["rows_disagreed"] = int(disagreed.sum())
-    found["f1_disagreed"] = f1_scores(gold[disagreed], predicted[disagreed])["f1_macro"] \
-        if disagreed.any() else None
     shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
-    heard, found["spread"] = listens(shown, texts)
-    return found | dict(listens=dict(model=heard, people=listens(gold, texts)[0]))
+    heard, spread = listens(shown, texts)
+    found = f1_scores(gold, predicted) | dict(
+        f1_macro_ci=np.percentile(draws, [2.5, 97.5]).tolist(), rows_disagreed=int(disagreed.sum()),
+        f1_disagreed=f1_scores(gold[disagreed], predicted[disagreed])["f1_macro"]
+        if disagreed.any() else None,
+        f1_per_user=dict(mean=float(f1.mean()), median=float(np.median(f1)),
+                         percentile_10=float(np.percentile(f1, 10)), users=per_user),
+        listens=dict(model=heard, people=listens(gold, texts)[0]), spread=spread)
+    said = predicted.any(1)  # an answer without a label is no point on a scale
+    if data.ordered and said.any():
+        off = (gold - predicted)[said] @ np.array(data.labels, float)
+        found["mean_absolute_error"] = float(np.abs(off).mean())
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1283,11 +1252,6 @@ def score(data, rows, result):
 # however these are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
 # clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends on the
 # seed and the step alone, so a run that is taken up again needs no random state.
-
-def n_targets(rows, head):
-    """How many targets the rows have: labels, or tokens of answers."""
-    return sum(len(row.labels if head == "cls" else row.answer) for row in rows)
-
 
 def summed_loss(out, batch, head, single):
     """() the loss of a batch, summed over its targets. out: (P, L) scores or (P, V) logits."""
@@ -1302,9 +1266,8 @@ def summed_loss(out, batch, head, single):
 def learning_rate(step, steps, lr, warmup):
     """The rate of a step (from 0): a line up, then half a cosine down to nearly 0."""
     rise = max(math.ceil(warmup * steps), 1)
-    if step < rise:
-        return lr * (step + 1) / rise
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(steps - rise, 1)))
+    fallen = max(step - rise, 0) / max(steps - rise, 1)
+    return lr * min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * fallen)))
 
 
 def make_optimizer(model, settings):
@@ -1322,26 +1285,28 @@ def micro_batches(model, rows, size):
 
 
 def step_batches(model, rows, settings, steps, first=0, seed=42):
-    """Yields (epoch, is it the epoch's last step?, rows, batches) for the steps from `first` on."""
+    """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
     size, order = settings["batch"], []
     per_epoch = math.ceil(len(rows) / size)
     for step in range(first, steps):
         epoch, place = divmod(step, per_epoch)
         if place == 0 or step == first:
             order = in_batches(rows, size, random.Random(f"{seed} {epoch}"))
-        part, last = order[place], place + 1 == per_epoch or step + 1 == steps
-        yield epoch + 1, last, part, micro_batches(model, part, settings["micro_batch"])
+        yield (step + 1, epoch + 1, place + 1 == per_epoch or step + 1 == steps, order[place],
+               micro_batches(model, order[place], settings["micro_batch"]))
 
 
-def train_step(model, batches, targets, optimizer, clip, single=False):
-    """() the loss of one optimizer step on batches of `targets` targets in all."""
+def train_step(model, batches, optimizer, lr, clip, single=False):
+    """() the loss of one optimizer step: the mean over the targets of all its batches."""
     model.train(True)
-    loss = torch.zeros((), device=model.device)
+    loss, targets = torch.zeros((), device=model.device), sum(b["target"].numel() for b in batches)
     for batch in batches:
         part = summed_loss(model(batch), batch, model.head, single) / targets
         part.backward()
         loss += part.detach()
     nn.utils.clip_grad_norm_(model.trainable().values(), clip)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("times", 1)
     optimizer.step()
     optimizer.zero_grad()
     return loss
@@ -1353,10 +1318,10 @@ def validate(model, rows, single, label_ids, size=64):
     dropout. Probabilities are those of CLS, or LM's of the first token in which labels differ
     (`label_ids`: its place in the answer, and what it is for each label)."""
     model.train(False)
-    total, found = torch.zeros((), device=model.device), []
+    total, targets, found = torch.zeros((), device=model.device), 0, []
     for part in progress(in_batches(rows, size), "validate", "batches"):
         batch = make_batch(model, part)
-        out = model(batch)
+        out, targets = model(batch), targets + batch["target"].numel()
         total += summed_loss(out, batch, model.head, single)
         if model.head == "lm":
             starts = np.cumsum([0] + [len(row.answer) for row in part[:-1]])
@@ -1365,8 +1330,7 @@ def validate(model, rows, single, label_ids, size=64):
             p = out[batch["of"]].softmax(1) if single else out[batch["of"]].sigmoid()
         found += zip(p.cpu().numpy(), (row.source.text for row in part))
     heard, spread = listens(*zip(*found))
-    return dict(val_loss=total.item() / n_targets(rows, model.head), listens=round(heard, 4),
-                spread=round(spread, 4))
+    return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
 
 
 def save_state(path, state, params, optimizer, best):
@@ -1382,21 +1346,19 @@ def save_state(path, state, params, optimizer, best):
 def load_state(path, params, optimizer):
     """(state, parameters of the best epoch) of save_state, all else put in its place; a new state
     if there is none."""
-    state, best = Counter(val_loss=math.inf), {}
     if not os.path.exists(path):
-        return state, best
+        return dict(step=0, rows=0, tokens=0, seconds=0, listens=0, val_loss=math.inf), {}
     try:
         with safe_open(path, "pt") as f:
-            state = Counter(json.loads(f.metadata()["state"]))
             for name, p in params.items():
                 p.data.copy_(f.get_tensor(f"param.{name}"))
                 optimizer.state[p] = {key: f.get_tensor(f"{key}.{name}").to(p.device)
                                       for key in ("step", "exp_avg", "exp_avg_sq")}
-                if f"best.{name}" in f.keys():
-                    best[name] = f.get_tensor(f"best.{name}").to(p.device)
+            best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
+                    if f"best.{name}" in f.keys()}
+            return json.loads(f.metadata()["state"]), best
     except Exception as e:  # safetensors has one error for all that can be wrong with a file
         raise BadInput(f"{path}: not the state of this run ({e}); --fresh starts over") from None
-    return state, best
 
 
 def saved_dtype(path):
@@ -1407,24 +1369,22 @@ def saved_dtype(path):
         return {"bfloat16": "bfloat16"}.get(state["dtype"], "float32")
 
 
-@contextmanager
 def open_log(path, step):
-    """A function that appends a dict to log.jsonl, of which the lines up to `step` stay."""
+    """log.jsonl, open for more lines; of those that are there, the ones up to `step` stay."""
     lines = []
     if step and os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             whole = (re.match(r'{"step": (\d+),.*}\n', line) for line in f)  # not half a line
             lines = [m[0] for m in whole if m and int(m[1]) <= step]
     write_file(path, "".join(lines).encode())
-    with open(path, "a", encoding="utf-8", buffering=1) as f:
-        yield lambda line: f.write(json.dumps(line) + "\n")
+    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
 
 
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
-    """Counter(step, val_loss, seconds, rows, tokens); trains in place, the best epoch is kept. Goes
+    """dict(step, val_loss, seconds, rows, tokens); trains in place, the best epoch is kept. Goes
     on from the state in `folder` if there is one. log.jsonl gets a line a step."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
@@ -1436,31 +1396,30 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
     with (open_log(f"{folder}/log.jsonl", state["step"]) as log,
           progress(None, "train", "steps", steps, state["step"]) as bar):
         while ahead:
-            start, (epoch, last, part, batches) = time.perf_counter(), ahead
-            lr = learning_rate(state["step"], steps, settings["lr"], settings["warmup"])
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["times"]
-            torch.manual_seed(1000003 * seed + 1009 * state["step"])
-            loss = train_step(model, batches, n_targets(part, model.head), optimizer,
-                              settings["clip"], single)
+            start, (step, epoch, last, part, batches) = time.perf_counter(), ahead
+            lr = learning_rate(step - 1, steps, settings["lr"], settings["warmup"])
+            torch.manual_seed(1000003 * seed + 1009 * (step - 1))
+            loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
-            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
-            state.update(step=1, rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
-            log(dict(step=state["step"], epoch=epoch, loss=loss, lr=lr, tokens=tokens))
-            check_finite(loss, state["step"], part)
-            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, listens "
+            line = dict(step=step, epoch=epoch, loss=loss.item(), lr=lr,
+                        tokens=sum(batch["tokens"] for batch in batches))
+            print(json.dumps(line), file=log)
+            check_finite(line["loss"], step, part)
+            state |= dict(step=step, rows=state["rows"] + len(part),
+                          tokens=state["tokens"] + line["tokens"],
+                          seconds=state["seconds"] + time.perf_counter() - start)
+            bar.set_postfix_str(f"epoch {epoch}, loss {line['loss']:.4f}, listens "
                                 f"{state['listens']:.2f}", refresh=False)  # of the last validation
             bar.update()
             if last:
                 found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
-                log(dict(step=state["step"], epoch=epoch, **found))
-                check_finite(found["val_loss"], state["step"], val_rows[:1])
+                print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
+                check_finite(found["val_loss"], step, val_rows[:1])
                 say = bar.write if state["seconds"] > 2 else print
                 say(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
-                state["listens"] = found["listens"]
                 if found["val_loss"] < state["val_loss"]:
-                    state["val_loss"] = found["val_loss"]
                     best = {name: p.detach().clone() for name, p in params.items()}
+                state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
             if last or time.time() - saved > SAVE_EVERY:
                 save_state(f"{folder}/{STATE}", state, params, optimizer, best)
                 saved = time.time()
@@ -1470,9 +1429,8 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
 
 def check_finite(loss, step, rows):
     """BadInput if a loss is infinite or not a number."""
-    if not math.isfinite(loss):
-        texts = ", ".join(sorted({text_id(row.source.text) for row in rows}))
-        raise BadInput(f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
+    texts = ", ".join(sorted({text_id(row.source.text) for row in rows}))
+    check(math.isfinite(loss), f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1541,8 +1499,7 @@ def write_answers(model, rows, ends, limit):
     memory = BaseModelOutput(last_hidden_state=model.encode(ids, mask))
     out = model.lm.generate(
         encoder_outputs=memory, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-        num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends), past_key_values=(
-            EncoderDecoderCache(DynamicCache(), DynamicCache())))[:, 1:].tolist()
+        num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends))[:, 1:].tolist()
     out = [ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in out]
     return [out[prompts[row.prompt, model.share or i]] for i, row in enumerate(rows)]
 
@@ -1591,8 +1548,11 @@ def read_answers(answers, data):
                 unreadable=len(said) - sum(said))
 
 
-def predict(model, tokenizer, data, rows, size=64):
-    """dict(predicted (R, L) and scores (R, L)), or what read_answers returns."""
+def predict(model, tokenizer, method, data, config, users, annotations):
+    """dict(predicted (R, L) and scores (R, L)), or what read_answers returns, of annotations."""
+    name_of = user_namer(model, tokenizer, config["ids"], users)
+    rows, _ = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
+    size = 2 * config["micro_batch"]
     if model.head == "cls":
         scores = label_scores(model, rows, size)
         return dict(predicted=chosen_labels(scores, data.single), scores=scores)
@@ -1669,10 +1629,10 @@ def start_workers(bodies, concurrency):
     not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     url = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/") + "/chat/completions"
-    if not re.fullmatch("[!-~]+", key):
-        raise BadInput("OPENAI_API_KEY has to be one word: your key, or any if none is needed")
-    if not re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[^@?#\s]*", url, re.I):
-        raise BadInput(f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
+    check(re.fullmatch("[!-~]+", key),
+          "OPENAI_API_KEY has to be one word: your key, or any if none is needed")
+    check(re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[^@?#\s]*", url, re.I),
+          f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     todo, events, names = queue.SimpleQueue(), queue.Queue(1), {}
 
     def work():
@@ -1744,33 +1704,25 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
 # is taken up by the same command, a finished one prints its summary again. Every file is the old
 # one or the new one (write_file), and metrics.json comes last.
 
-def read_json(path, keys=()):
-    """The dict in a JSON file, None if there is no such file; BadInput if it lacks a key."""
+def read_json(path):
+    """The dict in a JSON file, None if there is no such file."""
     try:
         with open(path, encoding="utf-8") as f:
-            found = dict(json.load(f))
+            return dict(json.load(f))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):
         raise BadInput(f"{path}: damaged (no dict in JSON); --fresh starts the run over") from None
-    if not found.keys() >= set(keys):
-        raise BadInput(f"{path}: not of a finished run; --fresh starts it over")
-    return found
 
 
 def read_metrics(folder):
     """The metrics of a finished run, None if it is not finished."""
-    m = read_json(f"{folder}/metrics.json", (
-        "method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread", "ids",
-        "single", "ordered", "none", "max_text", "no_share", "micro_batch"))
-    if m and m["method"] not in METHODS:
-        raise BadInput(f"{folder}/metrics.json: no method {m['method']!r}")
+    m = read_json(f"{folder}/metrics.json")
+    needed = {"method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread",
+              "single", "ordered", "none", "ids", "max_text", "no_share", "micro_batch"}
+    check(m is None or needed <= m.keys() and m["method"] in METHODS,
+          f"{folder}/metrics.json: not of a finished run; --fresh starts it over")
     return m
-
-
-def write_json(path, value):
-    """Writes a value as JSON."""
-    write_file(path, json.dumps(value, indent=1, allow_nan=False).encode())
 
 
 def model_name(model):
@@ -1795,10 +1747,9 @@ def run_folder(folder, config, fresh):
         there = read_json(f"{folder}/run.json") or config
         differ = [f"{key} {there.get(key)} there and {config.get(key)} here"
                   for key in there | config if there.get(key) != config.get(key)]
-        if differ:
-            raise BadInput(f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
-                           "over, --out DIR keeps both")
-        write_json(f"{folder}/run.json", config)
+        check(not differ, f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
+              "over, --out DIR keeps both")
+        write_file(f"{folder}/run.json", config)
         yield read_metrics(folder)
 
 
@@ -1829,8 +1780,7 @@ def settings_of(args):
     row = {key: value for key, value in MODELS.get(args.model, {}).items()
            if args.recipe == "ours" or key == "micro_batch"}
     flags = {key: value for key, value in vars(args).items() if value is not None}
-    known = RECIPES[args.recipe] | row | flags
-    return {key: known[key] for key in RECIPES["ours"]}
+    return {key: (RECIPES[args.recipe] | row | flags)[key] for key in RECIPES["ours"]}
 
 
 def check_length(name, config, longest):
@@ -1838,9 +1788,25 @@ def check_length(name, config, longest):
     room = getattr(config, "max_position_embeddings", None) or math.inf
     if getattr(config, "use_sliding_window", True):
         room = min(room, getattr(config, "sliding_window", None) or math.inf)
-    if longest > room and not config.is_encoder_decoder:  # a T5 knows distances, not places
-        raise BadInput(f"--model {name} reads {room} tokens and the longest prompt with its answer "
-                       f"may have {longest}: cut texts with --max-text")
+    check(config.is_encoder_decoder or longest <= room,  # a T5 knows distances, not places
+          f"--model {name} reads {room} tokens and the longest prompt with its answer may have "
+          f"{longest}: cut texts with --max-text")
+
+
+def describe(model, dense):
+    """dict of what is said of a model before it is trained; it is printed, too."""
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    quantized = sum(m.N * m.K for m in layers)
+    counts = dict(total=quantized + sum(p.numel() for p in model.parameters()),
+                  trained=sum(p.numel() for p in model.trainable().values()), quantized=quantized,
+                  packed_bytes=sum(b.nbytes for m in layers for b in m.buffers()))
+    facts = dict(device=device_name(model.device), dense_copy=dense, parameters=counts,
+                 dtype=str(model.lm.dtype).removeprefix("torch."))
+    print(f"{type(model.lm).__name__} on {facts['device']}, computing in {facts['dtype']}: "
+          f"{quantized / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M weights in "
+          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}, "
+          f"{counts['trained'] / 1e6:.2f} M trained", flush=True)
+    return facts
 
 
 def run_local(method, args, config, data, folder):
@@ -1859,14 +1825,9 @@ def run_local(method, args, config, data, folder):
         cut += counts
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
-    counts, dense = parameter_counts(model), not args.no_dense and keep_dense(model)
-    facts = dict(device=device_name(device), dtype=str(model.lm.dtype).removeprefix("torch."),
-                 parameters=counts, dense_copy=dense, **cut)
-    print(f"{args.model} on {facts['device']}, computing in {facts['dtype']}: "
-          f"{counts['quantized'] / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M weights in "
-          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}, "
-          f"{counts['trained'] / 1e6:.2f} M trained; {cut['texts_cut']} texts cut to "
-          f"{args.max_text} tokens", flush=True)
+    facts = describe(model, not args.no_dense and keep_dense(model)) | cut
+    if cut["texts_cut"]:
+        print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
         ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id)
                for label in (*data.labels, *[NONE] * data.none)]
@@ -1876,18 +1837,8 @@ def run_local(method, args, config, data, folder):
         facts |= dict(train_seconds=round(done["seconds"], 2), steps=done["step"],
                       rows_per_second=round(done["rows"] / done["seconds"], 2),
                       val_loss=done["val_loss"], tokens_computed=done["tokens"])
-    return reader(model, tokenizer, method, data, config, users), facts, (model.trainable(), users)
-
-
-def reader(model, tokenizer, method, data, config, users):
-    """A function: annotations -> what `predict` returns of them."""
-    name_of = user_namer(model, tokenizer, config["ids"], users)
-
-    def read(annotations):
-        rows, _ = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
-        return predict(model, tokenizer, data, rows, 2 * config["micro_batch"])
-
-    return read
+    read = functools.partial(predict, model, tokenizer, method, data, config, users)
+    return read, facts, (model.trainable(), users)
 
 
 def run_rates(method, data):
@@ -1915,8 +1866,7 @@ def run_chat(chat, method, args, data, folder):
         return print("Nothing was sent. The first prompt:", distinct[0], sep="\n\n")
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
     failed = counts.pop("failed")
-    if failed:
-        row, why = failed[0]
+    for row, why in failed:
         raise BadInput(f"{len(failed)} of {len(prompts)} rows got no answer, the first ({row}): "
                        f"{why}. Nothing is scored; the {len(answers)} answers are kept in {path}, "
                        "and the same command asks for the others only")
@@ -1927,16 +1877,14 @@ def run_chat(chat, method, args, data, folder):
 
 def chat_model(args, method):
     """What a server calls the model that --model names, None if it runs here."""
-    chat = MODELS.get(args.model, {}).get("chat")
-    if args.model.startswith("openai:"):
-        chat = args.model.removeprefix("openai:")
-        if not chat:
-            raise BadInput("--model openai: needs a name behind it, as in openai:gpt-4o-mini")
-    if chat and method.head != "ask":
-        asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
-        raise BadInput(f"--model {args.model} can only be asked ({asking}), not trained")
-    if args.dry_run and not chat:
-        raise BadInput(f"--dry-run is for models that cost money, and --model {args.model} is free")
+    own = args.model.startswith("openai:")
+    chat = args.model[7:] if own else MODELS.get(args.model, {}).get("chat")
+    asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
+    check(chat != "", "--model openai: needs a name behind it, as in openai:gpt-4o-mini")
+    check(method.head == "ask" or not chat,
+          f"--model {args.model} can only be asked ({asking}), not trained")
+    check(chat or not args.dry_run,
+          f"--dry-run is for models that cost money, and --model {args.model} is free")
     return chat
 
 
@@ -2011,7 +1959,7 @@ def finish(folder, metrics, data, result, adapter):
         tensors = {name: p.detach().cpu().contiguous() for name, p in adapter[0].items()}
         write_file(f"{folder}/adapter.safetensors",
                    safetensors_bytes(tensors, {"users": json.dumps(adapter[1])}))
-    write_json(f"{folder}/metrics.json", metrics)
+    write_file(f"{folder}/metrics.json", metrics)
     with suppress(FileNotFoundError):
         os.remove(f"{folder}/{STATE}")
 
@@ -2058,9 +2006,8 @@ def print_summary(m, folder):
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
     m, path = read_metrics(folder), f"{folder}/adapter.safetensors"
-    if m is None or not os.path.exists(path):
-        raise BadInput(f"{folder}: no finished run of a trained method (metrics.json and "
-                       "adapter.safetensors)")
+    check(m and os.path.exists(path),
+          f"{folder}: no finished run of a trained method (metrics.json and adapter.safetensors)")
     try:
         with safe_open(path, "pt") as f:
             users = json.loads(f.metadata()["users"])
@@ -2070,8 +2017,8 @@ def load_run(folder):
     model, tokenizer = load_model(m["model"], METHODS[m["method"]].head, len(m["labels"]),
                                   find_device(), getattr(torch, m["dtype"]), m, users)
     params = model.trainable()
-    if {n: p.shape for n, p in params.items()} != {n: t.shape for n, t in tensors.items()}:
-        raise BadInput(f"{path}: does not fit {m['model']}: other layers or sizes")
+    check({n: p.shape for n, p in params.items()} == {n: t.shape for n, t in tensors.items()},
+          f"{path}: does not fit {m['model']}: other layers or sizes")
     for name, p in params.items():
         p.data.copy_(tensors[name])
     keep_dense(model)
@@ -2082,23 +2029,22 @@ def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
     m, model, tokenizer, users = load_run(args.run)
     method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
+    check(args.csv or args.text, "predict needs --text TEXT (with --users A,B) or --csv FILE")
     if args.csv:
         rows = [row for _, row in csv_rows(args.csv)]
         for column in ["text"] + ["user"] * method.personalized:
-            if column not in rows[0]:
-                raise BadInput(f"{args.csv}: no column {column!r}; there are: {', '.join(rows[0])}")
+            check(column in rows[0],
+                  f"{args.csv}: no column {column!r}; there are: {', '.join(rows[0])}")
         asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for row in rows]
-    elif args.text:
+    else:
         asked = [Annotation(args.text, user_id(user), nothing) for user in (
             args.users or users[:5] if method.personalized else ["(anybody)"])]
-    else:
-        raise BadInput("predict needs --text TEXT (with --users A,B) or --csv FILE")
     unknown = sorted({a.user for a in asked} - set(users)) if method.personalized else []
     if unknown:
         print(f"unknown to training: {', '.join(unknown[:20])}"
               f"{' (read with the mean of all user tokens)' * (m['ids'] == 'token')}")
     data = Dataset(m["data"], m["labels"], m["single"], m["ordered"], m["none"], [], [], [], {}, "")
-    result = reader(model, tokenizer, method, data, m, users)(asked)
+    result = predict(model, tokenizer, method, data, m, users, asked)
     if args.csv:
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
@@ -2192,12 +2138,11 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     try:
         args = make_parser().parse_args(argv)
-        if (args.run is None) == (args.command == "predict"):
-            raise BadInput("predict needs the folder of a run" if args.run is None else
-                           f"what is {args.run!r}? Only predict takes a folder")
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise BadInput("a run is one process; several GPUs take a run each, as in "
-                           "CUDA_VISIBLE_DEVICES=1 python plm.py ...")
+        check(args.run or args.command != "predict", "predict needs the folder of a run")
+        check(not args.run or args.command == "predict",
+              f"what is {args.run!r}? Only predict takes a folder")
+        check(os.environ.get("WORLD_SIZE", "1") == "1", "a run is one process; several GPUs take a "
+              "run each, as in CUDA_VISIBLE_DEVICES=1 python plm.py ...")
         (predict_run if args.command == "predict" else run)(args)
     except BadInput as e:
         print(f"plm.py: {e}", file=sys.stderr)

@@ -30,7 +30,7 @@ def export(folder):
     if task == "SEQ_CLS":
         adapter["base_model.model.score.weight"] = beside.pop("score.weight")
     os.makedirs(f"{folder}/peft", exist_ok=True)
-    plm.write_json(f"{folder}/peft/adapter_config.json", config)
+    plm.write_file(f"{folder}/peft/adapter_config.json", config)
     plm.write_file(f"{folder}/peft/adapter_model.safetensors",
                plm.safetensors_bytes(adapter, {"format": "pt"}))
     plm.write_file(f"{folder}/peft/beside.safetensors", plm.safetensors_bytes(

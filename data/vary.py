@@ -208,9 +208,9 @@ def main(argv=None):
         args = p.parse_args(argv)
         if args.quarters:
             return quarters(args.data) or 0
-        files = args.out, plm.DATASETS.get(args.data, {"file": args.data})["file"]
-        if not args.out.endswith(".csv") or len({os.path.realpath(file) for file in files}) < 2:
-            raise BadInput("say where the new CSV goes, as in: data/vary.py DATA out/new.csv")
+        name = os.path.basename(args.out)
+        if not name.endswith(".csv") or name in (os.path.basename(args.data), "annotations.csv"):
+            raise BadInput("the new CSV needs a name of its own: data/vary.py DATA out/new.csv ...")
         vary = (unseen if args.unseen else frequent_labels if args.labels else by_time
                 if not args.ids else responded if args.ids == "dp" else renamed)
         write(args.out, vary(read(args), args))
