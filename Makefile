@@ -99,6 +99,7 @@ SEEDS ?= 42 43 44
 MODELS ?= tiny tiny_t5
 COUNTS ?= 2 4 7
 KNOWN ?= 0 5 15
+FULL_LR ?= 3e-4
 TIME ?= time
 COLS ?=
 
@@ -109,7 +110,7 @@ LATER = $(OUT)/later/$(NAME)_later.csv
 BASELINES = majority prior
 METHODS = q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p
 
-.PHONY: paper exp1 exp2 exp3 unseen later private architectures
+.PHONY: paper exp1 exp2 exp3 unseen later private full architectures
 
 paper: $(VENV)/ready  ## the paper's table: ten methods and two baselines, SEEDS="42 43 44"
 	@set -ex; for seed in $(SEEDS); do for method in $(BASELINES) $(METHODS); do \
@@ -154,6 +155,11 @@ private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random 
 	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/private; done; done
 	$(PLM) cls $(FLAGS) --data $(OUT)/private/$(NAME)_dpepsiloninf.csv --out $(OUT)/private
 	$(TABLE) $(OUT)/private
+
+full: $(VENV)/ready  ## LoRA r 2, 8, 64 against full fine-tuning; NF4 against weights as stored
+	@set -ex; for how in "--r 2" "--r 8" "--r 64" "--r 8 --no-quant" "--tune full --lr $(FULL_LR)"; do \
+	    $(PLM) cls_p $(FLAGS) $$how --out $(OUT)/full/$$(echo $$how | tr -d ' -'); done
+	$(TABLE) $(OUT)/full/*
 
 architectures: $(VENV)/ready  ## a decoder against an encoder-decoder, MODELS="tiny tiny_t5"
 	@set -ex; for model in $(MODELS); do for method in cls cls_p lm lm_p; do \

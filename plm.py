@@ -969,13 +969,11 @@ def compute_dtype(device, width):
 
 def keep_dense(model):
     """Keeps a dense copy of the rounded weights, the same numbers without dequantizing, if that
-    takes less than a quarter of the memory (a GPU: half of the free); returns whether it did."""
+    takes less than a quarter of the memory; returns whether it did."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 4
-    if model.device.type == "cuda":
-        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()  # ready for use
-        room = (torch.cuda.mem_get_info()[0] + held) / 2
-    fits = sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
+    room = torch.cuda.mem_get_info()[1] if model.device.type == "cuda" else \
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    fits = 4 * sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
     for layer in layers if fits else ():
         layer.dense = layer.dequantize()
     return fits
@@ -1206,16 +1204,16 @@ def user_bias(gold, scores, users, single, ridge=1.0):
     return dict(zip(names.tolist(), bias))
 
 
-def rate_scores(data, rows, personalized, strength=5):
-    """(R, L) log odds of how often each label is chosen in training: by everybody, or by the user,
-    shrunk to everybody's as if `strength` rows of everybody's were the user's."""
-    overall = np.mean([a.labels for a in data.train], 0)
-    own = defaultdict(list)
+def predict_rates(data, personalized, rows, strength=5):
+    """As `predict`: scores are the log odds of how often each label is chosen in training, by all
+    or by the user, shrunk to everybody's as if `strength` rows of everybody's were the user's."""
+    overall, own = np.mean([a.labels for a in data.train], 0), defaultdict(list)
     for a in data.train:
         own[a.user].append(a.labels)
     p = np.array([(np.sum(own[a.user], 0) + strength * overall) / (len(own[a.user]) + strength)
                   if personalized and own[a.user] else overall for a in rows])
-    return np.log(p) - (0 if data.single else np.log1p(-p))
+    scores = np.log(p) - (0 if data.single else np.log1p(-p))
+    return dict(predicted=chosen_labels(scores, data.single), scores=scores)
 
 
 def score(data, rows, result):
@@ -1387,8 +1385,7 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
     """dict(step, val_loss, seconds, rows, tokens); trains in place, the best epoch is kept. Goes
     on from the state in `folder` if there is one. log.jsonl gets a line a step."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
-    steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
-    steps = min(steps, max_steps or steps)
+    steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
     state["dtype"] = str(model.lm.dtype).removeprefix("torch.")
     stream = step_batches(model, rows, settings, steps, state["step"], seed)
@@ -1401,22 +1398,21 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
             torch.manual_seed(1000003 * seed + 1009 * (step - 1))
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
-            line = dict(step=step, epoch=epoch, loss=loss.item(), lr=lr,
-                        tokens=sum(batch["tokens"] for batch in batches))
+            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
+            line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
             print(json.dumps(line), file=log)
-            check_finite(line["loss"], step, part)
-            state |= dict(step=step, rows=state["rows"] + len(part),
-                          tokens=state["tokens"] + line["tokens"],
-                          seconds=state["seconds"] + time.perf_counter() - start)
-            bar.set_postfix_str(f"epoch {epoch}, loss {line['loss']:.4f}, listens "
-                                f"{state['listens']:.2f}", refresh=False)  # of the last validation
+            check_finite(loss, step, part)
+            now = dict(rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
+            state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
+            heard = f"listens {state['listens']:.2f}"  # of the last validation
+            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
             bar.update()
             if last:
                 found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
                 print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
                 check_finite(found["val_loss"], step, val_rows[:1])
-                say = bar.write if state["seconds"] > 2 else print
-                say(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+                (bar.write if state["seconds"] > 2 else print)(
+                    f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 if found["val_loss"] < state["val_loss"]:
                     best = {name: p.detach().clone() for name, p in params.items()}
                 state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
@@ -1841,15 +1837,6 @@ def run_local(method, args, config, data, folder):
     return read, facts, (model.trainable(), users)
 
 
-def run_rates(method, data):
-    """As run_local, of the baselines that read no text."""
-    def read(annotations):
-        scores = rate_scores(data, annotations, method.personalized)
-        return dict(scores=scores, predicted=chosen_labels(scores, data.single))
-
-    return read, {}, None
-
-
 def run_chat(chat, method, args, data, folder):
     """As run_local, of a model behind HTTP; BadInput if a row got no answer."""
     choose, prompts, few = choose_examples(method, data.train), {}, 0
@@ -1938,7 +1925,8 @@ def run(args):
             print(f"{folder} is finished; --fresh runs it again")
         else:
             read, facts, adapter = (
-                run_rates(method, data) if method.head == "rates" else
+                (functools.partial(predict_rates, data, method.personalized), {}, None)
+                if method.head == "rates" else
                 run_chat(chat, method, args, data, folder) if chat else
                 run_local(method, args, config, data, folder))
             result, found = evaluate(method, data, read)

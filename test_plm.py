@@ -769,7 +769,8 @@ def test_rates_are_everybodys_or_the_users_shrunk_to_them():
         ("a", 5, (1, 0)), ("b", 3, (0, 1)), ("b", 2, (0, 0))) for i in range(n)]
     asked = [plm.Annotation("x", user, (0, 0)) for user in ("a", "b", "new")]
     for own, rates in ((False, [[0.5, 0.3]] * 3), (True, [[0.75, 0.15], [0.25, 0.45], [0.5, 0.3]])):
-        p = 1 / (1 + np.exp(-plm.rate_scores(dataset(train=rows), asked, own)))
+        scores = plm.predict_rates(dataset(train=rows), own, asked)["scores"]
+        p = 1 / (1 + np.exp(-scores))
         assert p == pytest.approx(np.array(rates))  # 0.75 = (5 + 5 * 0.5) / (5 + 5)
 
 def test_scores_of_a_rating_of_users_and_of_disagreement():

@@ -80,15 +80,17 @@ def table_cell(runs, twins):
     return f"{np.mean(f1):.3f} {spread} {np.mean(percent):+.0f} %" + "*" * all(sure)
 
 
-def print_table(out):
-    """F1-macro of every finished run: methods in rows, models in columns, a table a dataset (and
-    --max-eval). Runs of several seeds and splits are averaged; gains are paired by both."""
+def print_table(*outs):
+    """F1-macro of every finished run: methods in rows, models in columns (of several folders: each
+    with its folder), a table a dataset (and --max-eval). Runs of several seeds and splits are
+    averaged; gains are paired by both."""
     cells = defaultdict(dict)
-    for folder, m in finished_runs(out):
-        key = (m["data"], m.get("max_eval", 0)), m["method"], plm.model_name(m["model"])
-        cells[key][m.get("split"), m.get("seed")] = folder, m
-    if not cells:
-        raise plm.BadInput(f"{out}: no finished run in it; make one with: python plm.py cls_p")
+    for out in outs:
+        for folder, m in finished_runs(out):
+            column = plm.model_name(m["model"]) + f" {os.path.basename(out)}" * (len(outs) > 1)
+            key = (m["data"], m.get("max_eval", 0)), m["method"], column
+            cells[key][m.get("split"), m.get("seed")] = folder, m
+    plm.check(cells, f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
     for data in sorted({data for data, *_ in cells}):
         models = sorted({model for d, _, model in cells if d == data})
         text = {}
@@ -108,9 +110,9 @@ def print_table(out):
 def main(argv=None):
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default="out", help="folder of all runs (out)")
+    parser.add_argument("--out", default=["out"], nargs="+", help="folder of all runs (out)")
     try:
-        print_table(parser.parse_args(argv).out)
+        print_table(*parser.parse_args(argv).out)
     except plm.BadInput as e:
         print(f"table.py: {e}", file=sys.stderr)
         return 2
