@@ -854,7 +854,7 @@ def quantize(lm, device, dtype, quant=True):
         lm.set_submodule(path, packed)
         layer.weight = None  # so that its dense weight goes now
     for param in lm.parameters():  # not the buffers: scales of NF4 and rotary tables are float32
-        param.data = param.data.to(dtype)
+        param.data = param.data.to(dtype, copy=True)  # and no view of the mapped file
     return lm.requires_grad_(False).to(device).eval()
 
 
