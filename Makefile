@@ -115,36 +115,42 @@ METHODS = q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p
 paper: $(VENV)/ready  ## the paper's table: ten methods and two baselines, SEEDS="42 43 44"
 	@set -ex; for seed in $(SEEDS); do for method in $(BASELINES) $(METHODS); do \
 	    $(PLM) $$method $(FLAGS) --seed $$seed --out $(OUT); done; done
-	$(TABLE) $(OUT)
+	$(TABLE) $(OUT) --says \
+	    'The whole table of the paper: every method on the same test rows; a gain is of a _p over its plain twin.'
 
 exp1: $(VENV)/ready  ## is it worth training? Q-0S against CLS-P
 	$(PLM) q_0s $(FLAGS) --out $(OUT)
 	$(PLM) cls_p $(FLAGS) --out $(OUT)
-	$(TABLE) $(OUT)
+	$(TABLE) $(OUT) --says \
+	    'What training is worth: q_0s asks the model as it comes; cls_p is trained, and told the reader.'
 
 exp2: $(VENV)/ready  ## does an example help? Q-1S against Q-0S
 	$(PLM) q_0s $(FLAGS) --out $(OUT)
 	$(PLM) q_1s $(FLAGS) --out $(OUT)
-	$(TABLE) $(OUT)
+	$(TABLE) $(OUT) --says \
+	    'What an example is worth: q_1s shows one solved row in the prompt, q_0s none.'
 
 exp3: $(VENV)/ready  ## CLS-P against LM-P with the COUNTS="2 4 7" most frequent labels
 	@set -ex; for n in $(COUNTS); do csv=$(OUT)/exp3/$(NAME)_labels$$n.csv; \
 	    $(VARY) $$csv --labels $$n $(COLS); for method in cls_p lm_p; do \
 	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/exp3; done; done
-	$(TABLE) $(OUT)/exp3
+	$(TABLE) $(OUT)/exp3 --says \
+	    'Which head: cls_p scores each label, lm_p writes them; the data are the same with fewer labels.'
 
 unseen: $(VENV)/ready  ## new people, of whom training has KNOWN="0 5 15" rows
 	@set -ex; for k in $(KNOWN); do csv=$(OUT)/unseen/$(NAME)_known$$k.csv; \
 	    $(VARY) $$csv --unseen --known $$k --seed $(SEED) $(COLS); \
 	    for method in $(BASELINES) cls cls_p q_2s q_2s_p; do \
 	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/unseen; done; done
-	$(TABLE) $(OUT)/unseen
+	$(TABLE) $(OUT)/unseen --says \
+	    'New people: of the test users training has 0, 5 or 15 rows, and q_2s_p two of these as examples.'
 
 later: $(VENV)/ready  ## does it last? train on the earlier, test on the later by the column TIME
 	$(VARY) $(LATER) --by-time $(TIME) $(COLS)
 	@set -ex; for method in $(BASELINES) cls cls_p; do \
 	    $(PLM) $$method $(FLAGS) --data $(LATER) --out $(OUT)/later; done
-	$(TABLE) $(OUT)/later
+	$(TABLE) $(OUT)/later --says \
+	    'Does it last: trained on the earlier, tested on the later texts; F1 by quarter of the test period.'
 	$(PY) data/vary.py $(LATER) --quarters
 
 private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random with epsilon 1, 3, 8
@@ -154,17 +160,20 @@ private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random 
 	    for method in prior cls_p; do \
 	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/private; done; done
 	$(PLM) cls $(FLAGS) --data $(OUT)/private/$(NAME)_dpepsiloninf.csv --out $(OUT)/private
-	$(TABLE) $(OUT)/private
+	$(TABLE) $(OUT)/private --says \
+	    'What hiding an ID costs: hashes and words nothing, if cls_p stays; the lower epsilon, the more noise.'
 
 full: $(VENV)/ready  ## LoRA r 2, 8, 64 against full fine-tuning; NF4 against weights as stored
 	@set -ex; for how in "--r 2" "--r 8" "--r 64" "--r 8 --no-quant" "--tune full --lr $(FULL_LR)"; do \
 	    $(PLM) cls_p $(FLAGS) $$how --out $(OUT)/full/$$(echo $$how | tr -d ' -'); done
-	$(TABLE) $(OUT)/full/*
+	$(TABLE) $(OUT)/full/* --says \
+	    'What LoRA and NF4 cost: the same cls_p with other ranks, unquantized, and with every weight trained.'
 
 architectures: $(VENV)/ready  ## a decoder against an encoder-decoder, MODELS="tiny tiny_t5"
 	@set -ex; for model in $(MODELS); do for method in cls cls_p lm lm_p; do \
 	    $(PLM) $$method $(FLAGS) --model $$model --out $(OUT); done; done
-	$(TABLE) $(OUT)
+	$(TABLE) $(OUT) --says \
+	    'A decoder against an encoder-decoder: the same rows, heads and prompts.'
 
 clean:  ## remove the runs, but for answers that were paid for
 	if [ -d out ]; then find out -type f ! -name answers.jsonl -delete; find out -type d -empty -delete; fi

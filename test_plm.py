@@ -1734,10 +1734,10 @@ def commands(target, *args):
     make = ["make", "-s", "-o", "V/ready", "VENV=V", "PY=echo", "PLM=echo plm.py", target, *args]
     assert subprocess.run([*make, "-n"], cwd=HERE, capture_output=True).returncode == 0
     done = subprocess.run(make, cwd=HERE, capture_output=True, text=True, check=True)
-    return [line.split() for line in done.stdout.splitlines()]
+    return [line.split(" --says")[0].split() for line in done.stdout.splitlines()]
 
 
-STUDIES = "paper exp1 exp2 exp3 unseen later private architectures".split()
+STUDIES = "paper exp1 exp2 exp3 unseen later private full architectures".split()
 
 
 @pytest.mark.parametrize("target", STUDIES)

@@ -111,8 +111,11 @@ def main(argv=None):
     """Prints the table; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", default=["out"], nargs="+", help="folder of all runs (out)")
+    parser.add_argument("--says", default="", help="a sentence below the tables")
     try:
-        print_table(*parser.parse_args(argv).out)
+        args = parser.parse_args(argv)
+        print_table(*args.out)
+        print(f"\n{args.says}" * bool(args.says))
     except plm.BadInput as e:
         print(f"table.py: {e}", file=sys.stderr)
         return 2
