@@ -1,5 +1,6 @@
 """Tests of plm.py and of the scripts in data/. Oracles are bitsandbytes' bytes, scikit-learn's
-numbers, transformers' own forward pass and generate, PEFT, prompts word for word; no network, no GPU."""
+numbers, transformers' own forward pass and generate, PEFT, prompts word for word; no network, no
+GPU."""
 import argparse
 import contextlib
 import copy
@@ -691,7 +692,8 @@ def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
 @pytest.mark.parametrize("labels", [
     ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
     ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
-    ["+", "++", "-"], ["-1", "0", "1"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"], ["not X", "X"]])
+    ["+", "++", "-"], ["-1", "0", "1"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"],
+    ["not X", "X"]])
 @pytest.mark.parametrize("single", [True, False])
 def test_answers_we_train_on_are_read_back(labels, single):
     plm.check_labels(dataset(labels, single, none=not single), "lm")
@@ -713,7 +715,7 @@ def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alon
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         plm.check_labels(dataset(labels, none=none), "lm")
-    plm.check_labels(dataset(["a,b", "c", "none"], single=True), "ask")  # said alone, these are clear
+    plm.check_labels(dataset(["a,b", "c", "none"], single=True), "ask")  # clear when said alone
 
 def test_f1_by_hand_and_as_scikit_learn_has_it():
     # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
@@ -1021,331 +1023,216 @@ def test_every_method_is_a_target_and_readme_names_no_other():
 
 
 # --------------------------------------------------------------------------------------- ChatGPT
-# New imports: traceback; from email.utils import formatdate. Not needed any more: socket.
 
-KEY = "sk-test-Zx81-nobody-may-see-this"
-HEAD, STALL = b"HTTP/1.1 200 OK\r\n", [6.0]
+KEY, HEAD, STALL = "sk-test-Zx81-nobody-may-see-this", b"HTTP/1.1 200 OK\r\n", [6.0]
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
 
+def reply(status, text="", headers=""):
+    """An HTTP answer, of one part, after which the connection stays."""
+    headers += f"Content-Length: {len(text.encode())}\r\n"
+    return (f"HTTP/1.1 {status}\r\n{headers}\r\n{text}".encode(),)
 
-def chat_reply(message):
-    """The body of an answer, in bytes."""
+def says(**message):
     choice = dict(finish_reason=message.get("finish_reason", "stop"), message=message)
     usage = dict(prompt_tokens=7, completion_tokens=2)
-    return json.dumps(dict(choices=[choice], usage=usage)).encode()
+    return reply(200, json.dumps(dict(choices=[choice], usage=usage)))
 
-
-class ChatHandler(BaseHTTPRequestHandler):
-    """Does what server.behave(prompt, number of the request) says: "ok", the message of an answer,
-    a status, (status, body, headers), or a list of raw bytes and of seconds to wait before the
-    connection ends. server.refuses: parameter -> status."""
-
-    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
-
-    log_message = lambda self, *args: None
-
-    def reply(self, status, body, headers={}):
-        self.send_response(status)
-        for name, value in ({"Content-Length": len(body)} | headers).items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(body)
+class Handler(BaseHTTPRequestHandler):
+    """Sends what server.behave(prompt or path, number of the request) gives: a status, or parts,
+    bytes or seconds to wait; after a list of them the connection ends. "ok" is a model's answer."""
+    protocol_version, log_message = "HTTP/1.1", lambda *args: None
 
     def do_POST(self):
-        body, server = json.loads(self.rfile.read(int(self.headers["Content-Length"]))), self.server
-        with server.lock:
-            server.prompts.append(prompt := body["messages"][0]["content"])
-            server.seen.append((body, dict(self.headers)))
-            what = server.behave(prompt, len(server.prompts))
-        for name in server.refuses.keys() & body.keys():
-            says = f"'{name}' is not supported. Use 'max_completion_tokens' instead."
-            what = server.refuses[name], says.encode()
-        self.close_connection = isinstance(what, list)
-        try:
-            if isinstance(what, list):
-                for part in what:
-                    server.quit.wait(part) if isinstance(part, float) else self.wfile.write(part)
-            elif isinstance(what, int):
-                self.reply(what, f"Bad key {self.headers['Authorization']}, {'x' * 999}".encode())
-            else:
-                ok = dict(content=f"joy {prompt}") if what == "ok" else what
-                self.reply(*(what if isinstance(what, tuple) else (200, chat_reply(ok))))
-        except OSError:
-            self.close_connection = True  # the client has gone
-
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
+        prompt = body["messages"][0]["content"] if body else self.path
+        with self.server.lock:
+            self.server.seen.append((prompt, body, self.headers))
+            what = self.server.behave(prompt, len(self.server.seen))
+        if isinstance(what, int):
+            what = reply(what, f"Bad key {self.headers['Authorization']}, {'x' * 999}")
+        self.close_connection = True
+        with contextlib.suppress(OSError):  # the client may have gone
+            for part in says(content=f"joy {prompt}") if what == "ok" else what:
+                (time.sleep if isinstance(part, float) else self.wfile.write)(part)
+            self.close_connection = isinstance(what, list)
+    do_GET = do_POST
 
 @pytest.fixture
-def chat_server(monkeypatch):
-    """A server on a free port; the environment names it and holds a key."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), ChatHandler)
-    server.daemon_threads, server.lock, server.quit = True, threading.Lock(), threading.Event()
-    server.seen, server.prompts, server.refuses, server.synced = [], [], {}, []
-    server.behave = lambda *_: "ok"
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.server_port}/v1")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(plm, "BACKOFF", 0.0003)
-    monkeypatch.setattr(os, "fsync", server.synced.append)
-    yield server
-    server.quit.set()
-    server.shutdown()
-    server.server_close()
+def web(monkeypatch, tmp_path):
+    """A server on a free port. The environment names it, with a key; web.ask asks it for rows."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.seen, server.lock, server.behave = [], threading.Lock(), lambda *_: "ok"
+        server.url, server.path = f"http://127.0.0.1:{server.server_port}", tmp_path / "answers"
+        server.ask = lambda rows, **more: plm.ask_chatgpt(
+            {row: str(row) for row in rows}, str(server.path), "m", **more)
+        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(plm, "BACKOFF", 0.0003)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "answers.jsonl")
-
-
-def some_prompts(n):
-    return {f"row{i}": f"prompt {i}" for i in range(n)}
-
-
-def test_the_request_and_the_name_of_its_answer(chat_server, path):
-    # the paper's numbers depend on this dict; answers already paid for are found by this hash
-    body = dict(model="gpt-3.5-turbo", messages=[{"role": "user", "content": "Which? ü"}],
-                temperature=0, seed=7, max_tokens=5)
-    plm.ask_chatgpt({"a": "Which? ü"}, path, "gpt-3.5-turbo", seed=7, limit=5)
-    assert chat_server.seen[0][0] == body
+def test_the_request_its_name_its_headers_and_the_rows_that_share_it(web, tmp_path, monkeypatch):
+    # The paper's numbers depend on this dict, answers that are paid for are found by this hash. A
+    # proxy is used, .netrc is not, and the key is any word: hiding "o" must not spoil the answers.
+    (tmp_path / "netrc").write_text("machine nowhere.invalid login me password mine\n")
+    env = dict(NETRC=str(tmp_path / "netrc"), OPENAI_API_KEY="o", http_proxy=web.url)
+    env |= dict(OPENAI_BASE_URL="http://nowhere.invalid/v1", no_proxy="", NO_PROXY="")
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    prompts, model = dict(a="Which? ü", b="Which? ü", c="y"), "gpt-3.5-turbo"
+    answers, counts = plm.ask_chatgpt(prompts, str(web.path), model, 7, 5, concurrency=1)
+    assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
+    assert counts["requests"] == len(web.seen) == 2 and counts["prompt_tokens"] == 14
+    _, body, headers = web.seen[0]
+    assert headers["Authorization"] == "Bearer o" and headers["Host"] == "nowhere.invalid"
+    messages = [dict(role="user", content="Which? ü")]
+    assert body == dict(model=model, messages=messages, temperature=0, seed=7, max_tokens=5)
     sha = "e399078e2dfc9154140939c635b633ffbdc20bec8f9806b3d7efec0b2481b8a8"
-    assert json.loads(open(path).read()) == dict(
-        key="a", sha=sha, answer="joy Which? ü", prompt_tokens=7, completion_tokens=2)
-
-
-def test_a_third_of_the_attempts_may_fail(chat_server, path, monkeypatch, capfd):
-    # networks and servers fail in all these ways, and none may cost a row or an answer twice
-    bad = [429, 500, 503, (200, b""), (200, b"<html>Bad gateway"), (200, b'{"choices": []}'),
-           (429, b"", {"Retry-After": 0}), (429, b"", {"Retry-After": "soon"}), [], STALL,
-           [HEAD + b"Content-Length: 99\r\n\r\n{"], [HEAD + b"Content-Length: 99\r\n\r\n{", 6.0],
-           [HEAD + b"Transfer-Encoding: chunked\r\n\r\n99\r\n{"]]
-    monkeypatch.setattr(plm, "READ", 0.4)
-    chat_server.behave = lambda prompt, number: "ok" if number % 3 else bad[number // 3 % len(bad)]
-    prompts = some_prompts(80)
-    answers, counts = plm.ask_chatgpt(prompts, path, "m")
-    assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
-    assert counts["requests"] == len(chat_server.prompts) == 80 + counts["retries"] >= 115
-    assert counts["failed"] == [] and counts["cached"] == 0 and len(chat_server.synced) == 80
-    assert all(headers["Authorization"] == f"Bearer {KEY}" for _, headers in chat_server.seen)
-    chat_server.prompts.clear()
-    again, second = plm.ask_chatgpt(prompts, path, "m")  # a restart asks for nothing
-    assert again == answers and chat_server.prompts == []
-    assert second == dict(counts, requests=0, retries=0, cached=80)
-    other = plm.ask_chatgpt({"row0": "prompt 0"}, path, "m", seed=1)[1]  # is another request
-    assert len(chat_server.prompts) == 1 and other["prompt_tokens"] == 7
-    assert KEY not in open(path).read() + "".join(capfd.readouterr())
-
-
-def test_rows_with_the_same_prompt_share_a_request(chat_server, path, monkeypatch):
-    # without the user in it, thirty annotators of a text have one prompt: it is paid for once
-    answers, counts = plm.ask_chatgpt(dict(a="x", b="x", c="y"), path, "m")
-    assert answers == dict(a="joy x", b="joy x", c="joy y")
-    assert counts["requests"] == len(chat_server.prompts) == 2 and counts["prompt_tokens"] == 14
+    kept = dict(key="a", sha=sha, answer=answers["a"], prompt_tokens=7, completion_tokens=2)
+    assert json.loads(open(web.path).readline()) == kept
     monkeypatch.delenv("OPENAI_API_KEY")  # who has no account can still compute the scores anew
-    assert plm.ask_chatgpt(dict(a="x", b="x", c="y"), path, "m")[0] == answers
+    assert plm.ask_chatgpt(prompts, str(web.path), model, 7, 5)[0] == answers
 
+def test_a_third_of_the_attempts_may_fail(web, monkeypatch, capfd):
+    # networks and servers fail in all these ways, and none may cost a row or an answer twice
+    half, sizes = HEAD + b"Content-Length: 99\r\n\r\n{", []
+    bad = [429, 500, 503, [], STALL, [half], [half, 6.0], [CHUNKED + b"99\r\n{"]]
+    bad += [reply(200, body) for body in ("", "<html>Bad gateway", '{"choices": []}')]
+    bad += [reply(429, "", f"Retry-After: {wait}\r\n") for wait in (0, "soon")]
+    monkeypatch.setattr(plm, "READ", 0.4)
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    web.behave = lambda prompt, number: "ok" if number % 3 else bad[number // 3 % len(bad)]
+    answers, counts = web.ask(range(80))
+    assert answers == {row: f"joy {row}" for row in range(80)}
+    assert counts["requests"] == len(web.seen) == 80 + counts["retries"] >= 115
+    assert counts["failed"] == [] and counts["cached"] == 0
+    assert len(set(sizes)) == 80  # if it is killed then, an answer that was there is on the disk
+    assert all(headers["Authorization"] == f"Bearer {KEY}" for *_, headers in web.seen)
+    web.seen.clear()  # a restart asks for nothing, but another seed is another request
+    assert web.ask(range(80)) == (answers, counts | dict(requests=0, retries=0, cached=80))
+    assert web.seen == [] and web.ask([0], seed=1)[1]["prompt_tokens"] == 7
+    assert len(web.seen) == 1 and KEY not in web.path.read_text() + "".join(capfd.readouterr())
 
-def test_kill_and_restart(chat_server, path):
-    # a killed run has paid for its finished answers; the next one takes them, but no half line
-    chat_server.behave = lambda prompt, number: chat_server.quit.wait(0.005) or "ok"
-    prompts = some_prompts(100)
-    child = os.fork()  # importing everything anew takes longer than all of these tests
-    if child == 0:
-        try:
-            plm.ask_chatgpt(prompts, path, "m")
-        finally:
-            os._exit(1)
-    until = time.monotonic() + 30
-    while not os.path.exists(path) or open(path).read().count("\n") < 20:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    time.sleep(0.2)  # the server takes note of what was on its way
-    whole = open(path).read().rpartition("\n")[0].split("\n")
-    finished = {json.loads(line)["key"] for line in whole}
-    assert 20 <= len(finished) < 100
-    with open(path, "a") as f:
-        f.write(whole[0][:30])
-    chat_server.prompts.clear()
-    answers, counts = plm.ask_chatgpt(prompts, path, "m")
-    assert sorted(chat_server.prompts) == sorted(prompts[row] for row in prompts.keys() - finished)
-    assert counts["cached"] == len(finished)
-    assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
-    assert len([json.loads(line) for line in open(path)]) == 100  # the half line is gone
+def test_ctrl_c_stops_now_and_of_the_file_whole_answers_are_taken_and_no_odd_lines(web):
+    # not when stalled requests end; and a kill or a full disk may leave anything behind the answers
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs have it ignored
+    timer, start = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)), time.monotonic()
+    web.behave = lambda _, n: "ok" if n <= 20 else n == 28 and timer.start() or STALL
+    with pytest.raises(KeyboardInterrupt):
+        web.ask(range(100))
+    assert time.monotonic() - start < 5
+    assert all(t.daemon for t in threading.enumerate() if "work" in t.name)
+    with open(web.path, "rb+") as f:
+        finished = {json.loads(line)["key"] for line in f}
+        f.write(b'\0\0\0\n[1]\n{}\n3\n\xff\n{"key": "row1", "sh')
+    web.seen, web.behave = [], lambda *_: "ok"
+    answers, counts = web.ask(range(100))
+    assert sorted(int(x[0]) for x in web.seen) == sorted({*range(100)} - finished)
+    assert counts["cached"] == len(finished) == 20
+    assert answers == {row: f"joy {row}" for row in range(100)}
+    again = web.ask(range(100))[1]  # no answer is part of the half line
+    assert again["cached"] == 100 and again["prompt_tokens"] == 700
 
-
-@pytest.mark.parametrize("what, word", [
-    (401, "OPENAI_API_KEY"), (403, "OPENAI_API_KEY"), (404, "OPENAI_BASE_URL"),
-    ((302, b"", dict(Location="/v1/elsewhere")), "OPENAI_BASE_URL")])
-def test_what_every_request_would_get_stops_the_run(chat_server, path, capfd, what, word):
+@pytest.mark.parametrize("what", [401, 403, 404, reply(302, "", "Location: /v1/elsewhere\r\n")])
+def test_what_every_request_would_get_stops_the_run(web, capfd, what):
     # a wrong key must not be tried 10,000 times, wait for stalled requests, nor be shown to anybody
-    chat_server.behave = lambda prompt, n: what if n == 5 else STALL if n > 5 else "ok"
-    start = time.monotonic()
-    with pytest.raises(plm.BadInput, match=word) as e:
-        plm.ask_chatgpt(some_prompts(50), path, "m")
+    web.behave = lambda prompt, n: what if n == 5 else STALL if n > 5 else "ok"
+    start, word = time.monotonic(), "API_KEY" if what in (401, 403) else "BASE_URL"
+    with pytest.raises(plm.BadInput, match=f"OPENAI_{word}") as e:
+        web.ask(range(50))
     assert time.monotonic() - start < 5
     time.sleep(0.3)
-    assert len(chat_server.prompts) <= 5 + 8  # nobody goes on sending
+    assert len(web.seen) <= 5 + 8  # nobody goes on sending
     assert KEY not in "".join((*traceback.format_exception(e.value), *capfd.readouterr()))
 
-
-@pytest.mark.parametrize("name, value", [
-    ("OPENAI_API_KEY", None), ("OPENAI_API_KEY", " "), ("OPENAI_API_KEY", f"{KEY}\n{KEY}"),
-    ("OPENAI_API_KEY", KEY + "é"), ("OPENAI_BASE_URL", f"http://user:{KEY}@127.0.0.1/v1"),
-    ("OPENAI_BASE_URL", f"http://127.0.0.1/v1?key={KEY}"), ("OPENAI_BASE_URL", "127.0.0.1:1/v1"),
-    ("OPENAI_BASE_URL", "http://127.0.0.1:port/v1"), ("http_proxy", "http://")])
-def test_nothing_is_sent_without_a_key_and_an_address(chat_server, path, monkeypatch, name, value):
+def test_nothing_is_sent_without_a_key_and_an_address(web, monkeypatch):
     # said at once and without the value: a key in the wrong place is a key
-    monkeypatch.delenv("NO_PROXY")
-    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(plm.BadInput, match=name.replace("http_", "")) as e:
-        plm.ask_chatgpt(some_prompts(3), path, "m")
-    assert chat_server.prompts == [] and KEY not in "".join(traceback.format_exception(e.value))
+    urls = [f"http://me:{KEY}@h/v1", f"http://h/v1?key={KEY}", "h:1/v1", "http://h:port/v1"]
+    wrong = dict(OPENAI_API_KEY=[None, " ", f"{KEY}\n{KEY}", KEY + "é"], OPENAI_BASE_URL=urls)
+    monkeypatch.delenv("no_proxy")
+    for name, values in (wrong | dict(http_proxy=["http://"])).items():
+        for value in values:
+            with monkeypatch.context() as m, pytest.raises(plm.BadInput) as e:
+                m.setenv(name, value) if value else m.delenv(name)
+                web.ask(range(3))
+            assert name.replace("http_", "") in str(e.value) and web.seen == []
+            assert KEY not in "".join(traceback.format_exception(e.value))
 
-
-def test_the_key_may_be_any_and_netrc_does_not_replace_it(chat_server, tmp_path, path, monkeypatch):
-    # requests would overwrite a mere header by the entry of .netrc for the host; and with servers
-    # at home the key is any word: to hide all letters "o" must not spoil the answers
-    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.setenv("OPENAI_API_KEY", "o")
-    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
-    assert chat_server.seen[0][1]["Authorization"] == "Bearer o"
-
-
-def test_proxies_of_the_environment_are_used(chat_server, path, monkeypatch):
-    # the other way around .netrc, trust_env = False, would cut off everybody behind a proxy
-    for name in ("NO_PROXY", "no_proxy", "http_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("http_proxy", os.environ["OPENAI_BASE_URL"].removesuffix("/v1"))
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://nowhere.invalid/v1")
-    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
-    assert chat_server.seen[0][1]["Host"] == "nowhere.invalid"
-
-
-@pytest.mark.parametrize("what", [400, 413, 422, (400, b"max_tokens 48 is too large; seed 42")])
-def test_a_refused_row_fails_at_once_and_alone(chat_server, path, what):
-    # the others go on, and do not lack a parameter that the server names because of this one
-    chat_server.behave = lambda prompt, number: what if prompt == "prompt 1" else "ok"
-    answers, counts = plm.ask_chatgpt(some_prompts(4), path, "m", concurrency=1)
-    ((row, reason),) = counts["failed"]
-    assert len(answers) == 3 and row == "row1" and counts["requests"] == 4
-    assert reason.startswith("HTTP 4") and KEY not in reason and len(reason) <= 200
-    assert all(body.keys() == chat_server.seen[0][0].keys() for body, _ in chat_server.seen)
-
-
-def test_attempts_are_bounded(chat_server, path):
-    # one budget for statuses, bodies and connections: 1 + RETRIES attempts, never their product
-    bad = [(200, b"<html>Bad gateway"), [], 500]
-    chat_server.behave = lambda prompt, number: bad[number % 3]
-    _, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
-    assert len(chat_server.prompts) == counts["requests"] == 1 + plm.RETRIES
-    assert counts["failed"] == [("a", "HTTP 200: <html>Bad gateway")]
-    chat_server.behave = lambda *_: "ok"  # a failed row is no finished one
-    assert plm.ask_chatgpt({"a": "x"}, path, "m")[0] == {"a": "joy x"}
-
-
-@pytest.mark.parametrize("what, word", [
-    ((429, b"", {"Retry-After": 4}), "in 4 s"), (STALL, "timed out")])
-def test_a_request_ends_at_its_deadline(chat_server, path, monkeypatch, what, word):
-    # a server may ask for any wait, and one that is silent would get 1 + RETRIES time-outs
-    monkeypatch.setattr(plm, "DEADLINE", 1)
-    monkeypatch.setattr(plm, "READ", 0.6)
-    chat_server.behave = lambda prompt, number: what if prompt == "prompt 0" else "ok"
+@pytest.mark.parametrize("bad, tries, says", [
+    ([400], [1], "HTTP 400"), ([413], [1], "HTTP 413"), ([422], [1], "HTTP 422"),
+    ([reply(400, "max_tokens 48 is too large; seed 42")], [1], "HTTP 400: max"),
+    ([reply(429, "", "Retry-After: 4\r\n")], [1], "in 4 s"), ([STALL], [1, 2, 3], "timed out"),
+    ([500, reply(200, "<html>Bad gateway"), []], [1 + plm.RETRIES], "HTTP 200: <html>Bad gate")])
+def test_a_row_fails_alone_and_its_attempts_are_bounded(web, monkeypatch, bad, tries, says):
+    # the others lack no parameter that the server names because of this one; a server may ask for
+    # any wait, or say nothing: statuses, bodies, connections and time have one budget
+    monkeypatch.setattr(plm, "DEADLINE", 1.5)
+    monkeypatch.setattr(plm, "READ", 0.8)
+    web.behave = lambda prompt, number: bad[number % len(bad)] if prompt == "1" else "ok"
     start = time.monotonic()
-    answers, counts = plm.ask_chatgpt(some_prompts(3), path, "m", concurrency=1)
-    assert time.monotonic() - start < 5 and answers.keys() == {"row1", "row2"}
-    assert counts["failed"][0][0] == "row0" and word in counts["failed"][0][1]
+    answers, counts = web.ask(range(4), concurrency=1)
+    assert time.monotonic() - start < 5 and answers.keys() == {0, 2, 3}
+    ((row, why),) = counts["failed"]
+    assert row == 1 and says in why and KEY not in why and len(why) <= 200
+    assert counts["requests"] == len(web.seen) and len(web.seen) - 3 in tries
+    assert all(body.keys() == web.seen[0][1].keys() for _, body, _ in web.seen)
+    web.behave = lambda *_: "ok"  # a failed row is no finished one
+    assert web.ask(range(4))[1]["requests"] == 1
 
-
-@pytest.mark.parametrize("asked", [lambda: 1, lambda: formatdate(time.time() + 2, usegmt=True)])
-def test_a_retry_after_is_kept(chat_server, path, asked):
-    # asking earlier than the server said, in seconds or as a date, is what gets an account blocked
-    times = []
-    chat_server.behave = lambda prompt, number: times.append(time.monotonic()) or (
-        (429, b"", {"Retry-After": asked()}) if number == 1 else "ok")
-    assert plm.ask_chatgpt({"a": "x"}, path, "m")[1]["retries"] == 1
-    assert 0.95 < times[1] - times[0] < 5
-
-
-def test_a_request_may_wait_in_the_queue_of_the_server(chat_server, path, monkeypatch):
-    # some servers send blank lines meanwhile, for longer than any silence would be accepted
+def test_a_request_waits_as_long_as_the_server_says_or_keeps_it_in_a_queue(web, monkeypatch):
+    # asking earlier gets an account blocked; blank lines come for longer than silence may last
+    waits = (1, formatdate(time.time() + 4, usegmt=True))
+    replies = [reply(429, "", f"Retry-After: {wait}\r\n") for wait in waits]
+    body, times = says(content="joy")[0].split(b"\r\n\r\n")[1], []
+    replies += [[HEAD + b"\r\n", *[b"\n", 0.1] * 12, body]]
     monkeypatch.setattr(plm, "READ", 0.7)
-    chat_server.behave = lambda prompt, number: [
-        HEAD + b"\r\n", *[b"\n", 0.1] * 12, chat_reply(dict(content="joy"))]
-    answers, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
-    assert answers == {"a": "joy"} and counts["retries"] == 0
+    web.behave = lambda _, number: times.append(time.monotonic()) or replies[number - 1]
+    answers, counts = web.ask([0])
+    assert answers == {0: "joy"} and counts["retries"] == 2
+    assert all(0.95 < b - a < 5 for a, b in zip(times, times[1:]))
 
-
-@pytest.mark.parametrize("refuses", [
-    dict(max_tokens=400), dict(temperature=400), dict(max_tokens=400, temperature=400, seed=422)])
-def test_the_dialect_of_the_server_is_learned(chat_server, path, refuses):
+@pytest.mark.parametrize("names", ["max_tokens", "temperature", "max_tokens temperature seed"])
+def test_the_dialect_of_the_server_is_learned(web, names):
     # today's OpenAI models refuse max_tokens; what was paid for under any dialect is found again
-    chat_server.refuses = refuses
-    answers, counts = plm.ask_chatgpt(some_prompts(30), path, "m", limit=5)
-    assert len(answers) == 30 and counts["retries"] <= 8 * len(refuses)
-    body = dict(model="m", messages=[dict(role="user", content=chat_server.prompts[-1])],
+    use = "'{}' is not supported. Use 'max_completion_tokens' instead."
+    refused = {x: reply(422 if x == "seed" else 400, use.format(x)) for x in names.split()}
+    web.behave = lambda *_: next((refused[x] for x in refused if x in web.seen[-1][1]), "ok")
+    answers, counts = web.ask(range(30), limit=5)
+    assert len(answers) == 30 and counts["retries"] <= 8 * len(refused)
+    body = dict(model="m", messages=[dict(role="user", content=web.seen[-1][0])],
                 temperature=0, seed=42, max_tokens=5)
-    limit = {"max_completion_tokens": 5} if "max_tokens" in refuses else {}
-    kept = {name: value for name, value in body.items() if name not in refuses}
-    assert chat_server.seen[-1][0] == kept | limit and len(chat_server.seen) == counts["requests"]
-    chat_server.refuses = {}
-    assert plm.ask_chatgpt(some_prompts(30), path, "m", limit=5)[1]["requests"] == 0
+    limit = {"max_completion_tokens": 5} if "max_tokens" in refused else {}
+    kept = {name: value for name, value in body.items() if name not in refused}
+    assert web.seen[-1][1] == kept | limit and len(web.seen) == counts["requests"]
+    refused.clear()
+    assert web.ask(range(30), limit=5)[1]["requests"] == 0
 
-
-@pytest.mark.parametrize("message, answer", [
-    (dict(content=None), ""), (dict(content=None, refusal="I can't"), ""), (dict(), ""),
-    (dict(content=[dict(type="text", text="joy, "), dict(type="text", text="sad")]), "joy, sad"),
-    (dict(content=[dict(type="refusal", refusal="No joy")]), ""), (dict(content=[]), ""),
-    (dict(content="half \ud83d"), "half ?"), (dict(content="jo", finish_reason="length"), "jo"),
-    (dict(content="", finish_reason="length"), None), (dict(content=7), None),
-    (dict(content=[7]), None), (dict(content=[dict(text=dict(value="joy"))]), None)])
-def test_an_answer_of_any_form_is_taken_or_named(chat_server, path, message, answer):
+def test_an_answer_of_any_form_is_taken_or_named(web):
     # a refusal is an answer without labels; of what is none, the user is told; nothing crashes
-    chat_server.behave = lambda prompt, number: dict(message)
-    answers, counts = plm.ask_chatgpt({"a": "x"}, path, "m")
-    assert answers == ({} if answer is None else {"a": answer})
-    assert [row for row, _ in counts["failed"]] == ["a"] * (answer is None)
-    assert plm.ask_chatgpt({"a": "x"}, path, "m")[1]["cached"] == len(answers)
+    parts = [dict(type="text", text="joy, "), dict(type="text", text="sad")]
+    none = [{}, dict(content=None, refusal="I can't"), dict(content=[])]
+    forms = [(x, "") for x in [*none, dict(content=[dict(type="refusal", refusal="No joy")])]]
+    forms += [(dict(content=parts), "joy, sad"), (dict(content="half \ud83d"), "half ?")]
+    forms += [(dict(content=x), None) for x in (7, [7], [dict(text=dict(value="joy"))])]
+    forms += [(dict(content=x, finish_reason="length"), x or None) for x in ("", "jo")]
+    web.behave = lambda prompt, number: says(**forms[int(prompt)][0])
+    answers, counts = web.ask(range(len(forms)))
+    assert answers == {row: form[1] for row, form in enumerate(forms) if form[1] is not None}
+    assert {row for row, _ in counts["failed"]} == {*range(len(forms))} - answers.keys()
+    assert web.ask(range(len(forms)))[1]["cached"] == len(answers)
 
-
-def test_a_server_that_answers_nobody_stops_the_run(chat_server, path, monkeypatch):
+def test_a_server_that_answers_nobody_stops_the_run(web, monkeypatch):
     # after 20 rows, not after 10,000; and where the disk is slow, nobody pays for what is not on it
     monkeypatch.setattr(os, "fsync", lambda fd: time.sleep(0.02))
-    chat_server.behave = lambda prompt, number: "ok" if number % 2 and number < 60 else 400
-    with pytest.raises(plm.BadInput, match=r"HTTP 400.* failed; .*answers.jsonl"):
-        plm.ask_chatgpt(some_prompts(200), path, "m")
-    assert len(plm.finished_answers(path)) == 30
-    assert plm.GIVE_UP <= len(chat_server.prompts) - 60 < plm.GIVE_UP + 12
+    web.behave = lambda prompt, number: "ok" if number % 2 and number < 60 else 400
+    with pytest.raises(plm.BadInput, match=r"HTTP 400.* failed; .*answers"):
+        web.ask(range(200))
+    assert len(plm.finished_answers(web.path)) == 30
+    assert plm.GIVE_UP <= len(web.seen) - 59 < plm.GIVE_UP + 12
 
-
-def test_ctrl_c(chat_server, path):
-    # stops now, not when stalled requests have ended, and keeps what is finished
-    chat_server.behave = lambda prompt, number: "ok" if number <= 5 else STALL
-    # A shell starts its background jobs, and so perhaps this test, with SIGINT ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    start = time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            plm.ask_chatgpt(some_prompts(50), path, "m")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert time.monotonic() - start < 5 and len(plm.finished_answers(path)) == 5
-    assert all(t.daemon for t in threading.enumerate() if "work" in t.name)  # nor does the process
-
-
-def test_an_answers_file_with_odd_lines(path):
-    # a full disk or a power cut may leave anything in it; what is no answer is asked for again
-    good = dict(key="a", sha="s", answer="joy", prompt_tokens=1, completion_tokens=1)
-    with open(path, "wb") as f:
-        f.write(b"\0\0\0\n[1]\n{}\n3\n" + json.dumps(good).encode() + b'\n\xff\n{"key": "b", "sh')
-    assert list(plm.finished_answers(path)) == ["s"] and open(path, "rb").read()[-3:] == b"\n\xff\n"
-    assert plm.finished_answers(path + ".none") == {} and not os.path.exists(path + ".none")
-
-
-def test_dry_run(tmp_path, capsys, monkeypatch):
-    # what it will cost, before it costs anything: no key, no server
+def test_a_dry_run_says_what_it_will_cost_without_a_key(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert go("q_0s", "--model", "chatgpt", "--dry-run", "--out", tmp_path) == 0
     out, data = capsys.readouterr().out, plm.load_data("sample")
@@ -1353,32 +1240,24 @@ def test_dry_run(tmp_path, capsys, monkeypatch):
     assert f"gpt-3.5-turbo: {distinct} requests for {len(data.test)} rows" in out
     assert "Nothing was sent" in out and out.count("### Labels:") == 1 and not os.listdir(tmp_path)
 
-
 # ------------------------------------------------------------------ preparing data: data/prepare.py
 
-spec = importlib.util.spec_from_file_location("prepare", os.path.join(HERE, "data", "prepare.py"))
-prepare = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(prepare)
-PARTS, EMOTIONS = ("train", "val", "test"), ["anger", "joy"]
-
+prepare, EMOTIONS = data_script("prepare"), ["anger", "joy"]
 
 def judged(n, user="a", part="train"):
     return [prepare.Row(f"t{i}", user, part, "", {}) for i in range(n)]
 
-
 def users(rows):
-    return [Counter(a.user for a in rows if a.split == part) for part in PARTS]
-
+    return [Counter(a.user for a in rows if a.split == part) for part in ("train", "val", "test")]
 
 @pytest.mark.parametrize("seed", range(8))
 def test_rules(seed):
-    # busy and rare users, users missing in a part, texts judged by many
-    r = random.Random(seed)
-    weights = [r.paretovariate(0.8) for _ in range(30)]
-    rows = [prepare.Row(f"{part} {r.randrange(n // 4)}", str(u), part, "", {})
-            for part, n in zip(PARTS, (2000, 300, 300)) for u in r.choices(range(30), weights, k=n)]
+    r, rows = random.Random(seed), []
+    weights = [r.paretovariate(0.8) for _ in range(30)]  # busy and rare users, some not everywhere
+    for part, n in dict(train=2000, val=300, test=300).items():
+        for user, k in Counter(r.choices(range(30), weights, k=n)).items():
+            rows += judged(k, str(user), part)
     r.shuffle(rows)
-    # the paper's split: each reader of the test is known from training, and nobody more is lost
     everywhere = set.intersection(*map(set, users(rows)))
     assert prepare.users_in_all(rows) == [a for a in rows if a.user in everywhere]
     # "fewer than 1 %" of the busiest user goes, whole; above 60 % of it is cut to 60 %, rounded up
@@ -1392,12 +1271,11 @@ def test_rules(seed):
         assert all(any(a is b for b in before) for a in rows)
     assert len({frozenset(part) for part in users(rows)}) == 1
 
-
 def test_rules_arrive_at_the_authors_numbers_and_always_at_the_same_sample():
     for busiest, cut in ((7913, 4748), (940, 564), (1005, 603), (2382, 1430)):  # of their notebooks
         assert len(prepare.cut_busy_users(judged(busiest))) == cut
-    assert len(prepare.drop_rare_users(judged(200) + judged(2, "b"))) == 202  # exactly 1 % stays
-    assert len(prepare.drop_rare_users(judged(200) + judged(1, "b"))) == 200
+    for rare, left in ((2, 202), (1, 200)):  # exactly 1 % stays
+        assert len(prepare.drop_rare_users(judged(200) + judged(rare, "b"))) == left
     assert prepare.drop_rare_users([]) == prepare.cut_busy_users([]) == []
     alone = [a.text for a in prepare.cut_busy_users(judged(100))]
     assert alone[:6] == ["t0", "t1", "t2", "t3", "t5", "t7"]  # in every Python that there is
@@ -1406,125 +1284,152 @@ def test_rules_arrive_at_the_authors_numbers_and_always_at_the_same_sample():
     assert [a.text for a in rows if a.user == "a" and a.split == "train"] == alone
     assert [a.text for a in rows if a.user == "b"] != alone
 
-
-def write(path, header, rows):
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([header, *rows])
-
-
-def small(monkeypatch, folder=None, base="http://127.0.0.1:9"):
-    """goemotions in small: the row of the table and, with a folder, three CSVs and three TSVs with
-    texts in two of them. Nobody listens on port 9."""
-    r, row = random.Random(0), dict(prepare.DATASETS["goemotions"], labels=EMOTIONS)
-    row["urls"] = {file: f"{base}/{file}" for file in row["urls"]}
+@pytest.fixture
+def small(web, tmp_path, monkeypatch):
+    """A folder of goemotions in small, texts in two splits; the web serves it, but for faults."""
+    folder, row, r = tmp_path / "small", prepare.DATASETS["goemotions"], random.Random(0)
+    texts = [f'text "{t}", he said' for t in range(60)]
+    rows = [(x, "id", u, "15.0", r.randrange(2), r.randrange(2)) for x in texts for u in range(6)]
+    folder.mkdir()
+    for i in range(3):
+        path = folder / f"goemotions_{i + 1}.csv"
+        write_csv(path, rows[i::3], "text id rater_id created_utc anger joy")
+    for file, lines in dict(train=texts[:40], dev=texts[39:50], test=texts[49:]).items():
+        (folder / f"{file}.tsv").write_text("".join(f"{text}\t1\tid\n" for text in lines))
+    row = row | dict(labels=EMOTIONS, urls={file: f"{web.url}/{file}" for file in row["urls"]})
     row["expected"] = {"annotations": (360,), "with a label": (1,)}
     monkeypatch.setitem(prepare.DATASETS, "goemotions", row)
-    rows = [[f'text "{t}", he said', f"id{t}", str(u), "15.0", r.randrange(2), r.randrange(2)]
-            for t in range(60) for u in range(6)]
-    header = ["text", "id", "rater_id", "created_utc", *EMOTIONS]
-    for i in range(3) if folder else ():
-        write(folder / f"goemotions_{i + 1}.csv", header, rows[i::3])
-    for file, a, b in (("train", 0, 40), ("dev", 39, 50), ("test", 49, 60)) if folder else ():
-        lines = [f'text "{t}", he said\t1\tid{t}\n' for t in range(a, b)]
-        (folder / f"{file}.tsv").write_text("".join(lines))
+    monkeypatch.setattr(prepare, "PAUSES", (0, 0, 0))
+    web.faults = defaultdict(list)
+    web.behave = lambda path, _: web.faults[path].pop(0) if web.faults[path] else reply(
+        200, (folder / path[1:]).read_bytes().decode())
+    return folder
 
-
-def run(name, folder):
+def run(folder, name="goemotions"):
     """The rows of the CSV that is written."""
     assert prepare.main([name, "--dir", str(folder)]) == 0
     return [row for _, row in plm.csv_rows(str(folder / "annotations.csv"))]
 
-
-def fails(capsys, says, *args):
+def fails(capsys, says, folder, name="goemotions", *more):
     """The list by hand that follows the one line of an error, mostly empty."""
-    assert prepare.main([str(arg) for arg in args]) == 2
+    assert prepare.main([name, "--dir", str(folder), *more]) == 2
     first, *by_hand = capsys.readouterr().err.splitlines()
     assert first.startswith("prepare.py: ") and says in first
     assert all(" -> " in line for line in by_hand)
     return by_hand
 
-
-def test_goemotions_becomes_a_csv_that_plm_loads(tmp_path, monkeypatch, capsys):
+def test_goemotions_is_downloaded_and_becomes_a_csv_that_plm_loads(small, web, tmp_path, capsys):
+    # what breaks off, is busy or has chunks arrives; what is still missing is listed with its place
+    big, dev, folder = small / "goemotions_2.csv", (small / "dev.tsv").read_bytes(), tmp_path / "x"
+    big.write_bytes(whole := big.read_bytes().replace(b",id", b",id" + b"x" * 3000))
+    size, half = HEAD + b"Content-Length: %d\r\n\r\n" % len(whole), whole[:200_000]
+    web.faults["/goemotions_2.csv"] = [[size, half], [HEAD, b"\r\n", half]]
+    web.faults["/dev.tsv"] = [[CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (len(dev), dev)]]
+    web.faults["/test.tsv"] = [503, 503]
+    wrong = {s: reply(s) for s in ("404 Not Found", "503 Service Unavailable")}
+    wrong |= {"nothing in it": reply(200), "a web page and not": reply(200, "\n <!DOCTYPE html>")}
+    wrong |= {"broke off, 3 times": [size, b"{"], "broke off": [HEAD, b"\r\n{"]}
+    for says, fault in wrong.items():
+        web.faults["/train.tsv"] = [fault] * 3
+        by_hand = fails(capsys, says, folder)
+        assert len(by_hand) == 3 and by_hand[0].endswith(f"/train.tsv -> {folder / 'train.tsv'}")
+        assert not (folder / "train.tsv").exists()
+    web.faults["/train.tsv"] = []
+    rows, out = run(folder), capsys.readouterr().out
+    assert {*os.listdir(folder)} == {*os.listdir(small), "annotations.csv"}
+    assert all((folder / file.name).read_bytes() == file.read_bytes() for file in small.iterdir())
+    asked = Counter(path for path, *_ in web.seen)
+    assert [*asked.values()] == [1, 3, 1, 4 * 3 + 2 + 1, 1, 3]  # in the order of the table's row
+    assert run(folder) == rows and len(web.seen) == asked.total()  # nothing is fetched again
     # no text in two splits, texts of two splits where the authors have them, all-zero rows gone
-    small(monkeypatch, tmp_path)
-    rows, out = run("goemotions", tmp_path), capsys.readouterr().out
     assert "CC BY 4.0" in out and "dev.tsv, test.tsv, train.tsv" in out and "WARNING" in out
     assert list(rows[0]) == ["text", "user", "split", "time", *EMOTIONS]
     where = {row["text"]: row["split"] for row in rows}
     assert all(where[row["text"]] == row["split"] for row in rows)
     assert where['text "39", he said'] == "train" and where['text "49", he said'] == "test"
     assert all(row["time"] == "15.0" and "1" in (row["anger"], row["joy"]) for row in rows)
-    data = plm.load_data(str(tmp_path / "annotations.csv"), labels=EMOTIONS)
+    data = plm.load_data(str(folder / "annotations.csv"), labels=EMOTIONS)
     assert len(data.train + data.val + data.test) == len(rows) and list(data.labels) == EMOTIONS
-    assert run("goemotions", tmp_path) == rows and len(os.listdir(tmp_path)) == 7
 
+def test_no_network_bad_names_bad_places_and_ctrl_c(small, tmp_path, monkeypatch, capsys):
+    # all files are listed, soon: nobody is there, a proxy refuses, a server never answers
+    with monkeypatch.context() as m:
+        m.setattr(prepare, "PAUSES", map(signal.default_int_handler, [2], [None]))
+        assert prepare.main(["goemotions", "--dir", str(tmp_path)]) == 130
+    assert capsys.readouterr().err.endswith("\nprepare.py: stopped; complete files stay\n")
+    fails(capsys, "Not a directory", small / "dev.tsv" / "sub")
+    urls, start = prepare.DATASETS["goemotions"]["urls"], time.monotonic()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    nobody, proxy = ("http://127.0.0.1:9", "ConnectionError"), ("https://no.invalid", "ProxyError")
+    for base, says in (nobody, proxy, ("http://silent", "no answer in 0.3 s")):
+        if "silent" in base:
+            monkeypatch.setattr(prepare.requests, "head", lambda *a, **k: time.sleep(2))
+            monkeypatch.setattr(prepare.no_answer, "__defaults__", (0.3,))
+        urls.update((file, f"{base}/{file}") for file in urls)
+        assert len(fails(capsys, says, tmp_path / "new")) == 6
+    assert time.monotonic() - start < 10 and not (tmp_path / "new").exists()
+    fails(capsys, "invalid choice: 'sample' (choose from", tmp_path, "sample")
+    fails(capsys, "unrecognized arguments: --data", tmp_path, "goemotions", "--data", "x")
+    status, out, err = command(prepare.__file__, "sample")
+    assert status == 2 and err.count("\n") == 1 and not out
 
-def test_damaged_originals_and_rubbish_are_refused(tmp_path, monkeypatch, capsys):
+def test_damaged_originals_and_rubbish_are_refused(small, capsys):
     # half of the original must never pass for the original; a saved login page is named
-    small(monkeypatch, tmp_path)
-    file = tmp_path / "goemotions_2.csv"
-    lines = file.read_text().splitlines()
-    for says, text in (("359 annotations, the original has 360; delete what", lines[:-1]),
-                       ("row 1 (line 2)", [lines[0], lines[1][:-2]]),
-                       ("row 1: 'joy' cannot be '2'", [lines[0], lines[1][:-1] + "2"]),
-                       ("row 1: 'rater_id' cannot be ' '", [lines[0], "a,b, ,1,0,1"]),
-                       ("no column 'joy'", [line.rpartition(",")[0] for line in lines])):
-        file.write_text("\n".join(text))
-        assert not fails(capsys, says, "goemotions", "--dir", tmp_path)
-    file.write_text("\n".join(lines))
-    for says, text in (("a web page and not the file", "\n<html>sign in</html>"),
-                       ("nothing in it", ""), ("no column 'text' in it", "404: Not Found")):
-        (tmp_path / "dev.tsv").write_text(text)
-        assert not fails(capsys, f"dev.tsv: {says}", "goemotions", "--dir", tmp_path)
-    assert not (tmp_path / "annotations.csv").exists()
+    header, first, *_ = lines = (small / "goemotions_2.csv").read_text().splitlines()
+    damage = {"359 annotations, the original has 360; delete what": lines[:-1],
+              "row 1 (line 2)": [header, first[:-2]], "no column 'joy'": [header[:-4], first[:-2]],
+              "row 1: 'joy' cannot be '2'": [header, first[:-1] + "2"],
+              "row 1: 'rater_id' cannot be ' '": [header, "a,b, ,1,0,1"],
+              "dev.tsv: a web page and not the file": ["", "<html>sign in</html>"],
+              "dev.tsv: nothing in it": [], "dev.tsv: no column 'text' in it": ["404: Not Found"]}
+    for says, lines in damage.items():
+        file = small / ("dev.tsv" if "dev.tsv" in says else "goemotions_2.csv")
+        before = file.read_bytes()
+        file.write_text("\n".join(lines))
+        assert not fails(capsys, says, small)
+        file.write_bytes(before)
+    assert not (small / "annotations.csv").exists()
 
-
-def test_other_files_of_the_same_columns(tmp_path, monkeypatch, capsys):
-    # without files of splits a text is split by its hash, one of these files is not enough, and any
-    # text comes back as it was
-    small(monkeypatch)
+def test_any_file_of_the_same_columns_is_split_by_its_texts(small, tmp_path, capsys):
+    # any text comes back as it was; one of the files of splits, or somebody else's CSV, is refused
     texts = ['a "b"\nc\r\nd', "x\ry", " space ", "\U0001f600,", *(f"text {t}" for t in range(80))]
-    write(tmp_path / "goemotions_part.csv", ["text", "rater_id", *EMOTIONS],
-          [(t, u, "1.0", 0) for t in texts for u in range(5)] + [(t, 6, 0, 0) for t in texts])
-    rows, out = run("goemotions", tmp_path), capsys.readouterr().out
+    rows = [(x, u, "1.0" if u < 5 else 0, 0) for x in texts for u in range(6)]
+    write_csv(tmp_path / "goemotions_part.csv", rows, "text rater_id anger joy")
+    rows, out = run(tmp_path), capsys.readouterr().out
     assert "a hash of the text" in out and "no counts to compare" in out and "authors" not in out
     assert list(rows[0]) == ["text", "user", "split", *EMOTIONS]
     assert all(row["split"] == plm.split_of(row["text"]) and row["anger"] == "1" for row in rows)
     assert {row["text"] for row in rows} == set(texts)
     (tmp_path / "dev.tsv").write_text("a\t1\tx\n")
-    fails(capsys, "test.tsv", "goemotions", "--dir", tmp_path)
-    (tmp_path / "annotations.csv").write_text("comment,_worker_id\n")  # somebody else's file
-    fails(capsys, "annotations.csv: not of this script", "goemotions", "--dir", tmp_path)
+    fails(capsys, "test.tsv", tmp_path)
+    (tmp_path / "annotations.csv").write_text("comment,_worker_id\n")
+    fails(capsys, "annotations.csv: not of this script", tmp_path)
 
-
-def test_split_files_of_unhealthy_are_csv_with_comments(tmp_path, monkeypatch, capsys):
-    # the second original form: corpus/*.csv with quoted comments of several lines
+def test_unhealthy_has_csvs_of_splits_with_comments_of_several_lines(tmp_path, monkeypatch, capsys):
     row, texts = prepare.DATASETS["unhealthy"], [f'text {t},\n"so to say"' for t in range(30)]
     monkeypatch.setitem(row, "expected", {"annotations": (120,)})
-    parts = dict(train=texts[:20], val=texts[20:25], test=texts[25:])
-    write(tmp_path / "unhealthy_full.csv", ["_unit_id", "comment", "_worker_id", *row["labels"]],
-          [[0, text, u, *[1] * 8] for text in texts for u in range(4)])
+    header = " ".join(["_unit_id comment _worker_id", *row["labels"]])
+    rows = [(0, text, user, *[1] * 8) for text in texts for user in range(4)]
+    write_csv(tmp_path / "unhealthy_full.csv", rows, header)
     (tmp_path / "corpus").mkdir()
+    parts = dict(train=texts[:20], val=texts[20:25], test=texts[25:])
     for part, own in parts.items():
-        write(tmp_path / "corpus" / f"{part}.csv", ["id", "comment"], [[0, text] for text in own])
-    rows, out = run("unhealthy", tmp_path), capsys.readouterr().out
+        write_csv(tmp_path / f"corpus/{part}.csv", enumerate(own), "id comment")
+    rows, out = run(tmp_path, "unhealthy"), capsys.readouterr().out
     assert all(f"{n:>8}" in out for n in (80, 20, 48, 12)) and len(rows) == 72  # 60 % of each user
     assert list(rows[0]) == ["text", "user", "split", *row["labels"]]
     assert all(row["text"] in parts[row["split"]] for row in rows)
-    (tmp_path / "corpus" / "val.csv").write_text("id\n1\n")
-    fails(capsys, "val.csv: no column 'comment' in it", "unhealthy", "--dir", tmp_path)
+    (tmp_path / "corpus/val.csv").write_text("id\n1\n")
+    fails(capsys, "val.csv: no column 'comment' in it", tmp_path, "unhealthy")
 
-
-def test_popquorn_gets_five_draws(tmp_path, monkeypatch, capsys):
-    # sizes 70 : 10 : 20 of the texts, nobody new in val and test, no two draws the same, whatever
-    # the order of the rows; what nobody rated is left out and counted
+def test_popquorn_gets_five_draws_whatever_the_order_of_the_rows(tmp_path, monkeypatch, capsys):
+    # sizes 70 : 10 : 20 of the texts, nobody new in val and test; what nobody rated is left out
     monkeypatch.setitem(prepare.DATASETS["popquorn"], "expected", {"with a label": (600,)})
-    header, names = ["user_id", "text", "offensiveness"], [f"draw{i}" for i in range(1, 6)]
-    draws = []
+    header, names, draws = "user_id text offensiveness", [f"draw{i}" for i in range(1, 6)], []
     ratings = [(u, f"text {t}", f"{(t + u) % 5 + 1}.0") for t in range(60) for u in range(10)]
     for lines in (ratings + [(1, "nobody rated this", "")], ratings[::-1]):
-        write(tmp_path / "raw_data.csv", header, lines)
-        rows, out = run("popquorn", tmp_path), capsys.readouterr().out
+        write_csv(tmp_path / "raw_data.csv", lines, header)
+        rows, out = run(tmp_path, "popquorn"), capsys.readouterr().out
         assert "no licence file" in out and "WARNING" not in out and f"{len(lines):>8,}" in out
         assert list(rows[0]) == ["text", "user", "offensiveness", *names]
         assert Counter(row["offensiveness"] for row in rows) == dict.fromkeys("12345", 120)
@@ -1533,118 +1438,13 @@ def test_popquorn_gets_five_draws(tmp_path, monkeypatch, capsys):
     assert all(Counter(d.values()) == dict(train=42, val=6, test=12) for d in draws[0])
     val = [t for t in range(60) if draws[0][0][f"text {t}"] == "val"]
     assert val == [9, 11, 19, 27, 39, 41]  # in every Python that there is
-    write(tmp_path / "raw_data.csv", header, ratings[:540] + [
-        (t + 100, f"text {t}", 1) for t in range(60)])
-    fails(capsys, "draw1 has users who are not in training", "popquorn", "--dir", tmp_path)
-
-
-class Server(BaseHTTPRequestHandler):
-    """Serves `files`; `faults` path -> list of what goes wrong with the next requests of it."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        self.send_error(405)
-
-    def do_GET(self):
-        self.asked[self.path] += 1
-        body, fault = self.files[self.path], (self.faults.get(self.path) or [None]).pop(0)
-        body = {404: b"", 503: b"", "empty": b"", "html": b"\n <!DOCTYPE html>"}.get(fault, body)
-        self.send_response(fault if isinstance(fault, int) else 200)
-        if fault == "chunked":
-            self.send_header("Transfer-Encoding", "chunked")
-            body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-        elif fault != "no length":
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body[:len(body) // 2] if fault in ("break", "no length") else body)
-        self.close_connection = True
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """(the handler class with the small originals to serve, empty folder to download to)"""
-    (tmp_path / "served").mkdir()
-    handler = type("Handler", (Server,), dict(faults={}, asked=Counter()))
-    http = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True).start()
-    small(monkeypatch, tmp_path / "served", f"http://127.0.0.1:{http.server_address[1]}")
-    handler.files = {f"/{file.name}": file.read_bytes() for file in (tmp_path / "served").iterdir()}
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(prepare, "PAUSES", (0, 0, 0))
-    yield handler, tmp_path / "got"
-    http.shutdown()
-    http.server_close()
-
-
-def test_download(server):
-    # what breaks off, is busy or has chunks arrives in the end; a second call fetches nothing
-    handler, folder = server
-    big = "/goemotions_2.csv"
-    handler.files[big] = handler.files[big].replace(b",id", b",id" + b"x" * 3000)
-    handler.faults = {
-        big: ["break", "no length"], "/dev.tsv": [503, 503], "/train.tsv": ["chunked"]}
-    rows = run("goemotions", folder)
-    assert {f"/{name}" for name in os.listdir(folder)} == {*handler.files, "/annotations.csv"}
-    assert all((folder / name[1:]).read_bytes() == body for name, body in handler.files.items())
-    assert handler.asked == dict.fromkeys(handler.files, 1) | {big: 3, "/dev.tsv": 3}
-    handler.files = {}
-    assert run("goemotions", folder) == rows
-
-
-@pytest.mark.parametrize("fault, says", [
-    ("html", "a web page and not the file"), ("empty", "nothing in it"), (404, "404 Not Found"),
-    (503, "503 Service Unavailable"), ("break", "broke off, 3 times"), ("no length", "broke off")])
-def test_wrong_answers_leave_nothing_under_the_name(server, capsys, fault, says):
-    # the files that are still missing are listed with their places; a later run goes on from there
-    handler, folder = server
-    handler.faults["/train.tsv"] = [fault] * 3
-    by_hand = fails(capsys, says, "goemotions", "--dir", folder)
-    assert len(by_hand) == 3 and by_hand[0].endswith(f"/train.tsv -> {folder / 'train.tsv'}")
-    assert not (folder / "train.tsv").exists()
-    handler.faults.clear()
-    assert run("goemotions", folder) and handler.asked["/goemotions_1.csv"] == 1
-
-
-@pytest.mark.parametrize("base, says", [
-    ("http://127.0.0.1:9", "ConnectionError"), ("https://no.invalid", "ProxyError"),
-    ("http://silent", "no answer in 0.3 s")])
-def test_no_network_a_proxy_that_refuses_a_server_that_never_answers(
-        tmp_path, monkeypatch, capsys, base, says):
-    # one message with every URL and its place, soon, whatever requests is waiting for
-    small(monkeypatch, base=base)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
-    if "silent" in base:
-        monkeypatch.setattr(prepare.requests, "head", lambda *a, **k: time.sleep(2))
-        monkeypatch.setattr(prepare.no_answer, "__defaults__", (0.3,))
-    start, folder = time.perf_counter(), tmp_path / "new"
-    assert len(fails(capsys, says, "goemotions", "--dir", folder)) == 6
-    assert time.perf_counter() - start < 10 and not folder.exists()
-
-
-def test_bad_names_bad_places_and_ctrl_c(server, tmp_path, monkeypatch, capsys):
-    fails(capsys, "invalid choice: 'sample' (choose from", "sample")
-    fails(capsys, "unrecognized arguments: --data", "goemotions", "--data", "x")
-    (tmp_path / "file").write_text("")
-    fails(capsys, "Not a directory", "goemotions", "--dir", tmp_path / "file" / "sub")
-    monkeypatch.setattr(prepare.time, "sleep", lambda _: signal.raise_signal(signal.SIGINT))
-    assert prepare.main(["goemotions", "--dir", str(tmp_path / "got")]) == 130
-    assert capsys.readouterr().err.endswith("\nprepare.py: stopped; complete files stay\n")
-    done = subprocess.run([sys.executable, prepare.__file__, "sample"], capture_output=True)
-    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and not done.stdout
-
+    rare = ratings[:540] + [(t + 100, f"text {t}", 1) for t in range(60)]
+    write_csv(tmp_path / "raw_data.csv", rare, header)
+    fails(capsys, "draw1 has users who are not in training", tmp_path, "popquorn")
 
 # ---------------------------------------------------------------------- studies: data/vary.py
 
-spec = importlib.util.spec_from_file_location("vary", os.path.join(HERE, "data", "vary.py"))
-vary = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(vary)
-LABELS = "calm rude sad odd warm cold dry".split()
-
+vary, LABELS = data_script("vary"), "calm rude sad odd warm cold dry".split()
 
 def crowd(path, seed=0):
     """The path of a CSV without a split column: 4 of 24 people read each of 200 texts."""
@@ -1652,10 +1452,7 @@ def crowd(path, seed=0):
     rows = [(f"text {i} of {seed}", f"worker {u}", f"2024-{1 + i // 17:02}-{r.randrange(9) + 10}",
              "secret", *(int(r.random() < 0.6 - j / 14) for j in range(7)))
             for i in range(200) for u in r.sample(range(24), 4)]
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([("text", "user", "time", "city", *LABELS), *rows])
-    return str(path)
-
+    return write_csv(path, rows, "text user time city " + " ".join(LABELS))
 
 def varied(source, *args):
     """dict split -> list of rows (dicts) of what vary.py makes; no text is in two splits."""
@@ -1666,7 +1463,6 @@ def varied(source, *args):
         texts[plm.text_id(row["text"])].add(row["split"])
     assert {len(splits) for splits in texts.values()} == {1} and set(parts) == set(vary.PARTS)
     return parts
-
 
 @pytest.mark.parametrize("seed", range(6))
 def test_new_people_are_new_but_for_the_rows_that_were_given(tmp_path, seed):
@@ -1681,7 +1477,6 @@ def test_new_people_are_new_but_for_the_rows_that_were_given(tmp_path, seed):
     assert all(row in made[15]["train"] for row in made[5]["train"])
     rows = [{k: row[k] for k in ("text", "user", *LABELS)} for _, row in plm.csv_rows(source)]
     assert all(row.pop("split") and row in rows for part in made[15].values() for row in part)
-
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_later_is_later_and_randomized_response_keeps_its_rate(tmp_path, seed, capsys):
@@ -1703,7 +1498,6 @@ def test_the_later_is_later_and_randomized_response_keeps_its_rate(tmp_path, see
         assert {b for _, b in pairs} <= {a for a, _ in pairs}
         assert f"({1 - keep:.1%} expected)" in capsys.readouterr().out
 
-
 def test_hashes_follow_the_key_words_the_seed_and_no_other_column_is_left(tmp_path, monkeypatch):
     source, made = crowd(tmp_path / "a.csv"), []
     for key in ("k" * 16, "k" * 16, "l" * 16):
@@ -1716,18 +1510,16 @@ def test_hashes_follow_the_key_words_the_seed_and_no_other_column_is_left(tmp_pa
     assert [*made[0]["val"][0]] == ["text", "user", "split", *LABELS]
     assert [*varied(source, "--labels", 2)["val"][0]] == ["text", "user", "split", "calm", "rude"]
 
-
-@pytest.mark.parametrize("args, why", [
-    ("--unseen --share 0.1", "too few users"), ("--unseen --known 99", "too few users"),
-    ("--by-time hour", "no column 'hour'"), ("--by-time city", "a number or a date is needed"),
-    ("--ids hash", "PLM_KEY"), ("--ids dp", "--epsilon"), ("--labels 8", "7 0/1 columns"),
-    ("--labels 2 --label-col calm", "single choice"), ("--labels 1", "not a number from 2"),
-    ("--unseen --labels 2", "not allowed with"), ("", "required")])
-def test_what_cannot_be_done_honestly_is_refused(tmp_path, monkeypatch, capsys, args, why):
+def test_what_cannot_be_done_honestly_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLM_KEY", "too short")
-    assert vary.main([crowd(tmp_path / "a.csv"), str(tmp_path / "b.csv"), *args.split()]) == 2
-    assert why in capsys.readouterr().err and os.listdir(tmp_path) == ["a.csv"]
-
+    source, out = crowd(tmp_path / "a.csv"), str(tmp_path / "b.csv")
+    refused = {"--unseen --share 0.1": "too few users", "--unseen --known 99": "too few users"}
+    refused |= {"--by-time hour": "no column 'hour'", "--by-time city": "a number or a date is"}
+    refused |= {"--ids hash": "PLM_KEY", "--ids dp": "--epsilon", "--labels 8": "7 0/1 columns"}
+    refused |= {"--labels 2 --label-col calm": "single choice", "--labels 1": "not a number from"}
+    for args, why in (refused | {"--unseen --labels 2": "not allowed", "": "required"}).items():
+        assert vary.main([source, out, *args.split()]) == 2
+        assert why in capsys.readouterr().err and os.listdir(tmp_path) == ["a.csv"]
 
 def commands(target, *args):
     """list of the commands, each a list, that a study consists of; none of them is run."""
@@ -1736,61 +1528,50 @@ def commands(target, *args):
     done = subprocess.run(make, cwd=HERE, capture_output=True, text=True, check=True)
     return [line.split(" --says")[0].split() for line in done.stdout.splitlines()]
 
-
-STUDIES = "paper exp1 exp2 exp3 unseen later private full architectures".split()
-
-
-@pytest.mark.parametrize("target", STUDIES)
-def test_a_study_consists_of_commands_that_exist(target):
+@pytest.mark.parametrize(
+    "target", "paper exp1 exp2 exp3 unseen later private full architectures".split())
+def test_a_study_has_commands_that_exist_and_run_to_its_end(tmp_path, monkeypatch, capsys, target):
     for file, *args in commands(target):
         assert os.path.exists(os.path.join(HERE, file))
         assert file != "plm.py" or plm.make_parser().parse_args(args)
-
-
-@pytest.mark.parametrize("target, tables", [("unseen", 2), ("private", 6), ("exp3", 1)])
-def test_a_study_runs_to_its_end(tmp_path, monkeypatch, capsys, target, tables):
+    tables, table = dict(unseen=2, private=6, exp3=1).get(target, 0), sys.modules["table"]
     monkeypatch.setenv("PLM_KEY", "k" * 16)
-    mains = {"plm.py": plm.main, "data/vary.py": vary.main,
-             "data/table.py": sys.modules["table"].main}
-    for file, *args in commands(target, f"DATA={crowd(tmp_path / 'a.csv')}", f"OUT={tmp_path}",
-                                "COUNTS=3", "KNOWN=0 5", "ARGS=--max-steps 2 --max-eval 20"):
+    mains = {"plm.py": plm.main, "data/vary.py": vary.main, "data/table.py": table.main}
+    more = [f"DATA={crowd(tmp_path / 'a.csv')}", f"OUT={tmp_path}", "COUNTS=3", "KNOWN=0 5"]
+    for file, *args in commands(target, *more, "ARGS=--max-steps 2 --max-eval 20") * bool(tables):
         assert mains[file](args) == 0
     said = capsys.readouterr().out.split("F1-macro [95 %]")[1:]
     assert len(said) == tables and all("cls_p" in table for table in said)
 
-
 # ----------------------------------------------------------- the page of all runs: data/report.py
-spec = importlib.util.spec_from_file_location("report", os.path.join(HERE, "data", "report.py"))
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+
+report = data_script("report")
 NASTY = ["<script>1</script>", "\"'><img src=x onload=y>", "a & b \U0001f600", "]]>\x01\u202e"]
 
-
-def report_run(out, method, right, users=NASTY, data="<b>&'", text="text {}"):
-    """The metrics of a run whose ticks are right with that probability; its files are in `out`."""
+def report_run(out, method, users=NASTY, data="<b>&'", text="text {}"):
+    """The metrics of a run whose ticks are mostly right; its files are in `out`."""
     r, folder = random.Random(method), str(out / "d" / "m" / method / "seed42")
     rows = [plm.Annotation(text.format(i // 4), users[i % len(users)], (i % 2, i // 2 % 2, 1, 0))
             for i in range(4 * len(users))]
-    ticks = np.array([[y if r.random() < right else 1 - y for y in a.labels] for a in rows])
+    ticks = np.array([[y if r.random() < 0.8 else 1 - y for y in a.labels] for a in rows])
     result = dict(predicted=ticks, scores=ticks - 0.5)
     data = plm.Dataset(data, NASTY, False, False, False, rows, rows, rows, {}, "")
     m = dict(method=method, model="m<i>", data=data.name, split=None, seed=42, labels=NASTY)
-    m |= plm.score(data, rows, result) | dict(
-        f1_disagreed=0.2468, f1_macro_shuffled=0.1234, data_sha="", rows=dict(test=len(rows)))
+    m |= plm.score(data, rows, result) | dict(data_sha="", rows=dict(test=len(rows)))
+    m |= dict(f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
     os.makedirs(folder)
     plm.write_predictions(f"{folder}/predictions.csv", data, rows, result)
     plm.write_file(f"{folder}/metrics.json", m)
     plm.write_file(f"{folder}/log.jsonl", b'{"epoch": 1, "val_loss": 0.4321, "listens": 0.8765}')
     return m
 
-
 def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path, monkeypatch):
-    text = "<img src=x> said"  # a row of the sample, as far as the report knows
+    text = "<img src=x> said"  # of a row of the sample, as far as the report knows
     real, there = plm.csv_rows, [(1, dict(text=text))]
     monkeypatch.setattr(plm, "csv_rows", lambda path: there * os.path.exists(path)
                         if path.endswith("annotations.csv") else real(path))
-    a, b = (report_run(tmp_path, method, 0.8, NASTY, "sample", text) for method in ("cls", "cls_p"))
-    c, tags, words = report_run(tmp_path, "lm", 0.8), [], []
+    a, b = (report_run(tmp_path, x, NASTY, "sample", text) for x in ("cls", "cls_p"))
+    c, tags, words = report_run(tmp_path, "lm"), [], []
     assert report.main(["--out", str(tmp_path)]) == 0
     html, parser = (tmp_path / "report.html").read_text("utf-8"), HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.extend([tag, *dict(attributes)])
@@ -1799,25 +1580,23 @@ def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path, mon
     assert not {"script", "img", "i", "link", "src", "href", "onload"} & {*tags}
     assert not any(bad in html for bad in ("url(", "@import", "http:", "https:", "\x01", "\u202e"))
     shown, users, own = " ".join(words), *(m["f1_per_user"]["users"] for m in (a, b))
-    numbers = [*a["per_label"], *b["per_label"], *users.values(), *own.values(), .1234, .2468]
-    numbers += [.4321, .8765, *(x for m in (a, b, c) for x in (m["f1_macro"], *m["f1_macro_ci"]))]
+    numbers = [*a["per_label"], *b["per_label"], *users.values(), *own.values(), 0.1234, 0.2468]
+    numbers += [0.4321, 0.8765] + [x for m in (a, b, c) for x in (m["f1_macro"], *m["f1_macro_ci"])]
     assert all(f"{x:.3f}" in shown for x in numbers)
     assert all(x in shown for x in [*NASTY[:3], "<b>&'", "m<i>", text])
     for part in html.split("<svg")[1:]:  # every chart is XML that says what it shows
         chart = ElementTree.fromstring("<svg" + part.split("</svg>")[0] + "</svg>")
         assert [part.tag for part in chart[:2]] == ["title", "desc"] and chart[1].text
 
-
 def test_the_picture_is_small_and_nothing_to_show_is_one_line(tmp_path, capsys):
     argv = ["--out", str(tmp_path), "--picture", str(tmp_path / "picture.svg")]
     assert report.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
-    users, own = (report_run(tmp_path, method, 0.8, [f"<{i}>" * 9 for i in range(700)])[
-        "f1_per_user"]["users"] for method in ("cls", "cls_p"))
+    runs = [report_run(tmp_path, x, [f"<{i}>" * 9 for i in range(700)]) for x in ("cls", "cls_p")]
+    users, own = (m["f1_per_user"]["users"] for m in runs)
     assert report.main(argv) == 0 and os.path.getsize(argv[-1]) < 60_000
     assert ElementTree.parse(argv[-1]).getroot().get("viewBox")
     gains = f"{sum(own[u] > users[u] for u in own)} of 700 users"  # not those that stay as they are
     assert gains in (tmp_path / "report.html").read_text("utf-8")
-
 
 # -------------------------------------------------------------------------- a GPU that is pretended
 # Tensors that say they are on a device "gpu" and whose numbers a CPU computes. What CUDA refuses is
