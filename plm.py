@@ -122,7 +122,7 @@ RECIPES = {
         tune="lora", quant=True,      # or "full": every weight is trained; NF4, or as stored
         r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
         lr=4e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
-        user_lr=10,                   # ... and of the user tokens
+        user_lr=10, user_tokens=4,    # ... and of the user tokens; how many a user has
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
@@ -393,8 +393,8 @@ def print_data(data):
 # text, the user. The paper puts the user ID before the text; the last token sees the same facts
 # either way, and in this order section 6 computes what prompts have in common once. How the prompt
 # names a user is a choice that moves numbers (`ids`): "number" is the paper's, the CSV's own ID;
-# "word" is an everyday word of the tokenizer, drawn at random; "token" is a token of the user's
-# own, which starts out as that word and whose embedding is trained [7].
+# "word" is an everyday word of the tokenizer, drawn at random; "token" are a few tokens of the
+# user's own, which start out as such words and whose embeddings are trained [7].
 
 INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
     False: ("Which of the labels fit the text?", " First see how other people answered."),
@@ -490,14 +490,13 @@ def frame(tokenizer, chat):
     return tuple(framed[:start]), tuple(framed[start + len(alone):])
 
 
-def user_words(tokenizer, users):
-    """list of ids of everyday words: one a user, and one more for strangers. They are distinct
-    while words last, and the same for the same users."""
+def user_words(tokenizer, n):
+    """(n) ids of everyday words, the same in every call; distinct while words last."""
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     words = [i for i, token in enumerate(tokens)
              if re.fullmatch("[\u0120\u2581][a-z]{4,9}", token or "")] or list(range(len(tokens)))
     random.Random(0).shuffle(words)
-    return [words[i % len(words)] for i in range(len(users) + 1)]
+    return [words[i % len(words)] for i in range(n)]
 
 
 class Row(NamedTuple):
@@ -812,8 +811,8 @@ AttentionInterface.register("tree", tree_attention)
 # linear layers turned into NF4Linear one after the other. Heads are neither quantized nor given
 # LoRA: the classification head (L, D) is trained whole, the language model's (V, D) stays as it is.
 # The backbone's own dropout stays off. In an encoder-decoder the classification head reads the
-# decoder's state at its start token. Users with a token of their own have the ids V, V + 1, ... and
-# a row each of one more trained matrix (U, D).
+# decoder's state at its start token. Users with k tokens of their own have the ids V, V + 1, ... and
+# k rows each of one more trained matrix (U, k, D).
 
 def load_pretrained(name):
     """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
@@ -859,8 +858,8 @@ def quantize(lm, device, dtype, quant=True):
 
 
 class PersonalizedLM(nn.Module):
-    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and a token
-    for each user if `user_rows` (U, D), their first embeddings, are given."""
+    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and tokens
+    for each user if `user_rows` (U, k, D), their first embeddings, are given."""
 
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
@@ -884,13 +883,14 @@ class PersonalizedLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def embed(self, input_ids):
-        """(.., D) the embeddings of tokens, those from V on of users. The last id of all, V + U,
-        stands for a user that training did not know: the mean of the others."""
+        """(.., D) the embeddings of tokens, those from V on of users. The last k ids of all stand
+        for a user that training did not know: the mean of the others."""
         words = self.lm.get_input_embeddings()
         if self.user_embedding is None:
             return words(input_ids)
         V = words.weight.shape[0]
-        rows = torch.cat([self.user_embedding, self.user_embedding.mean(0, keepdim=True)])
+        rows = self.user_embedding
+        rows = torch.cat([rows, rows.mean(0, keepdim=True)]).flatten(0, 1)
         rows = F.embedding((input_ids - V).clamp(min=0), rows).to(words.weight.dtype)
         return torch.where((input_ids < V)[..., None], words(input_ids.clamp(max=V - 1)), rows)
 
@@ -983,10 +983,12 @@ def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
     if ids == "number" or ids == "token" and model.user_embedding is None:
         return None
-    V = model.lm.get_input_embeddings().weight.shape[0]
-    names = user_words(tokenizer, users) if ids == "word" else range(V, V + len(users) + 1)
+    names = [(word,) for word in user_words(tokenizer, len(users) + 1)]  # the last: a stranger
+    if ids == "token":
+        V, (U, k, _) = model.lm.get_input_embeddings().weight.shape[0], model.user_embedding.shape
+        names = [tuple(range(V + u * k, V + (u + 1) * k)) for u in range(U + 1)]
     known = dict(zip(users, names))
-    return lambda user: (known.get(user, names[-1]),)
+    return lambda user: known.get(user, names[-1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1102,7 +1104,7 @@ def check_forward(model):
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer): in NF4, with LoRA unless it is only asked or trained whole; with
-    a token for each of the `users` if the settings' ids say so."""
+    tokens for each of the `users` if the settings' ids say so."""
     lm, tokenizer = load_pretrained(name)
     full, user_rows = settings["tune"] == "full" and head != "ask", None
     if full:  # for comparison: every weight but the LM's head is trained, in float32
@@ -1115,8 +1117,9 @@ def load_model(name, head, n_labels, device, dtype, settings, users=()):
         check(add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]),
               f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
     if head != "ask" and settings["ids"] == "token" and users:
-        words = torch.tensor(user_words(tokenizer, users)[:-1], device=device)
-        user_rows = lm.get_input_embeddings().weight.detach().index_select(0, words)
+        words = user_words(tokenizer, len(users) * settings["user_tokens"])
+        user_rows = lm.get_input_embeddings().weight.detach()[words].view(
+            len(users), settings["user_tokens"], -1)
     model = PersonalizedLM(lm, head, n_labels, user_rows)
     model.share = not settings.get("no_share")
     check_forward(model)

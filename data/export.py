@@ -2,7 +2,7 @@
 
     python data/export.py RUN          (make export RUN=out/sample/tiny/cls_p/seed42)
 
-What PEFT has no place for goes into beside.safetensors: user tokens, a row each, and the head of an
+What PEFT has no place for goes into beside.safetensors: user tokens, some rows each, and the head of an
 encoder-decoder; users and labels stand in its metadata, in order.
 """
 import json
@@ -16,6 +16,7 @@ import plm  # noqa: E402
 def export(folder):
     """Writes adapter_config.json, adapter_model.safetensors and beside.safetensors; says so."""
     m, model, _, users = plm.load_run(folder)
+    plm.check(m["tune"] == "lora", f"{folder}: every weight was trained: there is no adapter")
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
     layers = sorted({name.rpartition(".")[2] for name, layer in model.named_modules()
                      if isinstance(layer, plm.LoRALinear)})
