@@ -811,8 +811,8 @@ AttentionInterface.register("tree", tree_attention)
 # linear layers turned into NF4Linear one after the other. Heads are neither quantized nor given
 # LoRA: the classification head (L, D) is trained whole, the language model's (V, D) stays as it is.
 # The backbone's own dropout stays off. In an encoder-decoder the classification head reads the
-# decoder's state at its start token. Users with k tokens of their own have the ids V, V + 1, ... and
-# k rows each of one more trained matrix (U, k, D).
+# decoder's state at its start token. Users with k tokens of their own have the ids V, V + 1, ...
+# and k rows each of one more trained matrix (U, k, D).
 
 def load_pretrained(name):
     """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a

@@ -2,8 +2,8 @@
 
     python data/export.py RUN          (make export RUN=out/sample/tiny/cls_p/seed42)
 
-What PEFT has no place for goes into beside.safetensors: user tokens, some rows each, and the head of an
-encoder-decoder; users and labels stand in its metadata, in order.
+What PEFT has no place for goes into beside.safetensors: user tokens, some rows each, and the head of
+an encoder-decoder; users and labels stand in its metadata, in order.
 """
 import json
 import os
@@ -23,7 +23,8 @@ def export(folder):
     task = "SEQ_2_SEQ_LM" if model.seq2seq else "SEQ_CLS" if model.head == "cls" else "CAUSAL_LM"
     config = dict(peft_type="LORA", task_type=task, target_modules=layers, r=m["r"],
                   lora_alpha=m["alpha"], lora_dropout=m["dropout"], bias="none",
-                  inference_mode=True, base_model_name_or_path=plm.MODELS.get(m["model"], {}).get("id", m["model"]),
+                  inference_mode=True,
+                  base_model_name_or_path=plm.MODELS.get(m["model"], {}).get("id", m["model"]),
                   modules_to_save=["score"] if task == "SEQ_CLS" else None)
     adapter = {f"base_model.model.{name.removeprefix('lm.')}.weight": t
                for name, t in tensors.items() if ".lora_" in name}

@@ -1,11 +1,11 @@
 """The table of the paper from all finished runs.
 
-    python data/table.py [--out out]          (make table)
+    python data/table.py [--out out ...]          (make table)
 
 Methods in rows, models in columns, F1-macro with its 95 % interval; runs of several seeds or splits
-are averaged, with their standard deviation. Behind a personalized method stands what it gains over its
-plain twin in per cent, paired by seed and split, on the same rows only, and a star where every paired
-interval excludes 0.
+are averaged, with their standard deviation. Behind a personalized method stands what it gains over
+its plain twin in per cent, paired by seed and split, on the same rows only, and a star where every
+paired interval excludes 0. Of several folders each model stands with its folder.
 """
 import argparse
 import glob
