@@ -27,7 +27,7 @@ Letters in the shapes below:
     T tokens computed            S tokens of the prefix that all prompts share       U users
     N, K out- and inputs of a linear layer               r rank of LoRA
     H, H' heads of queries, of keys and values           E their width
-    P positions that a head reads
+    P positions that a head reads                        B prompts of an encoder-decoder
 
 References
     [1] Wozniak et al., Personalized Large Language Models, 2024. arXiv 2402.09269
@@ -82,6 +82,8 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()  # there are our own
 
 
 class BadInput(Exception):
@@ -105,11 +107,16 @@ def write_file(path, content):
     happens meanwhile."""
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
-    with open(path + ".part", "wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".part", path)
+    try:
+        with open(path + ".part", "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".part", path)
+    except OSError as e:
+        with suppress(OSError):
+            os.remove(path + ".part")
+        raise OSError(e.errno, e.strerror, path) from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,10 +126,10 @@ def write_file(path, content):
 RECIPES = {
     "ours": dict(
         ids="token",                  # how the prompt names the user: see section 3
-        tune="lora", quant=True,      # or "full": every weight is trained; NF4, or as stored
+        tune="lora", quant=True,      # "full" trains every weight; False leaves them unquantized
         r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
-        lr=4e-4, head_lr=1,           # learning rate; of the classification head in multiples of it
-        user_lr=10, user_tokens=4,    # ... and of the user tokens; how many a user has
+        lr=4e-4, head_lr=1,           # learning rate; of the classification head: times lr
+        user_lr=10, user_tokens=4,    # of the user tokens: times lr; how many a user has
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
@@ -142,13 +149,13 @@ MODELS = {  # name -> hub id or folder, and what differs from the recipe; [1] ha
 
 # A dataset is data/NAME/annotations.csv; `make data DATA=NAME` makes those that are not there.
 DATASETS = {  # name -> columns with other names than text, user and split
-    "sample": {}, "goemotions": {}, "unhealthy": {},  # the last two: [1]
+    "sample": {}, "goemotions": {}, "unhealthy": {},  # the latter two are those of [1]
     "popquorn": dict(split="draw1", label="offensiveness")}
 
 
 class Method(NamedTuple):
-    head: str           # "cls": trained classification head; "lm": trained LM; "ask": untrained LM;
-    personalized: bool  # ... "rates": no model. Is the user known?
+    head: str           # "cls", "lm": trained; "ask": the LM untrained; "rates": no model
+    personalized: bool  # is the user told?
     shots: int          # solved examples in the prompt
 
 
@@ -162,11 +169,10 @@ METHODS = {
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. Annotations and splits. One row of a CSV is one person's judgement of one text. Its labels are
-# several 0/1 columns, any number of which may be chosen, or one column that names the single choice
-# (words, or a rating in numbers). A `split` column is followed to the letter. Without one, texts
-# are split by a hash, so that no text is in two splits, and validation and test keep the users
-# that training knows: the model has met the reader, never the text [1]. Every row is accounted for.
+# 2. Annotations and splits. One row of a CSV is one person's judgement of one text: several 0/1
+# columns of labels, or one column that names the single choice (words, or a rating in numbers). A
+# `split` column is followed to the letter. Without one, a hash splits the texts, and validation
+# and test keep the users that training knows: the model has met the reader, never the text [1].
 
 class Annotation(NamedTuple):
     text: str
@@ -187,7 +193,7 @@ class Dataset(NamedTuple):
     sha: str       # of the file
 
 
-MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in any case
+MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in upper or lower case
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
 ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
@@ -218,12 +224,13 @@ def user_id(cell):
     return re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip())
 
 
-def csv_rows(path):
+def csv_rows(path, needed=()):
     """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            delimiter = max(",;\t", key=f.readline().count)
+            first = f.readline()
+            delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
             f.seek(0)
             reader = csv.DictReader(f, delimiter=delimiter)
             rows, columns = [], Counter(reader.fieldnames)
@@ -239,6 +246,8 @@ def csv_rows(path):
     check(rows, f"{path}: no annotations in it")
     twice, n = columns.most_common(1)[0]
     check(n == 1, f"{path}: {n} columns are called {twice!r}")
+    for column in needed:
+        check(column in columns, f"{path}: no column {column!r}; there are: {', '.join(columns)}")
     return rows
 
 
@@ -280,13 +289,11 @@ def choices(path, column, values):
 def read_annotations(path, form, skip_missing=False):
     """(list of (Annotation, what its split column says or None), dict of what a Dataset says of
     labels, notes). `form` names the columns: text, user, split, and labels (several) or label."""
-    rows, texts = csv_rows(path), form["text"].split(",")
+    labels, two_valued = [form["label"]] if form.get("label") else form.get("labels") or [], []
+    texts = form["text"].split(",")
+    rows = csv_rows(path, [*texts, form["user"], *filter(None, [form.get("split")]), *labels])
     split_col = form.get("split") or ("split" if "split" in rows[0][1] else None)
     others = [*texts, form["user"], *([split_col] if split_col else [])]
-    labels, two_valued = [form["label"]] if form.get("label") else form.get("labels"), []
-    for column in [*others, *(labels or ())]:
-        check(column in rows[0][1],
-              f"{path}: no column {column!r}; there are: {', '.join(rows[0][1])}")
     if not labels:
         labels, two_valued = label_columns(path, rows, others)
     missing = {number: c for number, row in rows for c in [*texts, form["user"], *labels]
@@ -311,8 +318,8 @@ def read_annotations(path, form, skip_missing=False):
                   (ZERO_ONE[cell.lower()] for cell in cells.values()))
         if split_col and (cell := row[split_col].strip()):
             split = SPLITS.get(cell.lower())
-            check(split, f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, val or "
-                  "test")
+            check(split,
+                  f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, val or test")
         text, user = "\n".join(row[c] for c in texts), user_id(row[form["user"]])
         found.append((Annotation(text, user, tuple(map(int, chosen))), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
@@ -355,13 +362,14 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
           f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
     check(not (columns.get("labels") and columns.get("label")),
           "--labels names several columns and --label-col one: not both")
+    check(max(Counter(columns.get("labels")).values(), default=1) == 1,
+          f"--labels {','.join(columns.get('labels') or ())}: a column is named twice")
     form = dict(text="text", user="user") | DATASETS.get(name, {})
     form |= {key: value for key, value in columns.items() if value}
     found, what, notes = read_annotations(path, form, skip_missing)
     split = split_annotations(found, notes["split by"] == "a hash of the text", notes)
     for part, rows in split.items():
-        check(rows, f"--data {name}: no annotation is left for {part}, of {notes['rows read']} in "
-              "all; more texts are needed")
+        check(rows, f"--data {name}: no annotation is left for {part}; more texts are needed")
     n = len(split["train"])
     for label, chosen in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
         check(0 < chosen < n, f"--data {name}: label {label!r} never varies in training (chosen "
@@ -389,12 +397,18 @@ def print_data(data):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. Prompts. Three parts, the constant one first: the instruction with the list of labels, the
-# text, the user. The paper puts the user ID before the text; the last token sees the same facts
-# either way, and in this order section 6 computes what prompts have in common once. How the prompt
-# names a user is a choice that moves numbers (`ids`): "number" is the paper's, the CSV's own ID;
-# "word" is an everyday word of the tokenizer, drawn at random; "token" are a few tokens of the
-# user's own, which start out as such words and whose embeddings are trained [7].
+# 3. Prompts. Three parts: the instruction with the list of labels, the text, the user. The paper
+# puts the user before the text; here the user comes last, so that section 6 computes what prompts
+# have in common once. `ids` says how the prompt names a user: "number", as the paper, by the CSV's
+# own ID; "word" by an everyday word, drawn at random; "token" by a few tokens of the user's own,
+# which start out as such words and whose embeddings are trained [7]. An LM-P prompt as it is read:
+#
+#     Which of the labels would this user choose for the text? Answer with labels from the list,
+#     separated by commas.
+#     ### Labels: funny, hostile, sad
+#     ### Text: well done, genius
+#     ### User ID: 17                   (or the user's tokens: see user_namer and embed)
+#     ### Response:                     and the LM goes on: " funny, hostile"
 
 INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
     False: ("Which of the labels fit the text?", " First see how other people answered."),
@@ -408,7 +422,8 @@ NONE = "none"  # the answer where no label is chosen
 
 
 def prompt_parts(method, data, text, user, examples=()):
-    """The prompt as (shared, text, user) parts, each a list of pieces that are tokenized alone."""
+    """The prompt as (shared, text, user) parts, lists of pieces, each tokenized by itself. What all
+    readers of a text have in common, such as "### User ID:", belongs to the text."""
     question, see = INSTRUCTIONS[method.personalized]
     shared = (f"{question}{see if method.shots else ''} {ANSWER_WITH[data.single, data.none]}"
               f"\n### Labels: {', '.join(data.labels)}\n### Text:")
@@ -486,7 +501,8 @@ def frame(tokenizer, chat):
         return [tuple(tokenizer(s, add_special_tokens=False).input_ids) for s in around.split("\0")]
     alone = tokenizer("a", add_special_tokens=False).input_ids
     framed = tokenizer("a").input_ids
-    start = next(i for i in range(len(framed)) if framed[i:i + len(alone)] == alone)
+    start = next((i for i in range(len(framed)) if framed[i:i + len(alone)] == alone), None)
+    check(start is not None, "the tokenizer changes a text between its begin and end tokens")
     return tuple(framed[:start]), tuple(framed[start + len(alone):])
 
 
@@ -541,13 +557,12 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. NF4: frozen weights in 4 bits. Trained weights are close to normally distributed, so the 16
-# values of NF4 are quantiles of the normal distribution [2]. A block of 64 weights is divided by
-# its largest magnitude (absmax), and each weight becomes the index of the nearest of the 16. Two
-# indices make a byte, the first in the high half. The absmax in turn are stored in 8 bits ("double
-# quantization"): their mean is taken off, and blocks of 256 are rounded to the 256 values of the
-# dynamic map [5] in the same way. Together 4 + 8/64 + 32/(64*256) = 4.127 bits a weight, byte for
-# byte what bitsandbytes stores [4].
+# 4. NF4: frozen weights in 4 bits. The 16 values of NF4 are quantiles of the normal distribution,
+# as trained weights nearly are [2]. A block of 64 weights is divided by its largest magnitude
+# (absmax); each weight becomes the index of the nearest value, two indices a byte, the first in the
+# high half. The absmax themselves take 8 bits ("double quantization"): less their mean, blocks of
+# 256 are rounded to the 256 values of the dynamic map [5] in the same way. Together 4 + 8/64 +
+# 32/(64*256) = 4.127 bits a weight, byte for byte what bitsandbytes stores [4].
 
 NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes them anew
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -558,11 +573,8 @@ NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes 
 
 def dynamic_map():
     """(256) ascending: signed, in seven powers of ten, twice as fine with each one up [5]."""
-    positive = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, 2 ** i + 1)
-        positive.append(10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2)
-    positive = torch.cat(positive)
+    edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
+    positive = torch.cat([10.0 ** (i - 6) * (e[:-1] + e[1:]) / 2 for i, e in enumerate(edges)])
     return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
 
 
@@ -578,9 +590,7 @@ def nearest(values, code):
     return torch.bucketize(values, (code[1:] + code[:-1]) / 2)
 
 
-def chunk_size(device):
-    """How many weights to do at once: what stays in a CPU's cache, where it is 5 times faster."""
-    return 2 ** 18 if device.type == "cpu" else 2 ** 62
+CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 62}  # weights done at once: in a CPU's cache, 5 times faster
 
 
 def in_blocks(flat, size):
@@ -589,9 +599,9 @@ def in_blocks(flat, size):
 
 
 def quantize_nf4(weight):
-    """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; both rounded up."""
+    """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; sizes rounded up."""
     packed, absmax = [], []
-    for chunk in weight.detach().flatten().split(chunk_size(weight.device)):
+    for chunk in weight.detach().flatten().split(CHUNK[weight.device.type]):
         blocks = in_blocks(chunk.float(), 64)
         absmax.append(blocks.abs().amax(1))
         # Times the inverse and not divided by it, as [4] does it: the last bit differs.
@@ -612,11 +622,6 @@ def quantize_absmax(absmax):
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
 
-def dequantize_nf4(packed, absmax, dtype):
-    """packed bytes, absmax (blocks) -> weights (2 a byte); products in float32, cast last."""
-    pairs = tables(packed.device)[1].view(torch.int64).view(-1)  # two floats moved as one word
-    values = pairs.index_select(0, packed.int()).view(torch.float32)
-    return (in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(values)].to(dtype)
 
 
 class NF4Matmul(torch.autograd.Function):
@@ -655,14 +660,16 @@ class NF4Linear(nn.Module):
         return dynamic * scale + self.absmax_offset
 
     def dequantize(self):
-        """(N, K) the rounded weights, in the layer's dtype."""
+        """(N, K) the rounded weights: products in float32, cast to the layer's dtype last."""
         if self.dense is not None:
             return self.dense
         weight = torch.empty(self.N * self.K, dtype=self.dtype, device=self.packed.device)
-        size = chunk_size(weight.device)
+        pairs = tables(weight.device)[1].view(torch.int64).view(-1)  # two floats moved as one word
+        size = CHUNK[weight.device.type]
         for chunk, packed, absmax in zip(weight.split(size), self.packed.split(size // 2),
                                          self.absmax().split(size // 64)):
-            chunk.copy_(dequantize_nf4(packed, absmax, self.dtype)[:len(chunk)])
+            values = pairs.index_select(0, packed.int()).view(torch.float32)
+            chunk.copy_((in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(chunk)])
         return weight.view(self.N, self.K)
 
     def forward(self, x):
@@ -720,13 +727,11 @@ def add_lora(model, r, alpha, dropout):
 
 # --------------------------------------------------------------------------------------------------
 # 6. The prompt tree. The prompts of a batch begin alike: all with the shared prefix, those of one
-# text with that text, and in training the answers of readers whose first labels agree. In a
-# decoder the hidden state of a token depends on the tokens before it and on nothing else, so every
-# distinct prefix need be computed only once, in training as in prediction, and loss and gradients
-# stay the same numbers [6]. A batch is one flat sequence of nodes without padding: the shared
-# prefix, then text by text, branch by branch. Everything but attention works on single tokens and
-# does not notice; a token's position counts along its branch; and in attention a node sees what
-# its parent sees, and itself.
+# text with that text, and in training answers that begin alike. In a decoder the hidden state of a
+# token depends on the tokens before it alone, so each distinct prefix is computed once, and loss
+# and gradients stay the same numbers [6]. A batch is one flat sequence of nodes without padding:
+# the shared prefix, then text by text, branch by branch. Only attention mixes tokens: there a node
+# sees what its parent sees, and itself. A token's position counts along its branch.
 
 def prompt_tree(paths, S):
     """(ids, position, parent, group: lists over nodes; nodes: those of each path, in order) of
@@ -734,10 +739,7 @@ def prompt_tree(paths, S):
     ids, position, parent = list(paths[0][1][:S]), list(range(S)), list(range(-1, S - 1))
     groups, nodes, branch, last_group, last = [-1] * S, [], list(range(S)), None, ()
     for group, path in paths:
-        known = S
-        while group == last_group and known < min(len(path), len(last)) \
-                and path[known] == last[known]:
-            known += 1
+        known = len(os.path.commonprefix([path, last])) if group == last_group else S
         new = range(len(ids), len(ids) + len(path) - known)
         parent += [branch[known - 1] if known else -1, *new][:len(new)]
         branch, last_group, last = branch[:known] + [*new], group, path
@@ -752,18 +754,17 @@ def attention_blocks(parent, groups, S, size, dtype):
     """list of (first node, last + 1, mask): the shared prefix, then groups together until they have
     `size` nodes. The mask (1, 1, n, S + n) is 0 where a node sees the prefix or a node of its
     block, and -inf where it does not."""
-    ends = [i for i in range(S + 1, len(parent)) if groups[i] != groups[i - 1]] + [len(parent)]
-    blocks, first, ends = [], 0, [S, *ends] if S else ends
+    ends = [i for i in range(1, len(parent)) if groups[i] != groups[i - 1]] + [len(parent)]
+    blocks, first = [], 0
     for end in ends:
         if end - first < size and end not in (S, len(parent)):
             continue
         n, prefix = end - first, S if first else 0
-        sees = np.zeros((n, prefix + n), bool)
-        sees[:, :prefix] = True
-        for i in range(n):  # what its parent sees, and itself
+        sees = np.eye(n, prefix + n, prefix, bool)  # itself,
+        sees[:, :prefix] = True  # the prefix,
+        for i in range(n):  # and what its parent sees
             if parent[first + i] >= first:
-                sees[i] = sees[parent[first + i] - first]
-            sees[i, prefix + i] = True
+                sees[i] |= sees[parent[first + i] - first]
         blocks.append((first, end, additive_mask(torch.from_numpy(sees), dtype)))
         first = end
     return blocks
@@ -780,8 +781,8 @@ def attend(q, k, v, mask, scaling):
     if q.device.type == "cuda":  # its kernel wants as many heads of keys as of queries
         k, v = (t.repeat_interleave(H // few, 1) for t in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    # A CPU's kernel is three times slower than this in bfloat16. Query heads that share a key head
-    # are stacked as more queries of it.
+    # A CPU's kernel is three times slower than this in bfloat16. Heads that share keys are stacked:
+    # (H, n) queries become (H', n H / H').
     weights = (q * (scaling or E ** -0.5)).reshape(1, few, -1, E) @ k.transpose(2, 3)
     weights = (weights.view(1, H, n, m) + mask).softmax(-1)
     return (weights.view(1, few, -1, m) @ v).view(1, H, n, E)
@@ -807,12 +808,11 @@ AttentionInterface.register("tree", tree_attention)
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The model and its two heads. The backbone is transformers' own module for the architecture, its
-# linear layers turned into NF4Linear one after the other. Heads are neither quantized nor given
-# LoRA: the classification head (L, D) is trained whole, the language model's (V, D) stays as it is.
-# The backbone's own dropout stays off. In an encoder-decoder the classification head reads the
-# decoder's state at its start token. Users with k tokens of their own have the ids V, V + 1, ...
-# and k rows each of one more trained matrix (U, k, D).
+# 7. The model and its two heads. The backbone is transformers' own module with its linear layers
+# turned into NF4Linear; its own dropout stays off. Heads are neither quantized nor given LoRA: the
+# classification head (L, D) is trained whole, the language model's (V, D) stays as it is. In an
+# encoder-decoder the classification head reads the decoder's state at its start token. Users with k
+# tokens of their own have the ids V, V + 1, ... and k rows each of one more matrix (U, k, D).
 
 def load_pretrained(name):
     """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
@@ -864,7 +864,7 @@ class PersonalizedLM(nn.Module):
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
-        self.device, self.share = lm.device, True  # share: what prompts have in common, once
+        self.device, self.share = lm.device, True  # share: compute once what prompts have in common
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
@@ -904,7 +904,7 @@ class PersonalizedLM(nn.Module):
             out = self.lm.base_model(inputs_embeds=self.embed(input_ids), use_cache=False, **inputs)
             return out.last_hidden_state[0].index_select(0, batch["at"])
         draw_dropout(self, len(inputs["pair"]) * max(input_ids.shape[1], inputs["start"].shape[1]))
-        mask = inputs["attention_mask"][:, None, None].bool()  # of 4 dimensions, it stays as it is
+        mask = inputs["attention_mask"][:, None, None].bool()  # transformers leaves 4-D as it is
         memory = self.encode(input_ids, mask)
         out = self.lm.get_decoder()(
             input_ids=inputs["start"], encoder_hidden_states=memory.index_select(0, inputs["pair"]),
@@ -936,8 +936,7 @@ def find_device():
         return torch.device("cuda", torch.cuda.current_device())
     check(not os.path.exists("/proc/driver/nvidia/version")
           or os.environ.get("CUDA_VISIBLE_DEVICES") == "",
-          "there is an NVIDIA GPU, but CUDA does not start (is this torch built with it?); "
-          "CUDA_VISIBLE_DEVICES= computes on the CPU all the same")
+          "CUDA does not start on this GPU; CUDA_VISIBLE_DEVICES= computes on the CPU")
     return torch.device("cpu")
 
 
@@ -992,17 +991,18 @@ def user_namer(model, tokenizer, ids, users):
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Batches. What a head reads and what it should say there are the same four entries for both
-# heads and both kinds of model: `inputs` of the backbone; `at` (P), the positions that are read;
-# `of`, which of these each target belongs to (the readers of one text share one where their ID is
-# not told); `target`, labels (R, L) or the ids of all answers.
+# 8. Batches. What a head reads and what it should say there is the same for both heads and both
+# kinds of model: `inputs` of the backbone; `at` (P), the positions that are read; `of`, which of
+# these each target belongs to (the readers of one text share one where their ID is not told);
+# `target`, labels (R, L) or the ids of all answers. `tokens` counts what is computed.
 
 def tree_batch(model, rows, head):
-    """A batch for a decoder. Without `share`, every row computes its whole prompt."""
+    """The parts of a batch for a decoder; without `share` every row computes its whole prompt."""
     S, groups, paths = len(rows[0].shared) if model.share else 0, {}, []
-    for i, row in enumerate(rows):  # the state at a token predicts the next one of an answer
+    for i, row in enumerate(rows):
         group = groups.setdefault(row.text if model.share else i, len(groups))
-        paths.append((group, row.prompt + (row.answer[:-1] if head == "lm" else ())))
+        paths.append((group, row.prompt + (  # the state at a token predicts the next one
+            row.answer[:-1] if head == "lm" else ())))
     distinct = sorted(set(paths))
     ids, position, parent, group_of, nodes = prompt_tree(distinct, S)
     nodes, at, of, target = dict(zip(distinct, nodes)), {}, [], []
@@ -1017,8 +1017,8 @@ def tree_batch(model, rows, head):
 
 
 def pair_batch(model, rows, head):
-    """A batch for an encoder-decoder: equal prompts are encoded once, equal (prompt, answer) pairs
-    decoded once. Its encoder reads both ways: prompts that only begin alike share nothing."""
+    """The parts of one for an encoder-decoder: equal prompts are encoded once, equal pairs (prompt,
+    answer) decoded once. It reads both ways: prompts that only begin alike share nothing."""
     prompts, pairs, at, of, target = {}, {}, {}, [], []
     start = model.lm.config.decoder_start_token_id
     for i, row in enumerate(rows):
@@ -1062,11 +1062,9 @@ def make_batch(model, rows, head=None):
 def in_batches(rows, size, rng=None):
     """The rows in lists of `size`, all of a text side by side, texts of a length together. With
     `rng` in random order: lengths are only about the same, and the batches are shuffled."""
-    by_text = defaultdict(list)
-    for row in rows:
-        by_text[row.text].append(row)
-    texts = sorted(by_text, key=lambda text: len(text) * (rng.uniform(0.8, 1.2) if rng else 1))
-    flat = [row for text in texts for row in by_text[text]]
+    key = {text: (len(text) * (rng.uniform(0.8, 1.2) if rng else 1), place)
+           for place, text in enumerate(dict.fromkeys(row.text for row in rows))}
+    flat = sorted(rows, key=lambda row: key[row.text])
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     if rng:
         rng.shuffle(batches)
@@ -1098,8 +1096,7 @@ def check_forward(model):
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
     off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
     check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
-          f"{type(lm).__name__}: our forward pass differs from transformers' own by {off:.1%} "
-          "(something in it is not supported): take another model")
+          f"{type(lm).__name__} is not supported (its forward pass is {off:.1%} off): take another")
 
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
@@ -1127,12 +1124,11 @@ def load_model(name, head, n_labels, device, dtype, settings, users=()):
 
 
 # --------------------------------------------------------------------------------------------------
-# 9. Scores and controls. The paper's score is the F1 of each label and their plain mean. One
-# number is no evidence, so beside it stand: an interval from a bootstrap over texts; F1 with
-# thresholds tuned on validation; F1 of each user, and on texts that people read differently; the
-# same rows with the user IDs shuffled, where the gain of knowing the user has to vanish; `listens`,
-# which is 0 for a model that is deaf to the user; and the plain model with a bias for each user,
-# which a personalized one has to beat, or it has learned no more than a table.
+# 9. Scores and controls. The paper's score is the F1 of each label and their plain mean. Beside it
+# stand: an interval from a bootstrap over texts; F1 with thresholds tuned on validation; F1 of each
+# user, and on texts that people read differently; F1 with the user IDs shuffled, where the gain of
+# knowing the user has to vanish; `listens`, which is 0 for a model that is deaf to the user; and
+# the plain model with a bias for each user, a table that a personalized model has to beat.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays (R, L). F1 is
@@ -1227,10 +1223,8 @@ def score(data, rows, result):
     per_user = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
                 for user in sorted(set(users))}
     f1 = np.array([*per_user.values()])
-    answers = defaultdict(set)
-    for text, labels in zip(texts, gold):
-        answers[text].add(tuple(labels))
-    disagreed = np.array([len(answers[text]) > 1 for text in texts])
+    answers = Counter(text for text, _ in {(text_id(a.text), a.labels) for a in rows})
+    disagreed = np.array([answers[text] > 1 for text in texts])
     shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
     heard, spread = listens(shown, texts)
     found = f1_scores(gold, predicted) | dict(
@@ -1248,11 +1242,11 @@ def score(data, rows, result):
 
 
 # --------------------------------------------------------------------------------------------------
-# 10. Training. Cross-entropy of the chosen label or binary cross-entropy of all labels (CLS), or
-# cross-entropy of the answer's tokens (LM): the mean over all targets of the 32 rows of a step,
-# however these are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
-# clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends on the
-# seed and the step alone, so a run that is taken up again needs no random state.
+# 10. Training. The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy
+# of each label; that of LM is the cross-entropy of the answer's tokens: the mean over all targets
+# of a step, however its rows are cut into micro-batches. AdamW in float32, a cosine schedule with
+# warm-up, clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends
+# on seed and step alone, so a run that is taken up again needs no random state.
 
 def summed_loss(out, batch, head, single):
     """() the loss of a batch, summed over its targets. out: (P, L) scores or (P, V) logits."""
@@ -1285,16 +1279,6 @@ def micro_batches(model, rows, size):
     return [make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
-def step_batches(model, rows, settings, steps, first=0, seed=42):
-    """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
-    size, order = settings["batch"], []
-    per_epoch = math.ceil(len(rows) / size)
-    for step in range(first, steps):
-        epoch, place = divmod(step, per_epoch)
-        if place == 0 or step == first:
-            order = in_batches(rows, size, random.Random(f"{seed} {epoch}"))
-        yield (step + 1, epoch + 1, place + 1 == per_epoch or step + 1 == steps, order[place],
-               micro_batches(model, order[place], settings["micro_batch"]))
 
 
 def train_step(model, batches, optimizer, lr, clip, single=False):
@@ -1347,8 +1331,9 @@ def save_state(path, state, params, optimizer, best):
 def load_state(path, params, optimizer):
     """(state, parameters of the best epoch) of save_state, all else put in its place; a new state
     if there is none."""
+    state = dict(step=0, log=0, rows=0, tokens=0, seconds=0.0, listens=0.0, val_loss=math.inf)
     if not os.path.exists(path):
-        return dict(step=0, rows=0, tokens=0, seconds=0, listens=0, val_loss=math.inf), {}
+        return state, {}
     try:
         with safe_open(path, "pt") as f:
             for name, p in params.items():
@@ -1357,7 +1342,8 @@ def load_state(path, params, optimizer):
                                       for key in ("step", "exp_avg", "exp_avg_sq")}
             best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
                     if f"best.{name}" in f.keys()}
-            return json.loads(f.metadata()["state"]), best
+            found = json.loads(f.metadata()["state"])
+            return {key: type(value)(found[key]) for key, value in state.items()}, best
     except Exception as e:  # safetensors has one error for all that can be wrong with a file
         raise BadInput(f"{path}: not the state of this run ({e}); --fresh starts over") from None
 
@@ -1367,69 +1353,63 @@ def saved_dtype(path):
     with suppress(Exception), safe_open(path, "pt") as f:  # load_state says what is wrong with it
         state = json.loads(f.metadata()["state"])
         print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
-        return {"bfloat16": "bfloat16"}.get(state["dtype"], "float32")
+        return "bfloat16" if state["dtype"] == "bfloat16" else "float32"
 
 
-def open_log(path, step):
-    """log.jsonl, open for more lines; of those that are there, the ones up to `step` stay."""
-    lines = []
-    if step and os.path.exists(path):
-        with open(path, encoding="utf-8", errors="replace") as f:
-            whole = (re.match(r'{"step": (\d+),.*}\n', line) for line in f)  # not half a line
-            lines = [m[0] for m in whole if m and int(m[1]) <= step]
-    write_file(path, "".join(lines).encode())
-    return open(path, "a", encoding="utf-8", buffering=1)
 
 
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
 
 
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
-    """dict(step, val_loss, seconds, rows, tokens); trains in place, the best epoch is kept. Goes
-    on from the state in `folder` if there is one. log.jsonl gets a line a step."""
+    """The state of a finished training (step, val_loss, seconds, rows, tokens, ...); trains in
+    place, the best epoch is kept. Goes on from the state in `folder` if there is one."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
-    steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
+    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
+        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
+    steps, micro = len(order), settings["micro_batch"]
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
     state["dtype"] = str(model.lm.dtype).removeprefix("torch.")
-    stream = step_batches(model, rows, settings, steps, state["step"], seed)
-    ahead = next(stream, None)
-    with (open_log(f"{folder}/log.jsonl", state["step"]) as log,
+    batches = None
+    with (open(f"{folder}/log.jsonl", "a", encoding="utf-8", buffering=1) as log,
           progress(None, "train", "steps", steps, state["step"]) as bar):
-        while ahead:
-            start, (step, epoch, last, part, batches) = time.perf_counter(), ahead
+        log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
+        for step, (epoch, part) in enumerate(order[state["step"]:], state["step"] + 1):
+            start, last = time.perf_counter(), step == steps or order[step][0] > epoch
+            batches = batches or micro_batches(model, part, micro)
             lr = learning_rate(step - 1, steps, settings["lr"], settings["warmup"])
             torch.manual_seed(1000003 * seed + 1009 * (step - 1))
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
-            ahead = next(stream, None)  # built while a GPU computes
-            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
+            tokens = sum(batch["tokens"] for batch in batches)
+            if step < steps:  # the next step's, built while a GPU computes
+                batches = micro_batches(model, order[step][1], micro)
+            loss = loss.item()
             line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
             print(json.dumps(line), file=log)
-            check_finite(loss, step, part)
+            texts = ", ".join(sorted({text_id(row.source.text) for row in part}))
+            check(math.isfinite(loss),
+                  f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
             now = dict(rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
             state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
             heard = f"listens {state['listens']:.2f}"  # of the last validation
             bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
             bar.update()
             if last:
-                found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
+                found = validate(model, val_rows, single, label_ids, micro)
                 print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
-                check_finite(found["val_loss"], step, val_rows[:1])
+                check(math.isfinite(found["val_loss"]),
+                      f"the validation loss is {found['val_loss']} after step {step}: lower --lr")
                 (bar.write if state["seconds"] > 2 else print)(
                     f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 if found["val_loss"] < state["val_loss"]:
                     best = {name: p.detach().clone() for name, p in params.items()}
                 state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
             if last or time.time() - saved > SAVE_EVERY:
+                state["log"] = log.tell()
                 save_state(f"{folder}/{STATE}", state, params, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
     return state
-
-
-def check_finite(loss, step, rows):
-    """BadInput if a loss is infinite or not a number."""
-    texts = ", ".join(sorted({text_id(row.source.text) for row in rows}))
-    check(math.isfinite(loss), f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1491,16 +1471,14 @@ def grow_answers(model, rows, ends, limit):
 
 def write_answers(model, rows, ends, limit):
     """Greedy decoding with an encoder-decoder: the answer of each row in ids."""
-    prompts = {}
-    for i, row in enumerate(rows):
-        prompts.setdefault((row.prompt, model.share or i), len(prompts))
-    ids, mask = (t.to(model.device) for t in padded([ids for ids, _ in prompts]))
+    batch = make_batch(model, rows, head="cls")
+    ids, mask = batch["inputs"]["input_ids"], batch["inputs"]["attention_mask"]
     memory = BaseModelOutput(last_hidden_state=model.encode(ids, mask))
     out = model.lm.generate(
         encoder_outputs=memory, attention_mask=mask, max_new_tokens=limit, do_sample=False,
         num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends))[:, 1:].tolist()
     out = [ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in out]
-    return [out[prompts[row.prompt, model.share or i]] for i, row in enumerate(rows)]
+    return [out[i] for i in batch["of"].tolist()]
 
 
 def written_answers(model, tokenizer, rows, limit, size=64):
@@ -1522,21 +1500,19 @@ def parse_answer(answer, labels, single=False):
     single choice the first counts. Finished thoughts are dropped; unfinished ones are no answer."""
     answer = re.split("</think>", answer, flags=re.I)[-1]
     answer = "" if "<think>" in answer.lower() else answer
-    found, unknown = [], 0
-    names = sorted(((words_of(label), i) for i, label in enumerate(labels)),
-                   key=lambda name: (-len(name[0]), -len(labels[name[1]])))
-    for name, i in names:
-        if not name and labels[i] in answer:  # a label of symbols alone
-            found.append(i)
-            answer = answer.replace(labels[i], " ")
-    words = words_of(answer)
-    while words:
-        name, i = next((n for n in names if n[0] and words[:len(n[0])] == n[0]), (words[:1], None))
-        found += [i] * (i is not None)
-        unknown += i is None and words[0] != NONE
-        words = words[len(name):]
+    found, said = [], {}  # said: the words of a label -> the label
+    for label in sorted(labels, key=len, reverse=True):
+        if words := words_of(label):
+            said[" ".join(words)] = label
+        elif label in answer:  # a label of symbols alone
+            found.append(label)
+            answer = answer.replace(label, " ")
+    names, words = "|".join(sorted(said, key=len, reverse=True)), " ".join(words_of(answer))
+    whole = rf"(?<!\S)(?:{names or '(?!)'})(?!\S)"  # words are letters and digits: none to escape
+    found += [said[name] for name in re.findall(whole, words)]
+    unknown = sum(word != NONE for word in re.sub(whole, "", words).split())
     found = found[:1] if single else found
-    return tuple(int(i in found) for i in range(len(labels))), unknown
+    return tuple(int(label in found) for label in labels), unknown
 
 
 def read_answers(answers, data):
@@ -1548,15 +1524,16 @@ def read_answers(answers, data):
 
 
 def predict(model, tokenizer, method, data, config, users, annotations):
-    """dict(predicted (R, L) and scores (R, L)), or what read_answers returns, of annotations."""
+    """dict(predicted (R, L), scores (R, L), texts_cut), or with what read_answers returns."""
     name_of = user_namer(model, tokenizer, config["ids"], users)
-    rows, _ = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
+    rows, counts = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
     size = 2 * config["micro_batch"]
     if model.head == "cls":
         scores = label_scores(model, rows, size)
-        return dict(predicted=chosen_labels(scores, data.single), scores=scores)
+        return dict(counts, predicted=chosen_labels(scores, data.single), scores=scores)
     limit = len(tokenize(tokenizer, answer_text(data.labels, [1] * len(data.labels)))) + 1
-    return read_answers(written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), size), data)
+    answers = written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), size)
+    return counts | read_answers(answers, data)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1699,28 +1676,40 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
 
 # --------------------------------------------------------------------------------------------------
 # 13. One experiment from end to end. A run lives in out/<data>/<model>/<method>/seed<S>/, a folder
-# that belongs to one configuration (run.json) and to one process at a time. A run that was stopped
-# is taken up by the same command, a finished one prints its summary again. Every file is the old
-# one or the new one (write_file), and metrics.json comes last.
+# that belongs to one configuration (run.json) and to one process at a time. The same command takes
+# up a stopped run, and prints the summary of a finished one again. metrics.json comes last.
 
-def read_json(path):
-    """The dict in a JSON file, None if there is no such file."""
+def fits(value, like):
+    """Is a value out of a file of the same form as `like`?"""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), x) for k, x in like.items())
+    if isinstance(like, list):
+        return isinstance(value, list) and all(fits(x, like[0]) for x in value)
+    return isinstance(value, (int, float) if type(like) in (int, float) else type(like))
+
+
+def read_json(path, like):
+    """The dict in a JSON file, None if there is no such file; BadInput unless it fits `like`."""
     try:
         with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
+            found = json.load(f)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError):
-        raise BadInput(f"{path}: damaged (no dict in JSON); --fresh starts the run over") from None
+    except (ValueError, RecursionError):
+        found = None
+    odd = [key for key, x in like.items() if not fits(found, {key: x})]
+    check(fits(found, like), f"{path}: damaged {odd[:3]}; --fresh starts the run over")
+    return found
 
 
 def read_metrics(folder):
     """The metrics of a finished run, None if it is not finished."""
-    m = read_json(f"{folder}/metrics.json")
-    needed = {"method", "model", "data", "seed", "labels", "rows", "f1_macro", "listens", "spread",
-              "single", "ordered", "none", "ids", "max_text", "no_share", "micro_batch"}
-    check(m is None or needed <= m.keys() and m["method"] in METHODS,
-          f"{folder}/metrics.json: not of a finished run; --fresh starts it over")
+    m = read_json(f"{folder}/metrics.json", RECIPES["ours"] | dict(
+        method="", model="", data="", seed=0, labels=[""], single=True, ordered=True, none=True,
+        max_text=0, no_share=True, rows=dict(train=0, val=0, test=0), f1_macro=0.0, spread=0.0,
+        per_label=[0.0], f1_macro_ci=[0.0], listens=dict(model=0.0, people=0.0),
+        f1_per_user=dict(users={})))
+    check(m is None or m["method"] in METHODS, f"{folder}/metrics.json: damaged (method)")
     return m
 
 
@@ -1738,12 +1727,11 @@ def run_folder(folder, config, fresh):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BadInput(f"{folder}: another process is at this run; wait for it, or give this "
-                           "one another folder with --out") from None
+            raise BadInput(f"{folder}: another process is at this run; wait, or --out") from None
         for name in os.listdir(folder) if fresh else ():
             if os.path.isfile(f"{folder}/{name}") and name not in ("lock", "answers.jsonl"):
                 os.remove(f"{folder}/{name}")  # not the answers: they were paid for
-        there = read_json(f"{folder}/run.json") or config
+        there = read_json(f"{folder}/run.json", {}) or config
         differ = [f"{key} {there.get(key)} there and {config.get(key)} here"
                   for key in there | config if there.get(key) != config.get(key)]
         check(not differ, f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
@@ -1788,8 +1776,7 @@ def check_length(name, config, longest):
     if getattr(config, "use_sliding_window", True):
         room = min(room, getattr(config, "sliding_window", None) or math.inf)
     check(config.is_encoder_decoder or longest <= room,  # a T5 knows distances, not places
-          f"--model {name} reads {room} tokens and the longest prompt with its answer may have "
-          f"{longest}: cut texts with --max-text")
+          f"--model {name} reads {room} tokens, a prompt and its answer need {longest}: --max-text")
 
 
 def describe(model, dense):
@@ -1809,12 +1796,12 @@ def describe(model, dense):
 
 
 def run_local(method, args, config, data, folder):
-    """(function: annotations -> what `predict` returns, facts for the metrics, (trained parameters,
-    users)) of a model that runs here, after training if the method does."""
+    """(function: annotations -> what `predict` returns, facts for the metrics) of a model that runs
+    here; if the method trains, it is trained and its adapter.safetensors written."""
     device, trained = find_device(), method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
     torch.manual_seed(args.seed)
-    dtype = args.dtype or saved_dtype(f"{folder}/{STATE}")
+    dtype = saved_dtype(f"{folder}/{STATE}") or args.dtype
     model, tokenizer = load_model(args.model, method.head, len(data.labels), device,
                                   dtype and getattr(torch, dtype), config, users)
     name_of, rows, cut = user_namer(model, tokenizer, config["ids"], users), {}, Counter()
@@ -1834,10 +1821,12 @@ def run_local(method, args, config, data, folder):
         done = train(model, rows["train"], rows["val"], data.single, config, folder,
                      (place, [x[place] for x in ids]), args.seed, args.max_steps)
         facts |= dict(train_seconds=round(done["seconds"], 2), steps=done["step"],
-                      rows_per_second=round(done["rows"] / done["seconds"], 2),
+                      rows_per_second=round(done["rows"] / max(done["seconds"], 1e-9), 2),
                       val_loss=done["val_loss"], tokens_computed=done["tokens"])
-    read = functools.partial(predict, model, tokenizer, method, data, config, users)
-    return read, facts, (model.trainable(), users)
+        tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
+        write_file(f"{folder}/adapter.safetensors",
+                   safetensors_bytes(tensors, {"users": json.dumps(users)}))
+    return functools.partial(predict, model, tokenizer, method, data, config, users), facts
 
 
 def run_chat(chat, method, args, data, folder):
@@ -1862,7 +1851,7 @@ def run_chat(chat, method, args, data, folder):
                        "and the same command asks for the others only")
     cut = sum(len(a.text) > 4 * args.max_text for a in data.test)
     result = read_answers([answers[row] for row in prompts], data)
-    return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut), None
+    return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut)
 
 
 def chat_model(args, method):
@@ -1927,8 +1916,8 @@ def run(args):
         if metrics:
             print(f"{folder} is finished; --fresh runs it again")
         else:
-            read, facts, adapter = (
-                (functools.partial(predict_rates, data, method.personalized), {}, None)
+            read, facts = (
+                (functools.partial(predict_rates, data, method.personalized), {})
                 if method.head == "rates" else
                 run_chat(chat, method, args, data, folder) if chat else
                 run_local(method, args, config, data, folder))
@@ -1939,20 +1928,11 @@ def run(args):
                 peak_memory_mb=peak_memory_mb(), python=platform.python_version(),
                 versions={m.__name__: m.__version__ for m in (torch, transformers, np)},
                 command=" ".join(sys.argv))
-            finish(folder, metrics, data, result, adapter)
+            write_predictions(f"{folder}/predictions.csv", data, data.test, result)
+            write_file(f"{folder}/metrics.json", metrics)
+            with suppress(FileNotFoundError):
+                os.remove(f"{folder}/{STATE}")
     print_summary(metrics, folder)
-
-
-def finish(folder, metrics, data, result, adapter):
-    """Writes a run's files, metrics.json last, and removes what only resuming needs."""
-    write_predictions(f"{folder}/predictions.csv", data, data.test, result)
-    if adapter and adapter[0]:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in adapter[0].items()}
-        write_file(f"{folder}/adapter.safetensors",
-                   safetensors_bytes(tensors, {"users": json.dumps(adapter[1])}))
-    write_file(f"{folder}/metrics.json", metrics)
-    with suppress(FileNotFoundError):
-        os.remove(f"{folder}/{STATE}")
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
@@ -2005,37 +1985,41 @@ def load_run(folder):
             tensors = {name: f.get_tensor(name) for name in f.keys()}
     except Exception as e:  # safetensors has one error for all that can be wrong with a file
         raise BadInput(f"{path}: not the adapter of a run ({type(e).__name__}: {e})") from None
+    check(isinstance(users, list) and all(isinstance(user, str) for user in users)
+          and all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
+          and m.get("dtype") in ("float32", "bfloat16"), f"{path}: damaged (users or numbers)")
     model, tokenizer = load_model(m["model"], METHODS[m["method"]].head, len(m["labels"]),
                                   find_device(), getattr(torch, m["dtype"]), m, users)
-    params = model.trainable()
-    check({n: p.shape for n, p in params.items()} == {n: t.shape for n, t in tensors.items()},
-          f"{path}: does not fit {m['model']}: other layers or sizes")
-    for name, p in params.items():
-        p.data.copy_(tensors[name])
+    shapes, there = ({n: t.shape for n, t in x.items()} for x in (model.trainable(), tensors))
+    check(shapes == there, f"{path}: does not fit {m['model']}: other layers or sizes")
+    model.load_state_dict(tensors, strict=False)
     keep_dense(model)
     return m, model, tokenizer, users
 
 
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
+    check(bool(args.csv) != bool((args.text or "").strip()),
+          "predict needs --text TEXT (with --users A,B) or --csv FILE")
     m, model, tokenizer, users = load_run(args.run)
     method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
-    check(args.csv or args.text, "predict needs --text TEXT (with --users A,B) or --csv FILE")
+    check(method.personalized or not args.users, f"{m['method']} knows no users: leave --users out")
+    asked = [Annotation(args.text, user_id(user), nothing) for user in (
+        args.users or users[:5] if method.personalized else ["(anybody)"])]
     if args.csv:
-        rows = [row for _, row in csv_rows(args.csv)]
-        for column in ["text"] + ["user"] * method.personalized:
-            check(column in rows[0],
-                  f"{args.csv}: no column {column!r}; there are: {', '.join(rows[0])}")
-        asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for row in rows]
-    else:
-        asked = [Annotation(args.text, user_id(user), nothing) for user in (
-            args.users or users[:5] if method.personalized else ["(anybody)"])]
+        rows = csv_rows(args.csv, ["text"] + ["user"] * method.personalized)
+        for number, row in rows:
+            check(row["text"].strip(), f"{args.csv}: row {number}: the text is empty")
+        asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for _, row in rows]
     unknown = sorted({a.user for a in asked} - set(users)) if method.personalized else []
     if unknown:
-        print(f"unknown to training: {', '.join(unknown[:20])}"
+        print(f"unknown to training: {', '.join(map(repr, unknown[:20]))}"
+              f"{f' and {len(unknown) - 20} more' * (len(unknown) > 20)}"
               f"{' (read with the mean of all user tokens)' * (m['ids'] == 'token')}")
     data = Dataset(m["data"], m["labels"], m["single"], m["ordered"], m["none"], [], [], [], {}, "")
     result = predict(model, tokenizer, method, data, m, users, asked)
+    if result["texts_cut"]:
+        print(f"{result['texts_cut']} texts are cut to {m['max_text']} tokens")
     if args.csv:
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
@@ -2081,7 +2065,8 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--labels", dict(type=NAMES, metavar="A,B,C", help="0/1 columns of labels (all there are)")),
     ("--label-col", dict(metavar="COL", help="one column that names the single choice")),
     ("--skip-missing", dict(action="store_true", help="leave rows with a missing cell out")),
-    ("--seed", dict(type=number(int, 0), default=42, metavar="S", help="of what is random (42)")),
+    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, metavar="S",
+                    help="of what is random (42)")),
     ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
     ("--fresh", dict(action="store_true", help="start a run over that is there already")),
     ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),
@@ -2090,7 +2075,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--epochs", dict(type=COUNT, metavar="N", help="passes over the training rows")),
     ("--tune", dict(choices=["lora", "full"], help="train LoRA, or every weight (lower --lr)")),
     ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
-    ("--r", dict(type=COUNT, metavar="N", help="rank of LoRA")),
+    ("--r", dict(type=number(int, 1, 4096), metavar="N", help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), metavar="X", help="dropout of LoRA")),
     ("--batch", dict(type=COUNT, metavar="N", help="annotations a step")),
     ("--micro-batch", dict(type=COUNT, metavar="N", help="compute N at once: less memory")),
@@ -2125,35 +2110,34 @@ def make_parser():
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    args = None
     try:
-        args = make_parser().parse_args(argv)
+        args = make_parser().parse_args([  # bytes that are no UTF-8 become question marks
+            x.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+            for x in (sys.argv[1:] if argv is None else argv)])
         check(args.run or args.command != "predict", "predict needs the folder of a run")
         check(not args.run or args.command == "predict",
               f"what is {args.run!r}? Only predict takes a folder")
         check(os.environ.get("WORLD_SIZE", "1") == "1", "a run is one process; several GPUs take a "
               "run each, as in CUDA_VISIBLE_DEVICES=1 python plm.py ...")
         (predict_run if args.command == "predict" else run)(args)
+        return 0
     except BadInput as e:
-        print(f"plm.py: {e}", file=sys.stderr)
-        return 2
+        why, status = e, 2
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) \
-                and "allocate memory" not in str(e):
+        if not (isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e))):
             raise
-        print("plm.py: out of memory: --micro-batch 1 computes one row at a time, --max-text 128 "
-              "cuts long texts, --no-dense keeps 4 bits a weight", file=sys.stderr)
-        return 2
+        why, status = ("out of memory: --micro-batch 1 computes one row at a time, --max-text 128 "
+                       "cuts long texts, --no-dense keeps 4 bits a weight"), 2
     except OSError as e:
-        print(f"plm.py: {e.filename or 'output'}: {e.strerror or e} (what was written is kept: the "
-              "same command goes on)", file=sys.stderr)
-        return 2
+        why, status = f"{e.filename or args.out}: {e.strerror or e}", 2
     except KeyboardInterrupt:
-        print("\nplm.py: stopped; the same command goes on where it was saved", file=sys.stderr)
-        return 130
-    return 0
+        why, status = "stopped; a run goes on by the same command", 130
+    line = "".join(c if c.isprintable() else " " for c in f"plm.py: {why}")
+    print(line[:2000], file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

@@ -810,7 +810,8 @@ def content(folder, name):
     (["cls_q"], "invalid choice: 'cls_q'"), (["cls", "--modle", "tiny"], "--model --data"),
     (["cls", "--data", "nosuch"], "sample, goemotions"), (["predict"], "needs the folder of a run"),
     (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"), (["cls", "x"], "what is 'x'?"),
-    (["cls", "--model", "./nosuch"], "no such model"), (["predict", "nosuch"], "no finished run"),
+    (["cls", "--model", "./nosuch"], "no such model"),
+    (["predict", "nosuch", "--text", "x"], "no finished run"),
     (["cls", "--model", HERE], "config.json"), (["cls", "--dropout", "2"], "from 0 to 0.9"),
     (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
     (["q_0s", "--model", "openai:"], "needs a name"), (["cls", "--label-col", "text"], "a choice"),
@@ -942,13 +943,14 @@ def test_predict_gives_the_runs_own_scores_to_the_bit(
     assert go("predict", folder, "--csv", path) == 0
     for key in seen[0]:
         assert np.array_equal(seen[0][key], seen[1][key])
-    assert go("predict", folder, "--text", test[0].text, "--users", f"{test[0].user},nobody") == 0
+    users = ["--users", f"{test[0].user},nobody"] * ("_p" in method)
+    assert go("predict", folder, "--text", test[0].text, *users) == 0
     if method == "cls_p":
         out = capsys.readouterr().out
         shown = out.split(f"\n{test[0].user} ")[1].split("\n")[0].split()
         expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
         assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
-        assert "unknown to training: nobody" in out
+        assert "unknown to training: 'nobody'" in out
         write_csv(path, [("a", "b")], "txt user")
         assert "no column 'text'" in refused(capsys, "predict", folder, "--csv", path)
         data_script("export").export(str(folder))  # what PEFT has no place for stands beside
@@ -976,6 +978,9 @@ def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, n
         out = their_logits(theirs, row, len(ours), answer="lm" in method)
         assert torch.allclose(out, ours, atol=1e-4 * ours.abs().max().item())
 
+CONFIG = plm.RECIPES["ours"] | dict(  # what the metrics of a run say beside its scores
+    single=False, ordered=False, none=False, max_text=9, no_share=False)
+
 def fake_run(out, method, right, seed=42, odd=""):
     """The files that the table reads, of a run that is right on the first `right` of 40 texts."""
     texts = [f"text {i}" for i in range(40 - len(odd))] + [*odd]
@@ -986,9 +991,9 @@ def fake_run(out, method, right, seed=42, odd=""):
     rows = [plm.Annotation(text, "u", tuple(y)) for text, y in zip(texts, gold.tolist())]
     result = dict(predicted=predicted, scores=np.zeros(gold.shape))
     plm.write_predictions(f"{folder}/predictions.csv", dataset(), rows, result)
-    plm.write_file(f"{folder}/metrics.json", dict(
-        plm.score(dataset(), rows, result), data="d", method=method, model="m", seed=seed,
-        labels=MOODS, rows=dict(test=40)))
+    plm.write_file(f"{folder}/metrics.json", CONFIG | plm.score(dataset(), rows, result) | dict(
+        data="d", method=method, model="m", seed=seed, labels=MOODS,
+        rows=dict(train=1, val=1, test=40)))
     return folder
 
 def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_path, capsys):
@@ -1008,6 +1013,43 @@ def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_
     assert "+5 %" in line["q_0s_p"] and "*" not in line["q_0s_p"]  # one row in 40 is chance
     assert "0.750" in line["q_1s_p"] and a.err.count("is left out") >= 3
     assert "0.625 +-0.177 of 2" in b.out and "+67 %*" in b.out  # the mean of +100 and +33
+
+@pytest.mark.parametrize("file, damage, says", [
+    ("metrics.json", lambda b: b.replace(b'"micro_batch": 32', b'"micro_batch": "x"'), "micro_b"),
+    ("metrics.json", lambda b: b.replace(b'"model": "tiny"', b'"model": [1]'), "damaged ['model']"),
+    ("metrics.json", lambda b: b'{"a": ' + b"[" * 100_000, "damaged"),
+    ("metrics.json", lambda b: b.replace(b'"quant"', b'"qvant"'), "damaged ['quant']"),
+    ("adapter.safetensors", lambda b: b[:-4000] + b"\xff" * 4000, "damaged (users or numbers)"),
+    ("adapter.safetensors", lambda b: b.replace(b'[\\"u0\\"', b'[{    }', 1), "damaged (users"),
+    ("adapter.safetensors", lambda b: b[:5000], "not the adapter of a run")])
+def test_a_damaged_run_is_named_in_one_line(tmp_path, capsys, small_csv, file, damage, says):
+    assert go("cls_p", "--data", small_csv, "--max-steps", 1, "--out", tmp_path) == 0
+    folder = tmp_path / "small" / "tiny" / "cls_p" / "seed42"
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(damage(whole))
+    assert damage(whole) != whole
+    assert says in refused(capsys, "predict", folder, "--text", "x", "--users", "u0")
+
+@pytest.mark.parametrize("damage, says", [
+    (dict(step="x"), "not the state"), (dict(val_loss=None), "not the state"),
+    (dict(seconds=[]), "not the state"), (None, "'rows'")])
+def test_a_damaged_state_is_named_in_one_line(tmp_path, damage, says):
+    state = dict(step=1, log=0, rows=1, tokens=1, seconds=1.0, listens=0.1, val_loss=1.0)
+    state = state | damage if damage else {key: x for key, x in state.items() if key != "rows"}
+    plm.save_state(str(tmp_path / "s"), state, {}, None, {})
+    with pytest.raises(plm.BadInput, match=says):
+        plm.load_state(str(tmp_path / "s"), {}, None)
+
+def test_predict_says_what_it_does_not_do(tmp_path, capsys, small_csv):
+    assert go("cls", "--data", small_csv, "--max-steps", 1, "--max-text", 3, "--out", tmp_path) == 0
+    folder = tmp_path / "small" / "tiny" / "cls" / "seed42"
+    path = write_csv(tmp_path / "new.csv", [("one",), (" ",)], "text")
+    for says, flags in {"needs --text": [], "row 2: the text is empty": ["--csv", path],
+                        "leave --users out": ["--text", "x", "--users", "a"],
+                        "predict needs": ["--text", "x", "--csv", path]}.items():
+        assert says in refused(capsys, "predict", folder, *flags)
+    assert go("predict", folder, "--text", "one two three four five six \udcff") == 0
+    assert "1 texts are cut to 3 tokens" in capsys.readouterr().out
 
 # --------------------------------------------------------------------------- Makefile and README
 
@@ -1558,7 +1600,8 @@ def report_run(out, method, users=NASTY, data="<b>&'", text="text {}"):
     result = dict(predicted=ticks, scores=ticks - 0.5)
     data = plm.Dataset(data, NASTY, False, False, False, rows, rows, rows, {}, "")
     m = dict(method=method, model="m<i>", data=data.name, split=None, seed=42, labels=NASTY)
-    m |= plm.score(data, rows, result) | dict(data_sha="", rows=dict(test=len(rows)))
+    m |= CONFIG | plm.score(data, rows, result)
+    m |= dict(data_sha="", rows=dict(train=len(rows), val=len(rows), test=len(rows)))
     m |= dict(f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
     os.makedirs(folder)
     plm.write_predictions(f"{folder}/predictions.csv", data, rows, result)
@@ -1569,8 +1612,8 @@ def report_run(out, method, users=NASTY, data="<b>&'", text="text {}"):
 def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path, monkeypatch):
     text = "<img src=x> said"  # of a row of the sample, as far as the report knows
     real, there = plm.csv_rows, [(1, dict(text=text))]
-    monkeypatch.setattr(plm, "csv_rows", lambda path: there * os.path.exists(path)
-                        if path.endswith("annotations.csv") else real(path))
+    monkeypatch.setattr(plm, "csv_rows", lambda path, *x: there * os.path.exists(path)
+                        if path.endswith("annotations.csv") else real(path, *x))
     a, b = (report_run(tmp_path, x, NASTY, "sample", text) for x in ("cls", "cls_p"))
     c, tags, words = report_run(tmp_path, "lm"), [], []
     assert report.main(["--out", str(tmp_path)]) == 0
@@ -1724,7 +1767,8 @@ def tried_on(device, folder, head):
         result = plm.train_step(model, batches, optimizer, 0.01, 1.0)
         assert not losses or not WAITS, f"a step waits: {dict(WAITS)}"  # the first makes constants
         losses.append(result.item())
-        plm.save_state(f"{folder}/state", {}, params, optimizer, {})
+        state = dict(step=1, log=0, rows=1, tokens=1, seconds=1, listens=0, val_loss=1)
+        plm.save_state(f"{folder}/state", state, params, optimizer, {})
     losses.append(plm.validate(model, rows, False, (0, [5, 6, 7]))["val_loss"])
     return losses, plm.label_scores(model, rows) if head == "cls" else np.ones(1), answers
 
@@ -1919,4 +1963,4 @@ def test_bench(method, name, ours, theirs):
            f"{plm.device_name(plm.find_device()).split(', ')[0]}: {method}{ours or ''}, {name}")
     print(f"\n{key}: {says}; {same:.0%} the same", flush=True)
     os.makedirs(args.out, exist_ok=True)
-    plm.write_file(path := f"{args.out}/bench.json", (plm.read_json(path) or {}) | {key: lines})
+    plm.write_file(path := f"{args.out}/bench.json", (plm.read_json(path, {}) or {}) | {key: lines})

@@ -2,8 +2,8 @@
 
     python data/export.py RUN          (make export RUN=out/sample/tiny/cls_p/seed42)
 
-What PEFT has no place for goes into beside.safetensors: user tokens, some rows each, and the head of
-an encoder-decoder; users and labels stand in its metadata, in order.
+What PEFT has no place for goes into beside.safetensors: user tokens, and the head of an
+encoder-decoder; users and labels stand in its metadata, in order.
 """
 import json
 import os

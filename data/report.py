@@ -143,7 +143,8 @@ def curve_charts(model, runs):
     charts, logs, seeds = [], {}, "/".join(sorted({str(m["seed"]) for _, m in runs}))
     for folder, m in runs:
         with suppress(OSError, ValueError), open(f"{folder}/log.jsonl", encoding="utf-8") as f:
-            logs[m["method"]] = [e for e in map(json.loads, f) if "val_loss" in e]
+            logs[m["method"]] = [e for e in map(json.loads, f) if plm.fits(
+                e, dict(epoch=0, val_loss=0.0, listens=0.0))]
     for key, what in {"val_loss": "validation loss", "listens": "listens (variance between "
                       "readers)"}.items() if any(logs.values()) else ():
         dots = [(e["epoch"], e[key], plm.METHODS[method].personalized,
@@ -204,7 +205,11 @@ def readers(cells):
     (without one: the best) reads them for each."""
     folder, m = max((run for runs in cells.values() for run in runs.values()), key=lambda run: (
         run[1]["method"].endswith("_p"), run[1]["f1_macro"]))
-    (gold, predicted, rows), of = read_predictions(folder, m["labels"]), defaultdict(list)
+    try:
+        (gold, predicted, rows), of = read_predictions(folder, m["labels"]), defaultdict(list)
+    except plm.BadInput as e:
+        print(f"report.py: no texts are shown ({e})", file=sys.stderr)
+        return ""
     for i, (name, _) in enumerate(rows):
         of[name].append(i)
     apart = {name: gold[i].var(0).sum() for name, i in of.items() if gold[i].var(0).any()}
@@ -298,8 +303,8 @@ def main(argv=None):
         for path, content in files.items():
             plm.write_file(path, content.encode())
             print(path)
-    except (plm.BadInput, OSError) as e:
-        print(f"report.py: {e}", file=sys.stderr)
+    except (plm.BadInput, OSError, KeyError, TypeError, ValueError) as e:
+        print(f"report.py: {type(e).__name__}: {e}", file=sys.stderr)
         return 2
     return 0
 

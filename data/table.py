@@ -22,18 +22,14 @@ import plm  # noqa: E402
 def finished_runs(out):
     """Yields (folder, metrics) of every finished run; what cannot be read is named on stderr."""
     pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
-    for path in sorted(glob.glob(pattern)):
+    for folder in map(os.path.dirname, sorted(glob.glob(pattern))):
         try:
-            m = plm.read_json(path)
+            m = plm.read_metrics(folder)
             low, high = m["f1_macro_ci"]
-            if {type(m[key]) for key in ("data", "method", "model")} == {str} \
-                    and low <= high and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"]:
-                yield os.path.dirname(path), m
-                continue
-            why = "not the metrics of a run"
-        except (OSError, plm.BadInput, KeyError, TypeError, ValueError) as e:
-            why = f"{type(e).__name__}: {e}"
-        print(f"table.py: {path} is left out ({why})", file=sys.stderr)
+            plm.check(low <= high and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"], "no F1")
+            yield folder, m
+        except (OSError, plm.BadInput, ValueError) as e:
+            print(f"table.py: {folder} is left out ({e})", file=sys.stderr)
 
 
 def read_predictions(folder, labels):
@@ -42,7 +38,8 @@ def read_predictions(folder, labels):
         names = [cell] if cell in labels else cell.split(", ")
         return [int(label in names) for label in labels]
 
-    rows = [row for _, row in plm.csv_rows(f"{folder}/predictions.csv")]
+    needed = "text_id", "user", "gold", "predicted"
+    rows = [row for _, row in plm.csv_rows(f"{folder}/predictions.csv", needed)]
     gold, predicted = (np.array([ticks(r[key]) for r in rows]) for key in ("gold", "predicted"))
     return gold, predicted, [(r["text_id"], r["user"]) for r in rows]
 
@@ -54,8 +51,8 @@ def gain(plain, personal):
     try:
         gold, first, rows = read_predictions(a, m["labels"])
         gold_too, second, rows_too = read_predictions(b, n["labels"])
-    except (plm.BadInput, KeyError) as e:
-        print(f"table.py: no gain of {b} over {a} ({type(e).__name__}: {e})", file=sys.stderr)
+    except plm.BadInput as e:
+        print(f"table.py: no gain of {b} over {a} ({e})", file=sys.stderr)
         return None
     if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any():
         return None
