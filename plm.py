@@ -129,7 +129,7 @@ RECIPES = {
         tune="lora", quant=True,      # "full" trains every weight; False leaves them unquantized
         r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
         lr=4e-4, head_lr=1,           # learning rate; of the classification head: times lr
-        user_lr=10, user_tokens=4,    # of the user tokens: times lr; how many a user has
+        user_lr=10,                   # of the user tokens: times lr
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
@@ -400,14 +400,14 @@ def print_data(data):
 # 3. Prompts. Three parts: the instruction with the list of labels, the text, the user. The paper
 # puts the user before the text; here the user comes last, so that section 6 computes what prompts
 # have in common once. `ids` says how the prompt names a user: "number", as the paper, by the CSV's
-# own ID; "word" by an everyday word, drawn at random; "token" by a few tokens of the user's own,
-# which start out as such words and whose embeddings are trained [7]. An LM-P prompt as it is read:
+# own ID; "word" by an everyday word, drawn by a hash of the ID; "token" by a token of the user's own,
+# which starts out as that word and whose embedding is trained [7]. An LM-P prompt as it is read:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
 #     ### Labels: funny, hostile, sad
 #     ### Text: well done, genius
-#     ### User ID: 17                   (or the user's tokens: see user_namer and embed)
+#     ### User ID: 17                   (or the user's token: see user_namer and embed)
 #     ### Response:                     and the LM goes on: " funny, hostile"
 
 INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
@@ -506,13 +506,21 @@ def frame(tokenizer, chat):
     return tuple(framed[:start]), tuple(framed[start + len(alone):])
 
 
-def user_words(tokenizer, n):
-    """(n) ids of everyday words, the same in every call; distinct while words last."""
+def user_words(tokenizer, users):
+    """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
+    def is_word(token):
+        return token and token[0] in "\u0120\u2581" and re.fullmatch("[a-z]{4,9}", token[1:])
+
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [i for i, token in enumerate(tokens)
-             if re.fullmatch("[\u0120\u2581][a-z]{4,9}", token or "")] or list(range(len(tokens)))
-    random.Random(0).shuffle(words)
-    return [words[i % len(words)] for i in range(n)]
+    words = [i for i, token in enumerate(tokens) if is_word(token)] or list(range(len(tokens)))
+    found, taken = {}, set()
+    for user in users:
+        place = int(hashlib.sha256(user.encode()).hexdigest()[:8], 16) % len(words)
+        while len(taken) < len(words) and place in taken:
+            place = (place + 1) % len(words)
+        taken.add(place)
+        found[user] = words[place]
+    return found
 
 
 class Row(NamedTuple):
@@ -811,8 +819,8 @@ AttentionInterface.register("tree", tree_attention)
 # 7. The model and its two heads. The backbone is transformers' own module with its linear layers
 # turned into NF4Linear; its own dropout stays off. Heads are neither quantized nor given LoRA: the
 # classification head (L, D) is trained whole, the language model's (V, D) stays as it is. In an
-# encoder-decoder the classification head reads the decoder's state at its start token. Users with k
-# tokens of their own have the ids V, V + 1, ... and k rows each of one more matrix (U, k, D).
+# encoder-decoder the classification head reads the decoder's state at its start token. Users with a
+# token of their own have the ids V, V + 1, ... and a row each of one more trained matrix (U, D).
 
 def load_pretrained(name):
     """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
@@ -858,8 +866,8 @@ def quantize(lm, device, dtype, quant=True):
 
 
 class PersonalizedLM(nn.Module):
-    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and tokens
-    for each user if `user_rows` (U, k, D), their first embeddings, are given."""
+    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and a token
+    for each user if `user_rows` (U, D), their first embeddings, are given."""
 
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
@@ -883,14 +891,13 @@ class PersonalizedLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def embed(self, input_ids):
-        """(.., D) the embeddings of tokens, those from V on of users. The last k ids of all stand
-        for a user that training did not know: the mean of the others."""
+        """(.., D) the embeddings of tokens, those from V on of users. The last id of all, V + U,
+        stands for a user that training did not know: the mean of the others."""
         words = self.lm.get_input_embeddings()
         if self.user_embedding is None:
             return words(input_ids)
         V = words.weight.shape[0]
-        rows = self.user_embedding
-        rows = torch.cat([rows, rows.mean(0, keepdim=True)]).flatten(0, 1)
+        rows = torch.cat([self.user_embedding, self.user_embedding.mean(0, keepdim=True)])
         rows = F.embedding((input_ids - V).clamp(min=0), rows).to(words.weight.dtype)
         return torch.where((input_ids < V)[..., None], words(input_ids.clamp(max=V - 1)), rows)
 
@@ -982,12 +989,12 @@ def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
     if ids == "number" or ids == "token" and model.user_embedding is None:
         return None
-    names = [(word,) for word in user_words(tokenizer, len(users) + 1)]  # the last: a stranger
-    if ids == "token":
-        V, (U, k, _) = model.lm.get_input_embeddings().weight.shape[0], model.user_embedding.shape
-        names = [tuple(range(V + u * k, V + (u + 1) * k)) for u in range(U + 1)]
-    known = dict(zip(users, names))
-    return lambda user: known.get(user, names[-1])
+    if ids == "word":
+        known = user_words(tokenizer, users)
+        return lambda user: (known.get(user) or user_words(tokenizer, [user])[user],)
+    V = model.lm.get_input_embeddings().weight.shape[0]
+    known = {user: V + i for i, user in enumerate(users)}
+    return lambda user: (known.get(user, V + len(users)),)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1061,10 +1068,19 @@ def make_batch(model, rows, head=None):
 
 def in_batches(rows, size, rng=None):
     """The rows in lists of `size`, all of a text side by side, texts of a length together. With
-    `rng` in random order: lengths are only about the same, and the batches are shuffled."""
-    key = {text: (len(text) * (rng.uniform(0.8, 1.2) if rng else 1), place)
-           for place, text in enumerate(dict.fromkeys(row.text for row in rows))}
-    flat = sorted(rows, key=lambda row: key[row.text])
+    `rng` in random order: texts sorted by length in windows of 16 batches, batches shuffled."""
+    by_text = defaultdict(list)
+    for row in rows:
+        by_text[row.text].append(row)
+    texts = list(by_text)
+    if rng:
+        rng.shuffle(texts)
+    windows, count = defaultdict(list), 0
+    for text in texts:
+        windows[count // (16 * size) if rng else 0].append(text)
+        count += len(by_text[text])
+    flat = [row for window in windows.values() for text in sorted(window, key=len)
+            for row in by_text[text]]
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     if rng:
         rng.shuffle(batches)
@@ -1101,7 +1117,7 @@ def check_forward(model):
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer): in NF4, with LoRA unless it is only asked or trained whole; with
-    tokens for each of the `users` if the settings' ids say so."""
+    a token for each of the `users` if the settings' ids say so."""
     lm, tokenizer = load_pretrained(name)
     full, user_rows = settings["tune"] == "full" and head != "ask", None
     if full:  # for comparison: every weight but the LM's head is trained, in float32
@@ -1114,9 +1130,8 @@ def load_model(name, head, n_labels, device, dtype, settings, users=()):
         check(add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]),
               f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
     if head != "ask" and settings["ids"] == "token" and users:
-        words = user_words(tokenizer, len(users) * settings["user_tokens"])
-        user_rows = lm.get_input_embeddings().weight.detach()[words].view(
-            len(users), settings["user_tokens"], -1)
+        words = list(user_words(tokenizer, users).values())
+        user_rows = lm.get_input_embeddings().weight.detach()[words]
     model = PersonalizedLM(lm, head, n_labels, user_rows)
     model.share = not settings.get("no_share")
     check_forward(model)
@@ -1271,7 +1286,7 @@ def make_optimizer(model, settings):
     for name, p in model.trainable().items():
         groups.setdefault(times.get(name.partition(".")[0], 1), []).append(p)
     return torch.optim.AdamW([dict(params=params, times=times) for times, params in groups.items()],
-                             weight_decay=0.0, fused=True)
+                             weight_decay=0.0, fused=model.device.type == "cuda")
 
 
 def micro_batches(model, rows, size):
