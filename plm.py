@@ -400,8 +400,8 @@ def print_data(data):
 # 3. Prompts. Three parts: the instruction with the list of labels, the text, the user. The paper
 # puts the user before the text; here the user comes last, so that section 6 computes what prompts
 # have in common once. `ids` says how the prompt names a user: "number", as the paper, by the CSV's
-# own ID; "word" by an everyday word, drawn by a hash of the ID; "token" by a token of the user's own,
-# which starts out as that word and whose embedding is trained [7]. An LM-P prompt as it is read:
+# own ID; "word" by an everyday word, drawn by a hash of the ID; "token" by a token of the user's
+# own, which starts out as that word and whose embedding is trained [7]. A prompt of LM-P:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -1296,6 +1296,15 @@ def micro_batches(model, rows, size):
 
 
 
+def step_batches(model, rows, settings, seed, first, max_steps):
+    """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
+    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
+        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
+    for step, (epoch, part) in enumerate(order[first:], first + 1):
+        last = step == len(order) or order[step][0] > epoch
+        yield step, epoch, last, part, micro_batches(model, part, settings["micro_batch"])
+
+
 def train_step(model, batches, optimizer, lr, clip, single=False):
     """() the loss of one optimizer step: the mean over the targets of all its batches."""
     model.train(True)
@@ -1376,52 +1385,49 @@ def saved_dtype(path):
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
 
 
+def check_loss(loss, step, rows):
+    """BadInput if a loss is infinite or not a number."""
+    texts = ", ".join(sorted({text_id(row.source.text) for row in rows})) or "of validation"
+    check(math.isfinite(loss), f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
+
+
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
     """The state of a finished training (step, val_loss, seconds, rows, tokens, ...); trains in
     place, the best epoch is kept. Goes on from the state in `folder` if there is one."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
-    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
-        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
-    steps, micro = len(order), settings["micro_batch"]
+    steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
-    state["dtype"] = str(model.lm.dtype).removeprefix("torch.")
-    batches = None
+    stream = step_batches(model, rows, settings, seed, state["step"], max_steps)
+    ahead = next(stream, None)
     with (open(f"{folder}/log.jsonl", "a", encoding="utf-8", buffering=1) as log,
           progress(None, "train", "steps", steps, state["step"]) as bar):
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step, (epoch, part) in enumerate(order[state["step"]:], state["step"] + 1):
-            start, last = time.perf_counter(), step == steps or order[step][0] > epoch
-            batches = batches or micro_batches(model, part, micro)
+        while ahead:
+            start, (step, epoch, last, part, batches) = time.perf_counter(), ahead
             lr = learning_rate(step - 1, steps, settings["lr"], settings["warmup"])
             torch.manual_seed(1000003 * seed + 1009 * (step - 1))
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
-            tokens = sum(batch["tokens"] for batch in batches)
-            if step < steps:  # the next step's, built while a GPU computes
-                batches = micro_batches(model, order[step][1], micro)
-            loss = loss.item()
-            line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
-            print(json.dumps(line), file=log)
-            texts = ", ".join(sorted({text_id(row.source.text) for row in part}))
-            check(math.isfinite(loss),
-                  f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
+            ahead = next(stream, None)  # built while a GPU computes
+            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
+            print(json.dumps(dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)), file=log)
+            check_loss(loss, step, part)
             now = dict(rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
             state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
             heard = f"listens {state['listens']:.2f}"  # of the last validation
             bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
             bar.update()
             if last:
-                found = validate(model, val_rows, single, label_ids, micro)
+                found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
                 print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
-                check(math.isfinite(found["val_loss"]),
-                      f"the validation loss is {found['val_loss']} after step {step}: lower --lr")
+                check_loss(found["val_loss"], step, ())
                 (bar.write if state["seconds"] > 2 else print)(
                     f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
                 if found["val_loss"] < state["val_loss"]:
                     best = {name: p.detach().clone() for name, p in params.items()}
                 state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
             if last or time.time() - saved > SAVE_EVERY:
-                state["log"] = log.tell()
-                save_state(f"{folder}/{STATE}", state, params, optimizer, best)
+                save_state(f"{folder}/{STATE}", state | dict(log=log.tell(), dtype=str(
+                    model.lm.dtype).removeprefix("torch.")), params, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
     return state
@@ -1943,11 +1949,16 @@ def run(args):
                 peak_memory_mb=peak_memory_mb(), python=platform.python_version(),
                 versions={m.__name__: m.__version__ for m in (torch, transformers, np)},
                 command=" ".join(sys.argv))
-            write_predictions(f"{folder}/predictions.csv", data, data.test, result)
-            write_file(f"{folder}/metrics.json", metrics)
-            with suppress(FileNotFoundError):
-                os.remove(f"{folder}/{STATE}")
+            finish(folder, metrics, data, result)
     print_summary(metrics, folder)
+
+
+def finish(folder, metrics, data, result):
+    """Writes a run's last files, metrics.json behind all, and removes what only resuming needs."""
+    write_predictions(f"{folder}/predictions.csv", data, data.test, result)
+    write_file(f"{folder}/metrics.json", metrics)
+    with suppress(FileNotFoundError):
+        os.remove(f"{folder}/{STATE}")
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
