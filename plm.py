@@ -1392,8 +1392,7 @@ def check_loss(loss, step, rows):
 
 
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
-    """The state of a finished training (step, val_loss, seconds, rows, tokens, ...); trains in
-    place, the best epoch is kept. Goes on from the state in `folder` if there is one."""
+    """The state at the end of training, which the one in `folder` begins; best epoch kept."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
@@ -1409,7 +1408,8 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
             loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
-            print(json.dumps(dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)), file=log)
+            line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
+            print(json.dumps(line), file=log)
             check_loss(loss, step, part)
             now = dict(rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
             state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
