@@ -996,7 +996,8 @@ def fake_run(out, method, right, seed=42, odd=""):
     return folder
 
 def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_path, capsys):
-    for method, right in dict(cls=20, cls_p=40, lm=20, lm_p=40, q_0s=20, q_0s_p=21, q_1s=9).items():
+    for method, right in dict(cls=20, cls_p=40, lm=20, lm_p=40, q_0s=20, q_0s_p=21, q_1s=9,
+                              q_2s=0, q_2s_p=9).items():
         fake_run(tmp_path / "a", method, right, odd="xy" * (method == "lm_p"))
     for seed, text in enumerate(["{", "[]", '{"data": "d"}', "text_id,us"], 39):
         file = "predictions.csv" if seed == 42 else "metrics.json"
@@ -1010,6 +1011,7 @@ def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_
     assert "0.500" in line["cls"] and "1.000 [1.000 1.000] +100 %*" in line["cls_p"]
     assert "1.000" in line["lm_p"] and "%" not in line["lm_p"]
     assert "+5 %" in line["q_0s_p"] and "*" not in line["q_0s_p"]  # one row in 40 is chance
+    assert "%" not in line["q_2s_p"]  # of nothing there is no per cent
     assert "0.750" in line["q_1s_p"] and a.err.count("is left out") >= 3
     assert "0.625 +-0.177 of 2" in b.out and "+67 %*" in b.out  # the mean of +100 and +33
 

@@ -46,7 +46,7 @@ def read_predictions(folder, labels):
 
 def gain(plain, personal):
     """(gain in per cent of a personalized run over its plain twin, does the paired interval exclude
-    0?) of two (folder, metrics); None if they were not scored on the same rows."""
+    0?) of two (folder, metrics); None if they were not scored on the same rows, or plain is 0."""
     (a, m), (b, n) = plain, personal
     try:
         gold, first, rows = read_predictions(a, m["labels"])
@@ -54,12 +54,13 @@ def gain(plain, personal):
     except plm.BadInput as e:
         print(f"table.py: no gain of {b} over {a} ({e})", file=sys.stderr)
         return None
-    if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any():
+    if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any() \
+            or not m["f1_macro"]:  # of nothing there is no per cent
         return None
     texts = [text for text, _ in rows]
     draws = plm.bootstrap_f1(gold, second, texts) - plm.bootstrap_f1(gold, first, texts)
     low, high = np.percentile(draws, [2.5, 97.5])
-    return 100 * (n["f1_macro"] / max(m["f1_macro"], 1e-9) - 1), not low <= 0 <= high
+    return 100 * (n["f1_macro"] / m["f1_macro"] - 1), not low <= 0 <= high
 
 
 def table_cell(runs, twins):
