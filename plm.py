@@ -706,6 +706,7 @@ class LoRALinear(nn.Module):
     def forward(self, x):
         dropped, scaling = x, self.scaling
         if self.training and self.dropout:
+            # From a random place, a multiple of 16 for the vector units.
             start = 16 * int(torch.randint((len(self.masks) - x.numel()) // 16 + 1, ()))
             dropped = x * self.masks[start:start + x.numel()].view(x.shape)
             scaling /= 1 - self.dropout  # so that the expectation stays
@@ -719,6 +720,7 @@ def draw_dropout(model, positions):
     draw: a draw for each layer of its own would take a fifth of a step's time on a CPU."""
     layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
     if layers:
+        # Twice the longest mask, so that there are many places to read one from.
         n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
         masks = (torch.rand(n, device=base.packed.device) >= layers[0].dropout).to(base.dtype)
         for layer in layers:
@@ -1463,7 +1465,7 @@ def label_scores(model, rows, size=64):
 def grow_answers(model, rows, ends, limit):
     """Greedy decoding with a decoder: the answer of each row in ids, without the end token. New
     nodes go behind all others in the cache; `sees` (answers growing, nodes) is their mask."""
-    batch, cache = make_batch(model, rows, head="cls"), {}
+    batch, cache = make_batch(model, rows, head="cls"), {}  # the ends of prompts alone are read
     batch["inputs"]["tree"]["cache"] = cache
     hidden, answers = model.hidden(batch), [[] for _ in batch["at"]]
     sees = torch.zeros(len(answers), batch["tokens"], dtype=torch.bool)
