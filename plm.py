@@ -630,8 +630,6 @@ def quantize_absmax(absmax):
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
 
-
-
 class NF4Matmul(torch.autograd.Function):
     """x (.., K) -> x W^T (.., N) with W in NF4. `F.linear(x, layer.dequantize())` would keep the
     dense W of every layer alive until the backward pass. This keeps the layer, whose bytes are in
@@ -993,7 +991,8 @@ def user_namer(model, tokenizer, ids, users):
         return None
     if ids == "word":
         known = user_words(tokenizer, users)
-        return lambda user: (known.get(user) or user_words(tokenizer, [user])[user],)
+        stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
+        return lambda user: (known[user] if user in known else stranger(user),)
     V = model.lm.get_input_embeddings().weight.shape[0]
     known = {user: V + i for i, user in enumerate(users)}
     return lambda user: (known.get(user, V + len(users)),)
@@ -1061,7 +1060,7 @@ def to_device(batch, device):
 
 
 def make_batch(model, rows, head=None):
-    """The batch of some rows for this model; `tokens` is how many are computed for it."""
+    """The batch of some rows for this model, on its device."""
     make = pair_batch if model.seq2seq else tree_batch
     inputs, at, of, target, facts = make(model, rows, head or model.head)
     at, of, target = (torch.tensor(list(x)) for x in (at, of, target))
@@ -1296,8 +1295,6 @@ def micro_batches(model, rows, size):
     return [make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 
-
-
 def step_batches(model, rows, settings, seed, first, max_steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
     order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
@@ -1380,8 +1377,6 @@ def saved_dtype(path):
         state = json.loads(f.metadata()["state"])
         print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
         return "bfloat16" if state["dtype"] == "bfloat16" else "float32"
-
-
 
 
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
@@ -1802,7 +1797,7 @@ def check_length(name, config, longest):
           f"--model {name} reads {room} tokens, a prompt and its answer need {longest}: --max-text")
 
 
-def describe(model, dense):
+def describe(model, dense, quant):
     """dict of what is said of a model before it is trained; it is printed, too."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
@@ -1813,7 +1808,8 @@ def describe(model, dense):
                  dtype=str(model.lm.dtype).removeprefix("torch."))
     print(f"{type(model.lm).__name__} on {facts['device']}, computing in {facts['dtype']}: "
           f"{quantized / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M weights in "
-          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}, "
+          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}"
+          f"{', computing with the weights as they were' * (not quant)}, "
           f"{counts['trained'] / 1e6:.2f} M trained", flush=True)
     return facts
 
@@ -1834,7 +1830,7 @@ def run_local(method, args, config, data, folder):
         cut += counts
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
-    facts = describe(model, not args.no_dense and keep_dense(model)) | cut
+    facts = describe(model, not args.no_dense and keep_dense(model), config["quant"]) | cut
     if cut["texts_cut"]:
         print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
