@@ -129,7 +129,7 @@ RECIPES = {
         tune="lora", quant=True,      # "full" trains every weight; False leaves them unquantized
         r=8, alpha=32, dropout=0.05,  # LoRA on every linear of the backbone, times alpha / r [3]
         lr=4e-4, head_lr=1,           # learning rate; of the classification head: times lr
-        user_lr=10,                   # of the user tokens: times lr
+        user_lr=75,                   # of the user tokens: times lr, times the embeddings' size
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
@@ -1282,8 +1282,11 @@ def learning_rate(step, steps, lr, warmup):
 
 
 def make_optimizer(model, settings):
-    """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
-    times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"]), {}
+    """AdamW over LoRA, the classification head and the user tokens, each at its own rate. A step of
+    AdamW is as long as its rate, and T5's embeddings are 100 times as long as SmolLM2's."""
+    rows = model.lm.get_input_embeddings().weight
+    size = torch.linalg.vector_norm(rows, dtype=torch.float32).item() / math.sqrt(rows.numel())
+    times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"] * size), {}
     for name, p in model.trainable().items():
         groups.setdefault(times.get(name.partition(".")[0], 1), []).append(p)
     return torch.optim.AdamW([dict(params=params, times=times) for times, params in groups.items()],
