@@ -3,8 +3,7 @@
 Two people read the same comment; one finds it funny, the other hostile. The paper puts the reader's
 user ID into the prompt of a language model, fine-tunes the model with QLoRA, and asks how much
 better it then predicts the labels that this reader chose. This file is that experiment, from a CSV
-of annotations to the F1 score, with its own LoRA, NF4 quantization, prompts, heads, training loop
-and scores.
+of annotations to the F1 score.
 
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
@@ -12,7 +11,6 @@ and scores.
     python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
-
     CLS               cls               a classification head reads the end of the prompt
     LM                lm                the language model writes the labels: "anger, joy"
     Q-0S Q-1S Q-2S    q_0s q_1s q_2s    the model is asked untrained, with 0, 1 or 2 examples
@@ -20,7 +18,6 @@ Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it i
     (baselines)       majority, prior   label rates of everybody, and of each user
 
 Letters in the shapes below:
-
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
     T tokens computed            S tokens of the prefix that all prompts share       U users
     N, K out- and inputs of a linear layer               r rank of LoRA
@@ -45,7 +42,6 @@ import io
 import json
 import math
 import os
-import platform
 import queue
 import random
 import re
@@ -53,14 +49,14 @@ import resource
 import sys
 import threading
 import time
+import timeit
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from typing import NamedTuple
 
-# How long an idle thread spins before it sleeps; torch reads it on import. The default makes a
-# busy machine ten times slower; not to spin at all makes a quiet one twice as slow.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # else a busy machine is ten times slower
 
 import numpy as np
 import requests
@@ -68,77 +64,62 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+import urllib3
 from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
-from transformers import AttentionInterface, AutoConfig, AutoTokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_outputs import BaseModelOutput
-from urllib3.exceptions import HTTPError
-from urllib3.util import Retry
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()  # there are our own
 
-
 class BadInput(Exception):
     """What the user gave cannot be used; the message says in one line what would have been."""
-
 
 def check(ok, message):
     """Raises BadInput unless `ok`."""
     if not ok:
         raise BadInput(message)
 
-
 def progress(items, what, unit, total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
-    tty = sys.stderr.isatty()
-    show = dict(delay=2, leave=False, dynamic_ncols=True, mininterval=0.2 if tty else 10)
-    return tqdm(items, what, unit=" " + unit, total=total, initial=initial, **show)
-
+    show = dict(unit=" " + unit, total=total, initial=initial, delay=2, leave=False)
+    often = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(items, what, dynamic_ncols=True, mininterval=often, **show)
 
 def write_file(path, content):
     """Writes bytes, or a value as JSON; at any moment the file is the old one or the new one."""
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
-    try:
-        with open(path + ".part", "wb") as f:
-            f.write(content)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".part", path)
-    except OSError as e:
-        with suppress(OSError):
-            os.remove(path + ".part")
-        raise OSError(e.errno, e.strerror, path) from None
-
+    with open(path + ".part", "wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
 
 @contextmanager
-def damaged(path):
-    """Turns whatever goes wrong in reading what a run has left into a BadInput that names it."""
+def reading(what, advice="--fresh starts the run over"):
+    """Turns any error into a BadInput that names what was read, which may come from anywhere."""
     try:
         yield
     except (BadInput, MemoryError):
         raise
-    except Exception as e:  # safetensors has one error for all that can be wrong with a file
-        raise BadInput(f"{path}: damaged ({type(e).__name__}: {e}); --fresh starts over") from None
-
+    except Exception as e:
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise BadInput(f"{what}: cannot be used ({why}); {advice}") from None
 
 def read_json(path):
     """The dict in a JSON file of a run; empty if there is no such file."""
     if not os.path.exists(path):
         return {}
-    with damaged(path), open(path, encoding="utf-8") as f:
+    with reading(path), open(path, encoding="utf-8") as f:
         return {**json.load(f)}
 
-
-# --------------------------------------------------------------------------------------------------
-# 1. What can be run. A model, a dataset or a method is a row of a table. What a model's row does
-# not say is as in the recipe, and a flag overrules both.
-
+# 1. What can be run -------------------------------------------------------------------------------
+# A model, a dataset or a method is a row of a table. What a model's row does not say is as in the
+# recipe, and a flag overrules both.
 RECIPES = {
     "ours": dict(
         ids="token",                  # how the prompt names the user: see section 3
@@ -149,7 +130,7 @@ RECIPES = {
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
-RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)  # [1]
+RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10, micro_batch=8)
 
 MODELS = {  # name -> hub id or folder, and what differs from the recipe; [1] has the last five
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
@@ -168,13 +149,9 @@ DATASETS = {  # name -> columns with other names than text, user and split
     "sample": {}, "goemotions": {}, "unhealthy": {},  # the latter two are those of [1]
     "popquorn": dict(split="draw1", label="offensiveness")}
 
-
-class Method(NamedTuple):
-    head: str           # "cls", "lm": trained; "ask": the LM untrained; "rates": no model
-    personalized: bool  # is the user told?
-    shots: int          # solved examples in the prompt
-
-
+# head: "cls" and "lm" are trained, "ask" is the LM untrained, "rates" has no model. personalized:
+# is the user told? shots: solved examples in the prompt.
+Method = namedtuple("Method", "head personalized shots")
 METHODS = {
     "majority": Method("rates", False, 0), "prior": Method("rates", True, 0),
     "q_0s": Method("ask", False, 0), "q_0s_p": Method("ask", True, 0),
@@ -183,18 +160,13 @@ METHODS = {
     "cls": Method("cls", False, 0), "cls_p": Method("cls", True, 0),
     "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0)}
 
+# 2. Annotations and splits ------------------------------------------------------------------------
+# One row of a CSV is one person's judgement of one text: several 0/1 columns of labels, or one
+# column that names the single choice (words, or a rating in numbers). A `split` column is followed
+# to the letter. Without one, a hash splits the texts, and validation and test keep the users that
+# training knows: the model has met the reader, never the text [1].
 
-# --------------------------------------------------------------------------------------------------
-# 2. Annotations and splits. One row of a CSV is one person's judgement of one text: several 0/1
-# columns of labels, or one column that names the single choice (words, or a rating in numbers). A
-# `split` column is followed to the letter. Without one, a hash splits the texts, and validation
-# and test keep the users that training knows: the model has met the reader, never the text [1].
-
-class Annotation(NamedTuple):
-    text: str
-    user: str
-    labels: tuple  # (L) of 0 and 1
-
+Annotation = namedtuple("Annotation", "text user labels")  # labels: (L) of 0 and 1
 
 class Dataset(NamedTuple):
     name: str
@@ -208,7 +180,6 @@ class Dataset(NamedTuple):
     notes: dict    # what became of the rows, in words -> number
     sha: str       # of the file
 
-
 MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in upper or lower case
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
@@ -216,104 +187,88 @@ ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words
 SPLITS = {"": None, "train": "train", "training": "train", "val": "val", "dev": "val",
           "valid": "val", "validation": "val", "test": "test"}
 
-
 def words_of(text):
     """The words of a text without case and punctuation. A combining mark belongs to its word."""
     text = re.sub(r"(?<!\w)-(?=\d)", "minus ", unicodedata.normalize("NFC", text).lower())
     return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
-
 
 def text_id(text):
     """16 hex digits that stand for a text in files; case and white space make no difference."""
     words = " ".join(text.lower().split())
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
-
 def split_of(text):
     """'train' (70 %), 'val' (15 %) or 'test' (15 %) by a hash of the text: no seed, no file."""
     share = int(text_id(text)[:8], 16) / 16 ** 8
     return "train" if share < 0.70 else "val" if share < 0.85 else "test"
 
-
 def user_id(cell):
     """The user that a cell names: 11.0 and 11 are one person, and so are "ann" and "ann "."""
     return re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip())
 
-
 def csv_rows(path, needed=()):
     """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            first = f.readline()
-            delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
-            f.seek(0)
-            reader, rows = csv.DictReader(f, delimiter=delimiter), []
-            columns = reader.fieldnames or []
-            for number, row in enumerate(reader, 1):
-                whole, line = None not in row and None not in row.values(), reader.line_num
-                check(whole, f"{path}: row {number} (line {line}) has not {len(columns)} columns")
-                rows.append((number, row))
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise BadInput(f"{path}: not a CSV file in UTF-8 ({e})") from None
+    with reading(path, "a CSV in UTF-8"), open(path, newline="", encoding="utf-8-sig") as f:
+        first = f.readline()
+        delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
+        f.seek(0)
+        reader, rows = csv.DictReader(f, delimiter=delimiter), []
+        columns = reader.fieldnames or []
+        for number, row in enumerate(reader, 1):
+            whole, line = None not in row and None not in row.values(), reader.line_num
+            check(whole, f"{path}: row {number} (line {line}) has not {len(columns)} columns")
+            rows.append((number, row))
     check(rows, f"{path}: no annotations in it")
-    for c in columns:
-        check(columns.count(c) == 1, f"{path}: {columns.count(c)} columns are called {c!r}")
-    for c in needed:
-        check(c in columns, f"{path}: no column {c!r}; there are: {', '.join(columns)}")
+    for c in (*columns, *needed):
+        n, there = columns.count(c), ", ".join(columns)
+        check(n == 1, f"{path}: {n or 'no'} column{'s' * (n > 1)} {c!r}; there are: {there}")
     return rows
 
-
 def label_columns(path, rows, others):
-    """(names of the columns that are mostly 0/1, names of other two-valued ones). Where columns
-    come in two spellings, one of them is probably no label, and the user has to say which are."""
-    found, two_valued, n = defaultdict(list), [], len(rows)
+    """(columns that are mostly 0/1 and all spelled alike, other columns of two values)"""
+    found, n = defaultdict(list), len(rows)
     for column in (c for c in rows[0][1] if c not in others):
         values = Counter(row[column].strip().lower() for _, row in rows)
         mostly = [s for s, words in SPELLINGS.items() if sum(values[w] for w in words) > n / 2]
-        if mostly:
-            found[mostly[0]].append(column)
-        elif len(values) == 2:
-            two_valued.append(column)
-    there = "; ".join(f"{', '.join(names)} ({spelling})" for spelling, names in found.items())
-    there = there or "no column of 0 and 1"
+        found["".join(mostly) or len(values) == 2].append(column)
+    two_valued, _ = found.pop(True, []), found.pop(False, [])
+    there = [f"{', '.join(names)} ({spelling})" for spelling, names in found.items()]
+    there = "; ".join(there) or "no column of 0 and 1"
     check(len(found) == 1, f"{path}: {there}: say --labels A,B or, for one choice, --label-col C")
     return found.popitem()[1], two_valued
 
-
 def choices(path, column, values):
-    """(label names, dict value -> its label, are they numbers in order?) of the values of a
-    single-choice column. A yes/no column X has the labels "not X" and "X"."""
+    """(label names, dict value -> its label, are they ordered?) of a single choice's values."""
     if {value.lower() for value in values} <= ZERO_ONE.keys():
-        names = [f"not {column}", column]
+        names = [f"not {column}", column]  # of a column of yes and no
         return names, {value: names[ZERO_ONE[value.lower()]] for value in values}, False
     try:
         names, ordered = {value: f"{float(value):.12g}" for value in values}, True
     except ValueError:
         names, ordered = {value: value for value in values}, False
-    labels = {*names.values()}
-    few = len(labels) <= 100 and not {"inf", "-inf"} & labels
+    labels = sorted({*names.values()}, key=float if ordered else None)
+    few = len(labels) <= 100 and not {"inf", "-inf"} & {*labels}
     check(few, f"{path}: column {column!r} has {len(labels):,} values: not a choice of one")
-    return sorted(labels, key=float if ordered else None), names, ordered
-
+    return labels, names, ordered
 
 def read_annotations(path, form, skip_missing=False):
-    """(list of (Annotation, what its split column says or None), dict of what a Dataset says of
-    labels, notes). `form` names the columns: text, user, split, and labels (several) or label."""
+    """(list of (Annotation, its split or None), dict of what a Dataset says of labels, notes).
+    `form` names the columns: text, user, split, and labels (several) or label."""
     labels, two_valued = [form["label"]] if form.get("label") else form.get("labels") or [], []
     cells, split_col = [*form["text"].split(","), form["user"]], form.get("split")
     rows = csv_rows(path, [*cells, *labels, *[split_col] * bool(split_col)])
     split_col = split_col or ("split" if "split" in rows[0][1] else None)
     if not labels:
         labels, two_valued = label_columns(path, rows, [*cells, split_col])
-    cells = [*cells, *labels]
+    cells += labels
     missing = {n: c for n, row in rows for c in cells if row[c].strip().lower() in MISSING}
     for n, c in missing.items():
         check(skip_missing, f"{path}: row {n}: {c!r} is missing (--skip-missing leaves it out)")
-    notes = {"rows read": len(rows), "left out: a cell is missing": len(missing)}
-    notes |= {"columns taken as labels": ", ".join(labels)}
-    notes |= {"two-valued columns not taken": ", ".join(two_valued)}
-    notes |= {"split by": f"column {split_col}" if split_col else "a hash of the text"}
+    notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
+             "columns taken as labels": ", ".join(labels),
+             "two-valued columns not taken": ", ".join(two_valued),
+             "split by": f"column {split_col}" if split_col else "a hash of the text"}
     rows = [(n, row) for n, row in rows if n not in missing]
     names, single, ordered, found = labels, len(labels) == 1, False, []
     if single:
@@ -330,7 +285,6 @@ def read_annotations(path, form, skip_missing=False):
         found.append((Annotation(text, user_id(row[form["user"]]), tuple(chosen)), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
 
-
 def split_annotations(found, by_hash, notes):
     """dict(train, val, test) of lists of Annotation; what is left out goes into `notes`."""
     split = {"train": [], "val": [], "test": []}
@@ -338,10 +292,9 @@ def split_annotations(found, by_hash, notes):
         if part := split_of(a.text) if by_hash else part:
             split[part].append(a)
     notes["left out: in no split"] = len(found) - sum(map(len, split.values()))
-    known = {a.user for a in split["train"]}
+    known, verb = {a.user for a in split["train"]}, "left out" if by_hash else "kept"
     for part in ("val", "test"):
         kept = [a for a in split[part] if a.user in known]
-        verb = "left out" if by_hash else "kept, as the split says"
         notes[f"{verb}: {part}, user unknown to training"] = len(split[part]) - len(kept)
         split[part] = kept if by_hash else split[part]
     texts = Counter(x for rows in split.values() for x in {text_id(a.text) for a in rows})
@@ -350,13 +303,11 @@ def split_annotations(found, by_hash, notes):
     notes["rows that repeat a (text, user)"] = sum(n - 1 for n in pairs.values())
     return split
 
-
 def some_texts(rows, n):
     """About n rows, all those of randomly chosen texts; the same ones whatever --seed says."""
     order = {a.text: hashlib.sha256(a.text.encode()).digest() for a in rows}
     last = sorted(order[a.text] for a in rows)[:n][-1]
     return [a for a in rows if order[a.text] <= last]
-
 
 def load_data(name, max_eval=0, skip_missing=False, **columns):
     """The Dataset of a row of DATASETS or of a CSV file; `columns` (text, user, ...) overrule."""
@@ -369,16 +320,14 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
     split = split_annotations(found, notes["split by"] == "a hash of the text", notes)
     for part, rows in split.items():
         check(rows, f"--data {name}: no annotation is left for {part}; more texts are needed")
-    n = len(split["train"])
-    for label, k in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
-        check(0 < k < n, f"--data {name}: label {label!r} never varies in training ({k} of {n})")
+    for label, rate in zip(what["labels"], np.mean([a.labels for a in split["train"]], 0)):
+        check(0 < rate < 1, f"--data {name}: label {label!r} never varies in training ({rate:.0%})")
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
         sha = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     none = not all(any(a.labels) for a, _ in found)
     name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
     return Dataset(name, **what, **split, none=none, notes=notes, sha=sha)
-
 
 def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
@@ -389,16 +338,15 @@ def print_data(data):
         rows, labels = getattr(data, part), [*data.labels, *["(nothing)"] * data.none]
         rates = np.mean([[*a.labels, not any(a.labels)] for a in rows], 0)
         often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(labels, rates))
-        n = len(rows), len({a.text for a in rows}), len({a.user for a in rows})
-        print(f"{part:8}{n[0]:8,}{n[1]:8,}{n[2]:7,}  {often}", flush=True)
+        texts, users = {a.text for a in rows}, {a.user for a in rows}
+        print(f"{part:8}{len(rows):8,}{len(texts):8,}{len(users):7,}  {often}", flush=True)
 
-
-# --------------------------------------------------------------------------------------------------
-# 3. Prompts. Three parts: the instruction with the list of labels, the text, the user. The paper
-# puts the user before the text; here the user comes last, so that section 6 computes what prompts
-# have in common once. `ids` says how the prompt names a user: "number", as the paper, by the CSV's
-# own ID; "word" by an everyday word, drawn by a hash of the ID; "token" by a token of the user's
-# own, which starts out as that word and whose embedding is trained [7]. A prompt of LM-P:
+# 3. Prompts ---------------------------------------------------------------------------------------
+# Three parts: the instruction with the list of labels, the text, the user. The paper puts the user
+# before the text; here the user comes last, so that section 6 computes what prompts have in common
+# once. `ids` says how the prompt names a user: "number", as the paper, by the CSV's own ID; "word"
+# by an everyday word, drawn by a hash of the ID; "token" by a token of the user's own, which starts
+# out as that word and whose embedding is trained [7]. A prompt of LM-P:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -418,10 +366,8 @@ ANSWER_WITH = {  # single choice?, may nothing be chosen?
     (False, True): " Answer with labels from the list, separated by commas, or with none."}
 NONE = "none"  # the answer where no label is chosen
 
-
 def prompt_parts(method, data, text, user, examples=()):
-    """The prompt as (shared, text, user) parts, lists of pieces, each tokenized by itself. What all
-    readers of a text have in common, such as "### User ID:", belongs to the text."""
+    """The prompt as (shared, text, user) parts, lists of pieces, each tokenized by itself."""
     told = method.personalized
     question = QUESTION[told] + SEE[told] * bool(method.shots) + ANSWER_WITH[data.single, data.none]
     shared = [f"{question}\n### Labels: {', '.join(data.labels)}\n### Text:"]
@@ -434,11 +380,9 @@ def prompt_parts(method, data, text, user, examples=()):
         return shared, body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
     return shared, body, ["\n### Response:"]
 
-
 def answer_text(labels, chosen):
     """The answer that an LM is trained to give, the chosen labels in the list's order: ' a, c'."""
     return " " + (", ".join(label for label, y in zip(labels, chosen) if y) or NONE)
-
 
 def check_labels(data, head):
     """BadInput if labels cannot be told apart: in a list of them, or in an LM's answer in words."""
@@ -450,10 +394,8 @@ def check_labels(data, head):
     for a, *b in words.values() if head in ("lm", "ask") else ():
         check(not b, f"labels {a!r} and {b}: an answer cannot tell them apart (cls and cls_p can)")
 
-
 def choose_examples(method, train):
-    """A function: annotation -> up to `shots` training rows, the same for every model and seed:
-    the user's own for a personalized prompt, other people's for a plain one, never of its text."""
+    """A function: annotation -> up to `shots` training rows of other texts, the user's if told."""
     by_user = defaultdict(list)
     for a in train:
         by_user[a.user].append(a)
@@ -469,7 +411,6 @@ def choose_examples(method, train):
 
     return choose
 
-
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
     goes before it and is cut off again: a SentencePiece tokenizer would else mark the piece as the
@@ -477,18 +418,15 @@ def tokenize(tokenizer, piece, first=False):
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    def inside(piece):
-        mark = [] if first else plain("a")
-        ids = plain(piece if first else "a" + piece)
-        return ids[len(mark):] if ids[:len(mark)] == mark else plain(piece)
-
-    ids, special = inside(piece), set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    if special.intersection(ids):  # a SentencePiece vocabulary has "</s>" as a word: take it apart
-        for token in tokenizer.all_special_tokens:
-            piece = piece.replace(token, f"{token[0]} {token[1:]}")
-        ids = [i for i in inside(piece) if i not in special]
-    return ids
-
+    special, letter, apart = set(tokenizer.all_special_ids), "" if first else "a", piece
+    for token in tokenizer.all_special_tokens:  # a SentencePiece vocabulary has "</s>" as a word
+        apart = apart.replace(token, f"{token[0]} {token[1:]}")
+    for text in (piece, apart):
+        ids, mark = plain(letter + text), plain(letter) if letter else []
+        ids = ids[len(mark):] if ids[:len(mark)] == mark else plain(text)
+        if not special.intersection(ids) - {tokenizer.unk_token_id}:
+            return ids
+    return [i for i in ids if i not in special or i == tokenizer.unk_token_id]
 
 def frame(tokenizer, chat):
     """(ids before, ids after) a prompt: <s> or </s> or, to be asked, the model's chat template."""
@@ -501,7 +439,6 @@ def frame(tokenizer, chat):
     starts = [i for i in range(len(framed)) if framed[i:i + n] == alone]
     check(starts, "the tokenizer changes a text between its begin and end tokens")
     return tuple(framed[:starts[0]]), tuple(framed[starts[0] + n:])
-
 
 def user_words(tokenizer, users):
     """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
@@ -517,7 +454,6 @@ def user_words(tokenizer, users):
         found[user] = words[place]
     return found
 
-
 class Row(NamedTuple):
     """An annotation in token ids: the prompt in its three parts, and the answer with its end."""
     shared: tuple
@@ -531,10 +467,8 @@ class Row(NamedTuple):
     def prompt(self):
         return self.shared + self.text + self.user
 
-
 def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
-    """(list of Row, Counter of texts_cut to `max_text` tokens and too_few_examples). `user_ids` is
-    a function: user -> token ids, or None where the prompt has the ID as it is written."""
+    """(list of Row, Counter of texts_cut, too_few_examples). `user_ids`: see user_namer."""
     known, rows, cut, few, choose = {}, [], set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
 
@@ -557,21 +491,18 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
         rows.append(Row(*prompt, answer, a.labels, a))
     return rows, Counter(texts_cut=len(cut), too_few_examples=few)
 
-
-# --------------------------------------------------------------------------------------------------
-# 4. NF4: frozen weights in 4 bits. The 16 values of NF4 are quantiles of the normal distribution,
-# as trained weights nearly are [2]. A block of 64 weights is divided by its largest magnitude
-# (absmax); each weight becomes the index of the nearest value, two indices a byte, the first in the
-# high half. The absmax themselves take 8 bits ("double quantization"): less their mean, blocks of
-# 256 are rounded to the 256 values of the dynamic map [5] in the same way. Together 4 + 8/64 +
-# 32/(64*256) = 4.127 bits a weight, byte for byte what bitsandbytes stores [4].
-
-NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes them anew
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-    0.7229568362236023, 1.0])
-
+# 4. NF4: frozen weights in 4 bits -----------------------------------------------------------------
+# The 16 values of NF4 are quantiles of the normal distribution, as trained weights nearly are [2].
+# A block of 64 weights is divided by its largest magnitude (absmax); each weight becomes the index
+# of the nearest value, two indices a byte, the first in the high half. The absmax themselves take 8
+# bits ("double quantization"): less their mean, blocks of 256 are rounded to the 256 values of the
+# dynamic map [5] in the same way. Together 4 + 8/64 + 32/(64*256) = 4.127 bits a weight, byte for
+# byte what bitsandbytes stores [4].
+NF4 = torch.tensor([float(x) for x in """
+    -1.0 -0.6961928009986877 -0.5250730514526367 -0.39491748809814453 -0.28444138169288635
+    -0.18477343022823334 -0.09105003625154495 0.0 0.07958029955625534 0.16093020141124725
+    0.24611230194568634 0.33791524171829224 0.44070982933044434 0.5626170039176941
+    0.7229568362236023 1.0""".split()])  # a test computes these quantiles anew
 
 @functools.cache
 def tables(device):
@@ -583,19 +514,15 @@ def tables(device):
     pairs = torch.cartesian_prod(NF4, NF4).view(torch.int64)  # two floats are moved as one word
     return NF4.to(device), pairs.view(-1).to(device), dynamic.to(device)
 
-
 def nearest(values, code):
     """The place of the nearest value of an ascending code."""
     return torch.bucketize(values, (code[1:] + code[:-1]) / 2)
 
-
 CHUNK = {"cpu": 2 ** 18, "cuda": 2 ** 62}  # weights done at once: in a CPU's cache, 5 times faster
-
 
 def in_blocks(flat, size):
     """(n) -> (blocks, size), filled up with zeros."""
     return (F.pad(flat, (0, -len(flat) % size)) if len(flat) % size else flat).view(-1, size)
-
 
 def quantize_nf4(weight):
     """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; sizes rounded up."""
@@ -609,7 +536,6 @@ def quantize_nf4(weight):
         packed.append(((index[::2] << 4) | index[1::2])[:(len(chunk) + 1) // 2])
     return torch.cat(packed), torch.cat(absmax)
 
-
 def quantize_absmax(absmax):
     """absmax (blocks) -> code (blocks) uint8, scale (blocks/256) float32, offset () float32."""
     offset = absmax.mean()
@@ -620,23 +546,18 @@ def quantize_absmax(absmax):
     code = nearest(step.view(-1) / 65535 * 2 - 1, tables(absmax.device)[2])
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
-
 def rounded(packed, absmax, pairs, dtype):
     """The weights of some blocks: products in float32, cast last."""
     values = pairs.index_select(0, packed.int()).view(torch.float32)
     return (in_blocks(values, 64) * absmax[:, None]).view(-1).to(dtype)
 
-
 if torch.cuda.is_available():  # one kernel, which moves a tenth of the bytes; the plain way if it
     torch._dynamo.config.suppress_errors = True  # cannot be compiled
     rounded = torch.compile(rounded, dynamic=True)
 
-
 class NF4Matmul(torch.autograd.Function):
-    """x (.., K) -> x W^T (.., N) with W in NF4. `F.linear(x, layer.dequantize())` would keep the
-    dense W of every layer alive until the backward pass. This keeps the layer, whose bytes are in
-    memory anyhow, and makes W again."""
-
+    """x (.., K) -> x W^T (.., N). `F.linear(x, layer.dequantize())` would keep the dense W of every
+    layer alive until the backward pass; this keeps the layer's bytes and makes W again."""
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
@@ -645,7 +566,6 @@ class NF4Matmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.layer.dequantize(), None  # (.., N) @ (N, K) -> (.., K)
-
 
 class NF4Linear(nn.Module):
     """A frozen nn.Linear (N, K), its weight in NF4. It computes in `dtype`."""
@@ -679,9 +599,8 @@ class NF4Linear(nn.Module):
     def forward(self, x):
         return NF4Matmul.apply(x, self)
 
-
-# --------------------------------------------------------------------------------------------------
-# 5. LoRA: what is trained. The frozen W gets a companion of low rank [3]:
+# 5. LoRA: what is trained -------------------------------------------------------------------------
+# The frozen W gets a companion of low rank [3]:
 #     y = W x + (alpha / r) B A dropout(x),   A (r, K), B (N, r), both float32
 # A is drawn at random and B is zero, so that the model begins as it was. LoRALinear wraps a layer
 # and leaves its bytes alone.
@@ -700,12 +619,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
     def train(self, mode=True):
-        """Casts A and scaling * B to what the layer computes in, once a step. Multiplies by add,
-        whose backward pass keeps nothing: every micro-batch can go through it."""
+        """Casts A and scaling * B to what the layer computes in, once a step."""
         self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
         scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
         self.A = self.lora_A.to(dtype)
-        self.B = torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
+        self.B = torch.add(zero, self.lora_B, alpha=scaling).to(dtype)  # backward keeps nothing
         return self
 
     def forward(self, x):
@@ -716,17 +634,10 @@ class LoRALinear(nn.Module):
             dropped = x * self.masks[start:start + x.numel()].view(x.shape)
         return self.base(x) + F.linear(F.linear(dropped, self.A), self.B)
 
-
-def lora_layers(model):
-    """The LoRALinear layers of a model."""
-    return [m for m in model.modules() if isinstance(m, LoRALinear)]
-
-
 def draw_dropout(model, positions):
-    """Draws the dropout masks of one forward pass of at most that many positions: zeros with
-    probability `dropout`, else ones. Each layer reads its mask from a random place of this one
-    draw: a draw for each layer of its own would take a fifth of a step's time on a CPU."""
-    layers = [m for m in lora_layers(model) if m.training and m.dropout]
+    """Draws the zeros and ones of a forward pass of at most that many positions. Layers read their
+    masks from random places: a draw for each would take a fifth of a step's time on a CPU."""
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
     if layers:
         # Twice the longest mask, so that there are many places to read one from.
         n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
@@ -734,22 +645,20 @@ def draw_dropout(model, positions):
         for layer in layers:
             layer.masks = masks
 
-
 def add_lora(model, r, alpha, dropout):
     """Wraps every NF4Linear of a model in a LoRALinear, in place; returns how many."""
-    layers = [(path, m) for path, m in model.named_modules() if isinstance(m, NF4Linear)]
-    for path, layer in layers:
-        model.set_submodule(path, LoRALinear(layer, r, alpha, dropout))
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
+    for path in layers:
+        model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout))
     return len(layers)
 
-
-# --------------------------------------------------------------------------------------------------
-# 6. The prompt tree. The prompts of a batch begin alike: all with the shared prefix, those of one
-# text with that text, and in training answers that begin alike. In a decoder the hidden state of a
-# token depends on the tokens before it alone, so each distinct prefix is computed once, and loss
-# and gradients stay the same numbers [6]. A batch is one flat sequence of nodes without padding:
-# the shared prefix, then text by text, branch by branch. Only attention mixes tokens: there a node
-# sees what its parent sees, and itself. A token's position counts along its branch.
+# 6. The prompt tree -------------------------------------------------------------------------------
+# The prompts of a batch begin alike: all with the shared prefix, those of one text with that text,
+# and in training answers that begin alike. In a decoder the hidden state of a token depends on the
+# tokens before it alone, so each distinct prefix is computed once, and loss and gradients stay the
+# same numbers [6]. A batch is one flat sequence of nodes without padding: the shared prefix, then
+# text by text, branch by branch. Only attention mixes tokens: there a node sees what its parent
+# sees, and itself. A token's position counts along its branch.
 
 def prompt_tree(paths, S):
     """(ids, position, parent, group: lists over nodes; nodes: those of each path, in order) of
@@ -767,10 +676,8 @@ def prompt_tree(paths, S):
         nodes.append(branch)
     return ids, position, parent, groups, nodes
 
-
 def attention_blocks(parent, groups, S, size, dtype):
-    """list of (first node, last + 1, mask): the shared prefix, then groups together until they have
-    `size` nodes. The mask is over the prefix and the block's own nodes."""
+    """list of (first node, last + 1, mask over the prefix and these): groups until `size` nodes."""
     ends = [i for i in range(1, len(parent)) if groups[i] != groups[i - 1]] + [len(parent)]
     blocks, first = [], 0
     for end in ends:
@@ -786,11 +693,9 @@ def attention_blocks(parent, groups, S, size, dtype):
         first = end
     return blocks
 
-
 def additive_mask(sees, dtype):
     """(1, 1, n, m): 0 where a node sees another, -inf where it does not."""
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -math.inf)[None, None]
-
 
 def attend(q, k, v, mask, causal, scaling):
     """(1, H, n, E): attention of q (1, H, n, E) to k, v (1, H', m, E) under a mask (1, 1, n, m)."""
@@ -805,10 +710,8 @@ def attend(q, k, v, mask, causal, scaling):
     weights = (weights.view(1, H, n, m) + mask).softmax(-1)
     return (weights.view(1, few, -1, m) @ v).view(1, H, n, E)
 
-
 def tree_attention(module, query, key, value, attention_mask, scaling=None, *, tree=None, **kwargs):
-    """Attention over a prompt tree: query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E).
-    transformers calls it in place of its own and hands `tree` through."""
+    """query (1, H, T, E), key, value (1, H', T, E) -> (1, T, H, E); called by transformers."""
     check(tree, f"{type(module).__name__} does not pass arguments on to its attention")
     S, cache, out = tree["S"], tree["cache"], []
     if cache is not None:
@@ -821,35 +724,31 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, *, t
         out.append(attend(query[:, :, first:end], k, v, mask, end == S, scaling))
     return torch.cat(out, 2).transpose(1, 2), None
 
+transformers.AttentionInterface.register("tree", tree_attention)
 
-AttentionInterface.register("tree", tree_attention)
-
-
-# --------------------------------------------------------------------------------------------------
-# 7. The model and its two heads. The backbone is transformers' own module with its linear layers
-# turned into NF4Linear; its own dropout stays off. Heads are neither quantized nor given LoRA: the
-# classification head (L, D) is trained whole, the language model's (V, D) stays as it is. In an
-# encoder-decoder the classification head reads the decoder's state at its start token. Users with a
-# token of their own have the ids V, V + 1, ... and a row each of one more trained matrix (U, D).
+# 7. The model and its two heads -------------------------------------------------------------------
+# The backbone is transformers' own module with its linear layers turned into NF4Linear; its own
+# dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
+# trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
+# classification head reads the decoder's state at its start token. Users with a token of their own
+# have the ids V, V + 1, ... and a row each of one more trained matrix (U, D).
 
 def load_pretrained(name):
-    """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
-    Hugging Face id; BadInput for what is not there, not whole, or quantized already."""
+    """(transformers' model as it is stored, its tokenizer); BadInput if it is not whole."""
     source = MODELS.get(name, {}).get("id", name)
     there = os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source)
     check(there, f"--model {name}: no folder, Hugging Face id or name ({', '.join(MODELS)})")
-    try:
-        config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
+    with reading(f"--model {name}", "take another"):
+        config = transformers.AutoConfig.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         for key in ("quantization_config", "num_local_experts", "num_experts"):
-            check(not getattr(config, key, None), f"{key}: quantized or experts: not supported")
-        check(tokenizer.eos_token_id is not None, "no end token (eos_token): answers never end")
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        lm, info = auto.from_pretrained(
-            source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
-            attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
-    except Exception as e:  # of five packages, for whatever is missing or damaged
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"--model {name}: cannot load {source}: {why}") from None
+            check(not getattr(config, key, None), f"--model {name} has {key}: not supported")
+        check(tokenizer.eos_token_id is not None, f"--model {name}: no end token (eos_token)")
+        auto, attention = transformers.AutoModelForCausalLM, "tree"
+        if config.is_encoder_decoder:
+            auto, attention = transformers.AutoModelForSeq2SeqLM, "sdpa"
+        lm, info = auto.from_pretrained(source, attn_implementation=attention, dtype="auto",
+                                        output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integers
     wrong += [path for path, m in lm.named_modules()
@@ -857,10 +756,8 @@ def load_pretrained(name):
     check(not wrong, f"--model {name}: missing, of another shape or quantized: {wrong[:1]}")
     return lm, tokenizer
 
-
 def quantize(lm, device, dtype, quant=True):
-    """The model, frozen and computing in `dtype`, its backbone's linear layers now NF4Linear;
-    without `quant`, for comparison, these compute with the weights as they were."""
+    """The model, frozen, computing in `dtype`, linear layers in NF4 or (not `quant`) as stored."""
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings()}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
@@ -872,11 +769,8 @@ def quantize(lm, device, dtype, quant=True):
         param.data = param.data.to(dtype, copy=True)  # and no view of the mapped file
     return lm.requires_grad_(False).to(device).eval()
 
-
 class PersonalizedLM(nn.Module):
-    """A frozen backbone in NF4, with LoRA if it is to be trained, one of the two heads, and a token
-    for each user if `user_rows` (U, D), their first embeddings, are given."""
-
+    """A backbone with one of the heads; `user_rows` (U, D) are the first embeddings of users."""
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
@@ -889,8 +783,9 @@ class PersonalizedLM(nn.Module):
 
     def train(self, mode=True):
         """Dropout is LoRA's alone: the backbone stays as it is at prediction."""
-        for layer in lora_layers(self):
-            layer.train(mode)
+        for layer in self.modules():
+            if isinstance(layer, LoRALinear):
+                layer.train(mode)
         return self
 
     def trainable(self):
@@ -898,8 +793,7 @@ class PersonalizedLM(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def embed(self, input_ids):
-        """(.., D) the embeddings of tokens, those from V on of users. The last id of all, V + U,
-        stands for a user that training did not know: the mean of the others."""
+        """(.., D) the embeddings of tokens, from V on of users; V + U is the mean of all users."""
         words = self.lm.get_input_embeddings()
         if self.user_embedding is None:
             return words(input_ids)
@@ -920,9 +814,10 @@ class PersonalizedLM(nn.Module):
         start, pair = inputs["start"], inputs["pair"]
         draw_dropout(self, len(pair) * max(input_ids.shape[1], start.shape[1]))
         mask = inputs["attention_mask"][:, None, None].bool()  # transformers leaves 4-D as it is
-        memory, seen = self.encode(input_ids, mask).index_select(0, pair), mask.index_select(0, pair)
-        out = self.lm.get_decoder()(input_ids=start, encoder_hidden_states=memory,
-                                    encoder_attention_mask=seen, use_cache=False)
+        memory = self.encode(input_ids, mask).index_select(0, pair)
+        out = self.lm.get_decoder()(
+            input_ids=start, encoder_hidden_states=memory, use_cache=False,
+            encoder_attention_mask=mask.index_select(0, pair))
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
 
     def encode(self, input_ids, mask):
@@ -941,48 +836,31 @@ class PersonalizedLM(nn.Module):
         hidden = self.hidden(batch)
         return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
 
-
 def find_device():
     """The GPU if there is one, else the CPU; no CPU in silence where a GPU does not start."""
     if torch.cuda.is_available():
         # cuDNN's attention plans every new shape anew, and shapes change every step here.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    check(hidden or not os.path.exists("/proc/driver/nvidia/version"),
-          "CUDA does not start on this GPU; CUDA_VISIBLE_DEVICES= computes on the CPU")
+    none = not os.path.exists("/proc/driver/nvidia/version")
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    check(none or wanted, "CUDA does not start; CUDA_VISIBLE_DEVICES= computes on the CPU")
     return torch.device("cpu")
 
-
-def device_name(device):
-    """The device in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.machine()
-    with suppress(OSError, TypeError), open("/proc/cpuinfo", encoding="utf-8") as f:
-        name = re.search(r"model name\s*: (.*)", f.read())[1]
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
 def compute_dtype(device, width):
-    """bfloat16 where the device multiplies it clearly faster than float32: GPUs that have it in
-    hardware, and CPUs by a measurement at the model's own width. Narrow models gain nothing."""
+    """bfloat16 where it is clearly faster, on a CPU by a measurement at the model's width."""
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        seconds = dict.fromkeys((torch.float32, torch.bfloat16), math.inf)  # the best of five
-        for dtype in [*seconds] * 5:
-            a, b = torch.ones(512, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-            start = time.perf_counter()
-            a @ b
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-        fast = width >= 256 and seconds[torch.bfloat16] < seconds[torch.float32] / 1.5
+        a, b = torch.ones(512, width), torch.ones(width, width)
+        full = min(timeit.repeat("a @ b", globals=dict(a=a, b=b), number=1))  # of five
+        a, b = a.bfloat16(), b.bfloat16()
+        half = min(timeit.repeat("a @ b", globals=dict(a=a, b=b), number=1))
+        fast = width >= 256 and half < full / 1.5
     return torch.bfloat16 if fast else torch.float32
 
-
 def keep_dense(model):
-    """Keeps a dense copy of the rounded weights, the same numbers without dequantizing, if that
-    takes less than a quarter of the memory; returns whether it did."""
+    """Keeps dense copies of the rounded weights if a quarter of the memory holds them; did it?"""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     room = torch.cuda.mem_get_info()[1] if model.device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -990,7 +868,6 @@ def keep_dense(model):
     for layer in layers if fits else ():
         layer.dense = layer.dequantize()
     return fits
-
 
 def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
@@ -1000,16 +877,15 @@ def user_namer(model, tokenizer, ids, users):
     if ids == "token":
         known = {user: V + i for i, user in enumerate(users)}
         return lambda user: (known.get(user, V + len(users)),)
-    known, stranger = user_words(tokenizer, users), functools.cache(
-        lambda user: user_words(tokenizer, [user])[user])
+    known = user_words(tokenizer, users)
+    stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
     return lambda user: (known[user] if user in known else stranger(user),)
 
-
-# --------------------------------------------------------------------------------------------------
-# 8. Batches. What a head reads and what it should say there is the same for both heads and both
-# kinds of model: `inputs` of the backbone; `at` (P), the positions that are read; `of`, which of
-# these each target belongs to (the readers of one text share one where their ID is not told);
-# `target`, labels (R, L) or the ids of all answers. `tokens` counts what is computed.
+# 8. Batches ---------------------------------------------------------------------------------------
+# What a head reads and what it should say there is the same for both heads and both kinds of model:
+# `inputs` of the backbone; `at` (P), the positions that are read; `of`, which of these each target
+# belongs to (the readers of one text share one where their ID is not told); `target`, labels (R, L)
+# or the ids of all answers. `tokens` counts what is computed.
 
 def tree_batch(model, rows, head):
     """The parts of a batch for a decoder; without `share` every row computes its whole prompt."""
@@ -1030,10 +906,8 @@ def tree_batch(model, rows, head):
                   tree=dict(S=S, blocks=blocks, cache=None))
     return inputs, at, of, target, dict(tokens=len(ids), branches=nodes)
 
-
 def pair_batch(model, rows, head):
-    """The parts of one for an encoder-decoder: equal prompts are encoded once, equal pairs (prompt,
-    answer) decoded once. It reads both ways: prompts that only begin alike share nothing."""
+    """The parts of one for an encoder-decoder, which reads both ways: only equal prompts share."""
     prompts, pairs, at, of, target = {}, {}, {}, [], []
     start = model.lm.config.decoder_start_token_id
     for i, row in enumerate(rows):
@@ -1050,22 +924,16 @@ def pair_batch(model, rows, head):
     tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
     return inputs, at, of, target, dict(tokens=tokens)
 
-
 def padded(sequences):
     """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
     lengths = torch.tensor([len(s) for s in sequences])
     ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
-
 def to_device(batch, device):
     """A batch on the device. A GPU copies from pinned memory while the host goes on."""
-    def move(x):
-        there = isinstance(x, torch.Tensor) and device.type != "cpu"
-        return x.pin_memory().to(device, non_blocking=True) if there else x
-
-    return tree_map(move, batch)
-
+    return batch if device.type == "cpu" else tree_map(
+        lambda x: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x, batch)
 
 def make_batch(model, rows, head=None):
     """The batch of some rows for this model, on its device."""
@@ -1074,10 +942,8 @@ def make_batch(model, rows, head=None):
     at, of, target = (torch.tensor(list(x)) for x in (at, of, target))
     return to_device(dict(inputs=inputs, at=at, of=of, target=target), model.device) | facts
 
-
 def in_batches(rows, size, rng=None):
-    """The rows in lists of `size`, all of a text side by side, texts of a length together. With
-    `rng` in random order: texts sorted by length in windows of 16 batches, batches shuffled."""
+    """Lists of `size` rows, texts of a length together; with `rng` within 16 batches only."""
     by_text, windows, count = defaultdict(list), defaultdict(list), 0
     for row in rows:
         by_text[row.text].append(row)
@@ -1094,16 +960,14 @@ def in_batches(rows, size, rng=None):
         rng.shuffle(batches)
     return batches
 
-
 @torch.no_grad()
 def check_forward(model):
-    """BadInput if ours is not transformers' own forward pass, its own attention and all logits, on
-    the weights as they stand: what an architecture does beside what we know of is found here."""
+    """BadInput if ours is not transformers' own forward pass, on the weights as they stand."""
     lm, V, theirs = model.lm, model.lm.get_input_embeddings().weight.shape[0], []
     ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
     rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
     model.train(False)
-    try:
+    with reading(type(lm).__name__, "is not supported: take another"):
         batch = make_batch(model, rows, head="lm")
         ours = model.token_logits(model.hidden(batch)).index_select(0, batch["of"])
         lm.set_attn_implementation("sdpa")
@@ -1113,19 +977,13 @@ def check_forward(model):
                 inputs["decoder_input_ids"] = [[lm.config.decoder_start_token_id, 5]]
             inputs = {name: torch.tensor(x, device=lm.device) for name, x in inputs.items()}
             theirs.append(lm(**inputs, use_cache=False).logits[0, -2:].float())
-        off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
-        why = f"its forward pass is {off:.1%} off"
-    except (TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as e:
-        off, why = math.inf, " ".join(str(e).split())[:99]
-    finally:
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
-    same = off < (1e-3 if lm.dtype == torch.float32 else 0.05)
-    check(same, f"{type(lm).__name__} is not supported ({why}): take another")
-
+    off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
+    check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
+          f"{type(lm).__name__} is not supported: its forward pass is {off:.1%} off: take another")
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
-    """(PersonalizedLM, tokenizer): in NF4, with LoRA unless it is only asked or trained whole; with
-    a token for each of the `users` if the settings' ids say so."""
+    """(PersonalizedLM, tokenizer), checked and ready to be trained or asked."""
     lm, tokenizer = load_pretrained(name)
     trained, user_rows = head != "ask", None
     if trained and settings["tune"] == "full":  # for comparison, in float32; not the LM's head
@@ -1144,13 +1002,12 @@ def load_model(name, head, n_labels, device, dtype, settings, users=()):
     check_forward(model)
     return model, tokenizer
 
-
-# --------------------------------------------------------------------------------------------------
-# 9. Scores and controls. The paper's score is the F1 of each label and their plain mean. Beside it
-# stand: an interval from a bootstrap over texts; F1 with thresholds tuned on validation; F1 of each
-# user, and on texts that people read differently; F1 with the user IDs shuffled, where the gain of
-# knowing the user has to vanish; `listens`, which is 0 for a model that is deaf to the user; and
-# the plain model with a bias for each user, a table that a personalized model has to beat.
+# 9. Scores and controls ---------------------------------------------------------------------------
+# The paper's score is the F1 of each label and their plain mean. Beside it stand: an interval from
+# a bootstrap over texts; F1 with thresholds tuned on validation; F1 of each user, and on texts that
+# people read differently; F1 with the user IDs shuffled, where the gain of knowing the user has to
+# vanish; `listens`, which is 0 for a model that is deaf to the user; and the plain model with a
+# bias for each user, a table that a personalized model has to beat.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays (R, L). F1 is
@@ -1160,7 +1017,6 @@ def f1_scores(gold, predicted):
     per_label, exact = hits / np.maximum(ticks, 1), (gold == predicted).all(1)
     return dict(f1_macro=float(per_label.mean()), f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
                 accuracy=float(exact.mean()), per_label=per_label.tolist())
-
 
 def bootstrap_f1(gold, predicted, texts, draws=1000):
     """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
@@ -1172,17 +1028,14 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
     hits, ticks = np.tensordot(times, counts, 1).transpose(1, 0, 2)
     return (hits / np.maximum(ticks, 1)).mean(-1)
 
-
 def listens(scores, texts):
-    """(share of the variance of scores (R, L) that lies between readers of one text, their standard
-    deviation over all rows). 0 for a model that does not look at the user."""
+    """(share of the variance of scores (R, L) between readers of one text, standard deviation)"""
     scores = np.asarray(scores, float)
     _, of = np.unique(texts, return_inverse=True)
     means = np.stack([np.bincount(of, column) for column in scores.T], 1) / np.bincount(of)[:, None]
     total = ((scores - scores.mean(0)) ** 2).mean(0).sum()
     within = ((scores - means[of]) ** 2).mean(0).sum()
     return float(within / max(total, 1e-12)), float(math.sqrt(total / scores.shape[1]))
-
 
 def probabilities(scores, single):
     """(R, L) of scores."""
@@ -1191,11 +1044,9 @@ def probabilities(scores, single):
     e = np.exp(scores - scores.max(1, keepdims=True))
     return e / e.sum(1, keepdims=True)
 
-
 def chosen_labels(scores, single):
     """(R, L) of 0 and 1: the highest score of a single choice, else all above 0."""
     return np.eye(scores.shape[1], dtype=int)[scores.argmax(1)] if single else 1 * (scores > 0)
-
 
 def tuned_thresholds(gold, scores):
     """(L) the threshold of each label with the best F1 on these rows."""
@@ -1208,25 +1059,19 @@ def tuned_thresholds(gold, scores):
         best[label] = (s[i] + max(s[i + 1], s[i] - 1)) / 2
     return best
 
-
 def user_bias(gold, scores, users, single, ridge=1.0):
-    """dict user -> (L) to add to the scores: the logistic regression of these rows on who answers,
-    with the scores as offset, by Newton steps on each bias alone; `ridge` keeps it near 0."""
+    """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
     names, of = np.unique(users, return_inverse=True)
     gold, bias = np.asarray(gold, float), np.zeros((len(names), scores.shape[1]))
-
-    def by_user(x):
-        return np.stack([np.bincount(of, column, len(names)) for column in x.T], 1)
-
     for _ in range(100):
-        p = probabilities(scores + bias[of], single)
-        bias += 0.7 * (by_user(gold - p) - ridge * bias) / (by_user(p * (1 - p)) + ridge)
+        p, up, down = probabilities(scores + bias[of], single), -ridge * bias, 0 * bias + ridge
+        np.add.at(up, of, gold - p)
+        np.add.at(down, of, p * (1 - p))
+        bias += 0.7 * up / down
     return dict(zip(names.tolist(), bias))
 
-
 def predict_rates(data, personalized, rows, strength=5):
-    """As `predict`: scores are the log odds of how often each label is chosen in training, by all
-    or by the user, shrunk to everybody's as if `strength` rows of everybody's were the user's."""
+    """As `predict`, by log odds of labels in training; a user's are shrunk to everybody's."""
     overall, own = np.mean([a.labels for a in data.train], 0), defaultdict(list)
     for a in data.train if personalized else ():
         own[a.user].append(a.labels)
@@ -1235,22 +1080,19 @@ def predict_rates(data, personalized, rows, strength=5):
     scores = np.log(p) - (0 if data.single else np.log1p(-p))
     return dict(predicted=chosen_labels(scores, data.single), scores=scores)
 
-
 def score(data, rows, result):
     """dict of the scores of a run's predictions on test rows."""
     gold, predicted = np.array([a.labels for a in rows]), np.asarray(result["predicted"])
     texts, users = np.array([text_id(a.text) for a in rows]), np.array([a.user for a in rows])
     found = f1_scores(gold, predicted)
-    draws = bootstrap_f1(gold, predicted, texts)
-    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
-    per_user = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
-                for user in sorted(set(users))}
-    f1 = [*per_user.values()]
-    mean, low, median = map(float, (np.mean(f1), np.percentile(f1, 10), np.median(f1)))
-    found["f1_per_user"] = dict(mean=mean, median=median, percentile_10=low, users=per_user)
+    found["f1_macro_ci"] = np.percentile(bootstrap_f1(gold, predicted, texts), [2.5, 97.5]).tolist()
+    f1 = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
+          for user in sorted(set(users))}
+    low, median = np.percentile([*f1.values()], [10, 50]).tolist()
+    about = dict(mean=sum(f1.values()) / len(f1), median=median, percentile_10=low)
+    found["f1_per_user"] = about | dict(users=f1)
     answers = Counter(text for text, _ in {(text_id(a.text), a.labels) for a in rows})
     apart = np.array([answers[text] > 1 for text in texts])
-    found["rows_disagreed"], found["f1_disagreed"] = int(apart.sum()), None
     if apart.any():
         found["f1_disagreed"] = f1_scores(gold[apart], predicted[apart])["f1_macro"]
     shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
@@ -1262,13 +1104,12 @@ def score(data, rows, result):
         found["mean_absolute_error"] = float(np.abs(off).mean())
     return found
 
-
-# --------------------------------------------------------------------------------------------------
-# 10. Training. The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy
-# of each label; that of LM is the cross-entropy of the answer's tokens: the mean over all targets
-# of a step, however its rows are cut into micro-batches. AdamW in float32, a cosine schedule with
-# warm-up, clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends
-# on seed and step alone, so a run that is taken up again needs no random state.
+# 10. Training -------------------------------------------------------------------------------------
+# The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
+# that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
+# however its rows are cut into micro-batches. AdamW in float32, a cosine schedule with warm-up,
+# clipped gradients; the epoch with the lowest validation loss is kept [1]. Dropout depends on seed
+# and step alone, so a run that is taken up again needs no random state.
 
 def summed_loss(out, batch, head, single):
     """() the loss of a batch, summed over its targets. out: (P, L) scores or (P, V) logits."""
@@ -1279,18 +1120,16 @@ def summed_loss(out, batch, head, single):
         return F.cross_entropy(out, target.argmax(1), reduction="sum") * target.shape[1]
     return F.cross_entropy(out, target, reduction="sum")
 
-
 def learning_rate(step, steps, lr, warmup):
     """The rate of a step (from 0): a line up, then half a cosine down to nearly 0."""
     rise = max(math.ceil(warmup * steps), 1)
     fallen = max(step - rise, 0) / max(steps - rise, 1)
     return lr * min((step + 1) / rise, 0.5 * (1 + math.cos(math.pi * fallen)))
 
-
 def make_optimizer(model, settings):
-    """AdamW over LoRA, the classification head and the user tokens, each at its own rate. A step of
-    AdamW is as long as its rate, and T5's embeddings are 100 times as long as SmolLM2's."""
+    """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
     rows = model.lm.get_input_embeddings().weight
+    # A step of AdamW is as long as its rate; T5's embeddings are 100 times as long as SmolLM2's.
     size = torch.linalg.vector_norm(rows, dtype=torch.float32).item() / math.sqrt(rows.numel())
     times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"] * size), {}
     for name, p in model.trainable().items():
@@ -1298,23 +1137,17 @@ def make_optimizer(model, settings):
     groups = [dict(params=params, times=times) for times, params in groups.items()]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
 
-
 def micro_batches(model, rows, size):
     """The batches of a step's rows, `size` rows each: neighbours have most in common."""
     return [make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
 
-
 def step_batches(model, rows, settings, seed, first, max_steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
-    order, size = [], settings["batch"]
-    for epoch in range(1, settings["epochs"] + 1):
-        parts = in_batches(rows, size, random.Random(f"{seed} {epoch - 1}"))
-        order += [(epoch, i == len(parts), part) for i, part in enumerate(parts, 1)]
-    order = order[:max_steps or None]
-    for step, (epoch, last, part) in enumerate(order[first:], first + 1):
-        batches = micro_batches(model, part, settings["micro_batch"])
-        yield step, epoch, last or step == len(order), part, batches
-
+    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
+        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
+    for step, (epoch, part) in enumerate(order[first:], first + 1):
+        last = step == len(order) or order[step][0] > epoch
+        yield step, epoch, last, part, micro_batches(model, part, settings["micro_batch"])
 
 def train_step(model, batches, optimizer, lr, clip, single=False):
     """() the loss of one optimizer step: the mean over the targets of all its batches."""
@@ -1331,12 +1164,10 @@ def train_step(model, batches, optimizer, lr, clip, single=False):
     optimizer.zero_grad()
     return loss
 
-
 @torch.no_grad()
 def validate(model, rows, single, label_ids, size=64):
-    """dict(val_loss: mean over all targets, listens, spread: see section 9) of some rows, without
-    dropout. Probabilities are those of CLS, or LM's of the first token in which labels differ
-    (`label_ids`: its place in the answer, and what it is for each label)."""
+    """dict(val_loss, listens, spread), without dropout. Of LM the probabilities are those of the
+    first token in which labels differ (`label_ids`: its place, and what it is for each label)."""
     model.train(False)
     total, targets, found = torch.zeros((), device=model.device), 0, []
     for part in progress(in_batches(rows, size), "validate", "batches"):
@@ -1352,9 +1183,7 @@ def validate(model, rows, single, label_ids, size=64):
     heard, spread = listens(*zip(*found))
     return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
 
-
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
-
 
 def save_state(path, state, params, optimizer, best):
     """Writes what a run needs to go on: trained parameters, those of the best epoch, AdamW's."""
@@ -1365,44 +1194,29 @@ def save_state(path, state, params, optimizer, best):
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_file(path, safetensors_bytes(tensors, {"state": json.dumps(state)}))
 
-
 def load_state(path, params, optimizer):
-    """(state, parameters of the best epoch) of save_state, all else put in its place; a new state
-    if there is none."""
-    state = dict(step=0, log=0, rows=0, tokens=0, seconds=0.0, listens=0.0, val_loss=math.inf)
+    """(state, parameters of the best epoch) of save_state, or new ones; puts the rest in place."""
+    state = dict(step=0, log=0, rows=0, seconds=0.0, listens=0.0, val_loss=math.inf, dtype="")
     if not os.path.exists(path):
         return state, {}
-    with damaged(path), safe_open(path, "pt") as f:
+    with reading(path), safe_open(path, "pt") as f:
+        found = json.loads(f.metadata()["state"])
         best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
                 if f"best.{name}" in f.keys()}
         for name, p in params.items():
             p.data.copy_(f.get_tensor(f"param.{name}"))
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 optimizer.state[p][key] = f.get_tensor(f"{key}.{name}").to(p.device)
-        found = json.loads(f.metadata()["state"])
+        print(f"resuming at step {found['step']}, in {found['dtype']}", flush=True)
         return {key: type(value)(found[key]) for key, value in state.items()}, best
-
-
-def saved_dtype(path):
-    """The dtype in which a stopped run computed and goes on to compute; None if there is none."""
-    with suppress(Exception), safe_open(path, "pt") as f:  # load_state says what is wrong with it
-        state = json.loads(f.metadata()["state"])
-        print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
-        return "bfloat16" if state["dtype"] == "bfloat16" else "float32"
-
-
-def check_loss(loss, step, rows):
-    """BadInput if a loss is infinite or not a number."""
-    texts = ", ".join(sorted({text_id(row.source.text) for row in rows})) or "of validation"
-    check(math.isfinite(loss), f"the loss is {loss} at step {step} (texts {texts}): lower --lr")
-
 
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
     """The state at the end of training, which the one in `folder` begins; best epoch kept."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
-    state, best = load_state(f"{folder}/{STATE}", params, optimizer)
     dtype, log = str(model.lm.dtype).removeprefix("torch."), open(f"{folder}/log.jsonl", "a", 1)
+    state, best = load_state(f"{folder}/{STATE}", params, optimizer)
+    check(state["dtype"] in ("", dtype), f"{folder} was begun in {state['dtype']}: --fresh")
     stream = step_batches(model, rows, settings, seed, state["step"], max_steps)
     ahead = next(stream, None)
     with log, progress(None, "train", "steps", steps, state["step"]) as bar:
@@ -1416,35 +1230,32 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
             loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
             line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
             print(json.dumps(line), file=log)
-            check_loss(loss, step, part)
-            now = dict(rows=len(part), tokens=tokens, seconds=time.perf_counter() - start)
+            texts = {text_id(row.source.text) for row in part}
+            check(math.isfinite(loss), f"loss {loss} at step {step} (texts {texts}): lower --lr")
+            now = dict(rows=len(part), seconds=time.perf_counter() - start)
             state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
-            heard = f"listens {state['listens']:.2f}"  # of the last validation
-            bar.set_postfix_str(f"epoch {epoch}, loss {loss:.4f}, {heard}", refresh=False)
+            bar.set_postfix(dict(epoch=epoch, loss=loss, listens=state["listens"]), False)
             bar.update()
             if last:
                 found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
                 print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
-                check_loss(found["val_loss"], step, ())
+                check(math.isfinite(found["val_loss"]), f"validation: {found}: lower --lr")
                 says = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
                 (bar.write if state["seconds"] > 2 else print)(f"epoch {epoch}: {says}")
                 if found["val_loss"] < state["val_loss"]:
                     best = {name: p.detach().clone() for name, p in params.items()}
                 state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
             if last or time.time() - saved > SAVE_EVERY:
-                now, saved = state | dict(log=log.tell(), dtype=dtype), time.time()
-                save_state(f"{folder}/{STATE}", now, params, optimizer, best)
+                state, saved = state | dict(log=log.tell(), dtype=dtype), time.time()
+                save_state(f"{folder}/{STATE}", state, params, optimizer, best)
     model.load_state_dict(best, strict=False)
     return state
 
-
-# --------------------------------------------------------------------------------------------------
-# 11. Prediction. CLS ticks a label where its score is above 0, or of a single choice the highest
-# one. LM writes: greedy decoding, in which the prompts of a batch are a tree as before and every
-# answer grows on at its leaf; the answer is read back into labels.
-
+# 11. Prediction -----------------------------------------------------------------------------------
+# CLS ticks a label where its score is above 0, or of a single choice the highest one. LM writes:
+# greedy decoding, in which the prompts of a batch are a tree as before and every answer grows on at
+# its leaf; the answer is read back into labels.
 MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, which nobody ticks
-
 
 @torch.no_grad()
 def for_each_batch(model, rows, function, size=64):
@@ -1455,44 +1266,28 @@ def for_each_batch(model, rows, function, size=64):
         found.update(zip(map(id, part), function(part)))
     return [found[id(row)] for row in rows]
 
-
-def label_scores(model, rows, size=64):
-    """(R, L) scores of the classification head, in the order of the rows."""
-    def scores(part):
-        batch = make_batch(model, part)
-        return model(batch)[batch["of"]].cpu().numpy()
-
-    return np.array(for_each_batch(model, rows, scores, size))
-
-
 def grow_answers(model, rows, ends, limit):
-    """Greedy decoding with a decoder: the answer of each row in ids, without the end token. New
-    nodes go behind all others in the cache; `sees` (answers growing, nodes) is their mask."""
+    """Greedy decoding with a decoder: the ids of each answer, whose nodes go behind all others."""
     batch, cache = make_batch(model, rows, head="cls"), {}  # the ends of prompts alone are read
     batch["inputs"]["tree"]["cache"] = cache
-    hidden, answers = model.hidden(batch), [[] for _ in batch["at"]]
-    sees = torch.zeros(len(answers), batch["tokens"], dtype=torch.bool)
+    hidden, n = model.hidden(batch), len(batch["at"])
     branch_of = {branch[-1]: branch for branch in batch["branches"]}
+    sees = torch.zeros(n, batch["tokens"], dtype=torch.bool)
     for i, leaf in enumerate(batch["at"].tolist()):
         sees[i, branch_of[leaf]] = True
-    growing, sees, position = list(range(len(answers))), sees.to(model.device), sees.sum(1)
+    start = sees, torch.eye(n, dtype=torch.bool), sees.sum(1), torch.arange(n)
+    sees, own, position, at = to_device(start, model.device)
+    ends = torch.tensor(sorted(ends), device=model.device)
+    answers = torch.empty(n, 0, dtype=torch.long, device=model.device)
     while True:
-        tokens = model.token_logits(hidden).argmax(1).tolist()
-        alive = [j for j, (i, token) in enumerate(zip(growing, tokens))
-                 if token not in ends and len(answers[i]) < limit]
-        if not alive:
-            return [answers[i] for i in batch["of"].tolist()]
-        growing, tokens = [growing[j] for j in alive], [tokens[j] for j in alive]
-        for i, token in zip(growing, tokens):
-            answers[i].append(token)
-        own = torch.eye(len(alive), dtype=torch.bool, device=model.device)
-        sees = torch.cat([sees[torch.tensor(alive, device=model.device)], own], 1)
-        block = 0, None, additive_mask(sees, model.lm.dtype)  # over all there are
-        new = dict(input_ids=torch.tensor([tokens]), position_ids=position[None, alive])
-        position, at = position[alive] + 1, torch.arange(len(alive), device=model.device)
-        new = to_device(new, model.device) | dict(tree=dict(S=0, cache=cache, blocks=[block]))
-        hidden = model.hidden(dict(inputs=new, at=at))
-
+        new = model.token_logits(hidden).argmax(1, keepdim=True)
+        answers = torch.cat([answers, new], 1)
+        if answers.shape[1] == limit or torch.isin(answers, ends).any(1).all():
+            return answers[batch["of"]].tolist()
+        sees = torch.cat([sees, own], 1)
+        tree = dict(S=0, cache=cache, blocks=[(0, None, additive_mask(sees, model.lm.dtype))])
+        inputs = dict(input_ids=new.T, position_ids=position[None], tree=tree)
+        hidden, position = model.hidden(dict(inputs=inputs, at=at)), position + 1
 
 def write_answers(model, rows, ends, limit):
     """Greedy decoding with an encoder-decoder: the answer of each row in ids."""
@@ -1501,28 +1296,25 @@ def write_answers(model, rows, ends, limit):
     memory = BaseModelOutput(last_hidden_state=model.encode(ids, mask))
     out = model.lm.generate(
         encoder_outputs=memory, attention_mask=mask, max_new_tokens=limit, do_sample=False,
-        num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends))[:, 1:].tolist()
-    out = [ids[:next((i for i, t in enumerate(ids) if t in ends), len(ids))] for ids in out]
-    return [out[i] for i in batch["of"].tolist()]
-
+        num_beams=1, eos_token_id=sorted(ends), pad_token_id=min(ends))
+    return out[batch["of"], 1:].tolist()
 
 def written_answers(model, tokenizer, rows, limit, size=64):
-    """The answer of each row as a string, in the order of the rows. Many chat models end a turn
-    with another token than the tokenizer's; it stands in their generation config."""
+    """The answer of each row as a string, in the order of the rows."""
+    # Many chat models end a turn with another token than the tokenizer's.
     also = getattr(model.lm.generation_config, "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])}
+    write = write_answers if model.seq2seq else grow_answers
 
     def answers(part):
-        ids = (write_answers if model.seq2seq else grow_answers)(model, part, ends, limit)
+        ids = [list(takewhile(lambda i: i not in ends, x)) for x in write(model, part, ends, limit)]
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     return for_each_batch(model, rows, answers, size)
 
-
 def parse_answer(answer, labels, single=False):
-    """((L) zeros and ones, number of words that belong to no label). Case, punctuation and order
-    are forgiven; of labels that begin alike ("unfair", "unfair_to_all") the longest is meant; of a
-    single choice the first counts. Finished thoughts are dropped; unfinished ones are no answer."""
+    """((L) zeros and ones, number of words that belong to no label). Of labels that begin alike the
+    longest is meant, of a single choice the first. An unfinished thought is no answer."""
     answer = re.split("</think>", answer, flags=re.I)[-1]
     answer = "" if "<think>" in answer.lower() else answer
     found, said = [], {}  # said: the words of a label -> the label
@@ -1539,7 +1331,6 @@ def parse_answer(answer, labels, single=False):
     found = found[:1] if single else found
     return tuple(int(label in found) for label in labels), unknown
 
-
 def read_answers(answers, data):
     """dict(predicted (R, L), answers, unknown_words, unreadable: answers that say nothing)"""
     predicted, unknown = zip(*(parse_answer(a, data.labels, data.single) for a in answers))
@@ -1547,26 +1338,24 @@ def read_answers(answers, data):
     return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
                 unreadable=len(said) - sum(said))
 
-
 def predict(model, tokenizer, method, data, config, users, annotations):
     """dict(predicted (R, L), scores (R, L), texts_cut), or with what read_answers returns."""
     name_of = user_namer(model, tokenizer, config["ids"], users)
     rows, counts = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
     size = 2 * config["micro_batch"]
     if model.head == "cls":
-        scores = label_scores(model, rows, size)
+        scores = np.array(for_each_batch(model, rows, lambda part: model(
+            b := make_batch(model, part))[b["of"]].cpu().numpy(), size))
         return dict(counts, predicted=chosen_labels(scores, data.single), scores=scores)
     limit = len(tokenize(tokenizer, answer_text(data.labels, [1] * len(data.labels)))) + 1
     answers = written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), size)
     return counts | read_answers(answers, data)
 
-
-# --------------------------------------------------------------------------------------------------
-# 12. ChatGPT. A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI
-# made and many servers speak. An answer costs money: it is on disk as soon as it is there, is never
-# asked for again and serves all rows with that prompt. Workers take requests from one queue and
-# report to another; the main thread alone counts and writes. The key gets into no file or message.
-
+# 12. ChatGPT --------------------------------------------------------------------------------------
+# A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
+# servers speak. An answer costs money: it is on disk as soon as it is there, is never asked for
+# again and serves all rows with that prompt. Workers take requests from one queue and report to
+# another; the main thread alone counts and writes. The key gets into no file or message.
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
 TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
 CONNECT, READ, DEADLINE = 10, 120, 600  # seconds to connect, of silence, for new attempts
@@ -1574,10 +1363,8 @@ RETRIES = 8   # where a third of all attempts fail, 9 in a row do for one reques
 BACKOFF = 1   # seconds before the second attempt; each wait is twice the last, up to 20 s
 GIVE_UP = 20  # requests that fail one after the other: it is not the rows then; the run stops
 
-
 def parse_reply(said):
-    """("answered", reply) or ("failed", why) for a body; None if it is neither. A model that
-    declines (null, a refusal) has answered without labels; one cut off while thinking has not."""
+    """("answered", reply), as by a model that declines, or ("failed", why), or None, of a body."""
     with suppress(Exception):  # a body may be anything
         reply = json.loads(said)
         choice, usage = reply["choices"][0], reply.get("usage") or {}  # not every server counts
@@ -1588,11 +1375,10 @@ def parse_reply(said):
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair cannot be kept
         return "answered", dict(answer=text, **{k: int(usage.get(k) or 0) for k in TOKENS})
 
-
 def ask_once(session, url, key, body, names, events):
     """("answered", reply), ("failed", why) or ("stop", why), with one budget for all failures.
     `names`, parameter -> its name on this server or None if refused, is what all workers learn."""
-    until, wait, why, model = time.monotonic() + DEADLINE, 0, "", body["model"]
+    until, wait, why = time.monotonic() + DEADLINE, 0, ""
     for attempt in range(1 + RETRIES):
         if time.monotonic() + wait > until:
             why = f"too late for an attempt in {wait:.0f} s, after {why}"
@@ -1608,11 +1394,10 @@ def ask_once(session, url, key, body, names, events):
             if status < 300 and (event := parse_reply(said)):
                 names.update((k, k) for k in body if k in sent)  # a later 400 is about its row
                 return event
-            if status in (401, 403):
-                return "stop", f"HTTP {status}: correct OPENAI_API_KEY, not accepted for {model}"
-            if status == 404 or 300 <= status < 400:  # a redirect: the address is not quite right
-                return "stop", f"HTTP {status}: correct --model {model} or OPENAI_BASE_URL (.../v1)"
-            wait = max(wait, Retry().get_retry_after(response.raw) or 0)
+            if status in (401, 403, 404) or 300 <= status < 400:
+                wrong = "OPENAI_API_KEY" if status in (401, 403) else "OPENAI_BASE_URL (.../v1)"
+                return "stop", f"HTTP {status}: correct {wrong} or --model {body['model']}"
+            wait = max(wait, urllib3.Retry().get_retry_after(response.raw) or 0)
             named = status in (400, 422) and re.search(r"\b(max_tokens|temperature|seed)\b", said)
             if named and named[1] in sent and names.get(named[1]) != named[1]:
                 wait, names[named[1]] = 0, {"max_tokens": "max_completion_tokens"}.get(named[1])
@@ -1620,10 +1405,9 @@ def ask_once(session, url, key, body, names, events):
                 break  # the next attempt would end like this one
         except ValueError as e:  # an address or a proxy that cannot be
             return "stop", str(e)
-        except (requests.RequestException, HTTPError) as e:
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as e:
             why = next((x.reason for x in (e, *e.args) if getattr(x, "reason", None)), e)
     return "failed", " ".join(str(why).replace(key, "[key]").split())[:200]
-
 
 def start_workers(bodies, concurrency):
     """The queue of events (sha, kind, value) for dict sha -> body. It holds one: a worker that is
@@ -1633,7 +1417,7 @@ def start_workers(bodies, concurrency):
     check(re.fullmatch("[!-~]+", key), "OPENAI_API_KEY has to be one word: your key, or any")
     valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", base, re.I)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
-    todo, events, names = queue.SimpleQueue(), queue.Queue(1), {}
+    todo, events, names, url = queue.SimpleQueue(), queue.Queue(1), {}, f"{base}/chat/completions"
 
     def work():
         session = requests.Session()
@@ -1641,7 +1425,6 @@ def start_workers(bodies, concurrency):
         session.auth = lambda request: request  # without one, a .netrc would replace the header
         try:
             for sha, body in iter(todo.get, None):
-                url = f"{base}/chat/completions"
                 events.put((sha, *ask_once(session, url, key, body, names, events)))
         except Exception as e:  # a mistake in this file
             events.put((None, "stop", repr(e).replace(key, "[key]")))
@@ -1651,7 +1434,6 @@ def start_workers(bodies, concurrency):
     for _ in range(concurrency):
         threading.Thread(target=work, daemon=True).start()  # so none keeps the process
     return events
-
 
 def finished_answers(path):
     """dict sha -> reply of the answers file; half a line at its end, left by a kill, is cut off."""
@@ -1665,18 +1447,13 @@ def finished_answers(path):
                 finished[line["sha"]] = {name: line[name] for name in ("answer", *TOKENS)}
     return finished
 
-
 def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
-    """(dict row -> answer, dict of counts) for dict row -> prompt; answers are kept in `path`. Of
-    the counts, requests and retries were sent now; tokens are those of all the answers."""
-    same, row_of, bodies = dict(model=model, temperature=0, seed=seed, max_tokens=limit), {}, {}
-    for row, prompt in prompts.items():
-        body = same | dict(messages=[dict(role="user", content=prompt)])
-        sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-        row_of.setdefault(sha, row)  # the first one with this prompt
-        bodies[row] = sha, body
+    """(answers to the prompts, dict of counts); `path` keeps all answers. BadInput if one fails."""
+    same = dict(model=model, temperature=0, seed=seed, max_tokens=limit)
+    bodies = [same | dict(messages=[dict(role="user", content=prompt)]) for prompt in prompts]
+    shas = [hashlib.sha256(json.dumps(x, sort_keys=True).encode()).hexdigest() for x in bodies]
     answered, failed, count, in_a_row = finished_answers(path), {}, Counter(), 0
-    todo = {sha: body for sha, body in bodies.values() if sha not in answered}
+    todo = {sha: body for sha, body in zip(shas, bodies) if sha not in answered}
     if todo:
         events = start_workers(todo, concurrency)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -1688,34 +1465,30 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
                 bar.update(kind != "sent")
                 if kind == "answered":
                     answered[sha], in_a_row = value, 0
-                    f.write(json.dumps(dict(key=row_of[sha], sha=sha, **value)) + "\n")
+                    f.write(json.dumps(dict(sha=sha, **value)) + "\n")
                     os.fsync(f.fileno())
                 elif kind == "failed":
                     failed[sha], in_a_row = value, in_a_row + 1
                 if kind == "stop" or in_a_row == GIVE_UP:
                     raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
-    counts = dict(requests=count["sent"], retries=count["sent"] - len(todo))
-    counts |= {name: sum(answered[sha][name] for sha in row_of if sha in answered)
-               for name in TOKENS} | dict(cached=len(row_of) - len(todo))
-    answers = {row: answered[sha]["answer"] for row, (sha, _) in bodies.items() if sha in answered}
-    failures = [(row, failed[sha]) for row, (sha, _) in bodies.items() if sha in failed]
-    return answers, counts | dict(failed=failures)
+    check(not failed, f"{len(failed)} of {len(todo)} requests failed, as {[*failed.values()][:1]}: "
+          f"nothing is scored; answers are kept in {path}, and the same command asks for the rest")
+    counts = {name: sum(answered[sha][name] for sha in {*shas}) for name in TOKENS}
+    counts |= dict(requests=count["sent"], retries=count["sent"] - len(todo))
+    return [answered[sha]["answer"] for sha in shas], counts
 
-
-# --------------------------------------------------------------------------------------------------
-# 13. One experiment from end to end. A run lives in out/<data>/<model>/<method>/seed<S>/, a folder
-# that belongs to one configuration (run.json) and to one process at a time. The same command takes
-# up a stopped run, and prints the summary of a finished one again. metrics.json comes last.
+# 13. One experiment from end to end ---------------------------------------------------------------
+# A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
+# (run.json) and to one process at a time. The same command takes up a stopped run, and prints the
+# summary of a finished one again. metrics.json comes last.
 
 def model_name(model):
     """What a model is called in folders and tables: a name of MODELS, else the last part of it."""
     return os.path.basename(os.path.abspath(model)).replace(":", "_")
 
-
 @contextmanager
 def run_folder(folder, config, fresh):
-    """Takes a run's folder: yields the metrics that it holds already, none for a run to begin or
-    to go on. BadInput if it belongs to another configuration or another process."""
+    """Takes a run's folder, if it is of this configuration, and yields the metrics it may hold."""
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/lock", "w") as lock:
         try:
@@ -1732,7 +1505,6 @@ def run_folder(folder, config, fresh):
         write_file(f"{folder}/run.json", config)
         yield read_json(f"{folder}/metrics.json")
 
-
 def write_predictions(path, data, rows, result, gold=True):
     """predictions.csv: a record a row, with what was chosen if that is known (`gold`)."""
     lines = io.StringIO(newline="")
@@ -1746,56 +1518,45 @@ def write_predictions(path, data, rows, result, gold=True):
         writer.writerow([text_id(a.text), a.user, *said, *more])
     write_file(path, lines.getvalue().encode("utf-8", "replace"))
 
-
 def peak_memory_mb():
     """The most memory in use so far: of a GPU, else of the process."""
     if torch.cuda.is_available():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10  # bytes there, kilobytes elsewhere
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit)
-
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of macOS in bytes, else kilobytes
+    return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
 
 def settings_of(args):
     """The recipe, overruled by the model's row (ours only), overruled by flags."""
-    row = MODELS.get(args.model, {})
-    if args.recipe != "ours":
-        row = {key: row[key] for key in row if key == "micro_batch"}
+    row = MODELS.get(args.model, {}) if args.recipe == "ours" else {}
     flags = {key: value for key, value in vars(args).items() if value is not None}
     return {key: (RECIPES[args.recipe] | row | flags)[key] for key in RECIPES["ours"]}
 
-
 def check_length(name, config, longest):
     """BadInput if a prompt with its answer is longer than what the model reads at once."""
-    room = getattr(config, "max_position_embeddings", None) or math.inf
-    if getattr(config, "use_sliding_window", True):
-        room = min(room, getattr(config, "sliding_window", None) or math.inf)
+    window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
+    room = min(getattr(config, "max_position_embeddings", None) or math.inf, window or math.inf)
     fits = config.is_encoder_decoder or longest <= room  # a T5 knows distances, not places
     check(fits, f"--model {name} reads {room} tokens, a prompt needs {longest}: --max-text")
-
 
 def describe(model, dense, quant):
     """dict of what is said of a model before it is trained; it is printed, too."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    packed, quantized = sum(b.nbytes for m in layers for b in m.buffers()), sum(
-        m.N * m.K for m in layers)
-    total = quantized + sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.trainable().values())
-    name, dtype = device_name(model.device), str(model.lm.dtype).removeprefix("torch.")
+    quantized = sum(m.N * m.K for m in layers)
+    total = quantized + sum(p.numel() for p in model.parameters())
+    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if model.device.type == "cuda" else f"a CPU with {name}"
+    dtype = str(model.lm.dtype).removeprefix("torch.")
     also = " and a dense copy" * dense + ", computing with the weights as they were" * (not quant)
-    print(f"{type(model.lm).__name__} on {name}, computing in {dtype}: {quantized / 1e6:.1f} M of "
-          f"{total / 1e6:.1f} M weights in {packed / 1e6:.1f} MB of NF4{also}, "
-          f"{trained / 1e6:.2f} M trained", flush=True)
-    counts = dict(total=total, trained=trained, quantized=quantized, packed_bytes=packed)
-    return dict(device=name, dense_copy=dense, dtype=dtype, parameters=counts)
-
+    print(f"{type(model.lm).__name__} on {name}, computing in {dtype}: {quantized:,} of {total:,} "
+          f"weights in NF4{also}, {trained:,} trained", flush=True)
+    return dict(device=name, dense_copy=dense, dtype=dtype, weights=total, weights_trained=trained)
 
 def run_local(method, args, config, data, folder):
-    """(function: annotations -> what `predict` returns, facts for the metrics) of a model that runs
-    here; if the method trains, it is trained and its adapter.safetensors written."""
+    """(function: annotations -> what `predict` returns, facts for the metrics), after training."""
     trained = method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
-    dtype = saved_dtype(f"{folder}/{STATE}") or args.dtype
-    dtype = dtype and getattr(torch, dtype)
+    dtype = args.dtype and getattr(torch, args.dtype)
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(
         args.model, method.head, len(data.labels), find_device(), dtype, config, users)
@@ -1807,8 +1568,6 @@ def run_local(method, args, config, data, folder):
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
     facts = describe(model, not args.no_dense and keep_dense(model), config["quant"]) | cut
-    if cut["texts_cut"]:
-        print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
         names = *data.labels, *[NONE] * data.none
         ids = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
@@ -1816,59 +1575,45 @@ def run_local(method, args, config, data, folder):
         label_ids = place, [x[place] for x in ids]
         done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
                      args.seed, args.max_steps)
-        rate = round(done["rows"] / max(done["seconds"], 1e-9), 2)
-        facts |= dict(rows_per_second=rate, train_seconds=round(done["seconds"], 2))
-        facts |= dict(steps=done["step"], val_loss=done["val_loss"], tokens_computed=done["tokens"])
+        facts |= dict(steps=done["step"], rows_per_second=round(done["rows"] / done["seconds"], 2))
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
         users_of = {"users": json.dumps(users)}
         write_file(f"{folder}/adapter.safetensors", safetensors_bytes(tensors, users_of))
     return functools.partial(predict, model, tokenizer, method, data, config, users), facts
 
-
 def run_chat(chat, method, args, data, folder):
-    """As run_local, of a model behind HTTP; BadInput if a row got no answer."""
-    choose, prompts, few, most = choose_examples(method, data.train), {}, 0, 4 * args.max_text
-    for i, a in enumerate(data.test):
+    """As run_local, of a model behind HTTP."""
+    choose, prompts, few, most = choose_examples(method, data.train), [], 0, 4 * args.max_text
+    for a in data.test:
         examples = [x._replace(text=x.text[:most]) for x in choose(a)]  # a token: 4 characters
         few += len(examples) < method.shots
         parts = prompt_parts(method, data, a.text[:most], a.user, examples)
-        prompts[f"{i}:{text_id(a.text)}:{a.user}"] = "".join(sum(parts, []))
-    distinct, path = [*dict.fromkeys(prompts.values())], os.path.join(folder, "answers.jsonl")
-    n, tokens = len(distinct), sum(map(len, distinct)) // 4
+        prompts.append("".join(sum(parts, [])))
+    n, tokens = len({*prompts}), sum(map(len, {*prompts})) // 4
     print(f"{chat}: {n:,} requests for {len(prompts):,} rows (equal prompts are sent once), about "
           f"{tokens:,} tokens of prompts, at most {n * MAX_ANSWER:,} of answers", flush=True)
-    if args.dry_run:
-        return print("Nothing was sent. The first prompt:", distinct[0], sep="\n\n")
+    path, cut = os.path.join(folder, "answers.jsonl"), sum(len(a.text) > most for a in data.test)
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
-    failed = counts.pop("failed")
-    check(not failed, f"{len(failed)} of {len(prompts)} rows got no answer, as {failed[:1]}; the "
-          f"{len(answers)} answers are kept in {path}, the same command asks for the others only")
-    cut = sum(len(a.text) > most for a in data.test)
-    result = read_answers([answers[row] for row in prompts], data)
+    result = read_answers(answers, data)
     return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut)
-
 
 def chat_model(args, method):
     """What a server calls the model that --model names, None if it runs here."""
-    own, chat = args.model.startswith("openai:"), MODELS.get(args.model, {}).get("chat")
-    chat, name = args.model[7:] if own else chat, args.model
-    asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
+    own, name = args.model.startswith("openai:"), args.model
+    chat = name[len("openai:"):] if own else MODELS.get(name, {}).get("chat")
     check(chat != "", "--model openai: needs a name behind it, as in openai:gpt-4o-mini")
-    check(method.head == "ask" or not chat, f"--model {name}: can only be asked ({asking})")
-    check(chat or not args.dry_run, f"--dry-run: --model {name} costs nothing, just run it")
+    check(method.head == "ask" or not chat, f"--model {name} can only be asked: q_0s, q_1s_p, ...")
     return chat
 
-
 def evaluate(method, data, read):
-    """(what `read` returns of the test rows, all scores) and what these are to be compared with:
-    thresholds tuned on validation, a bias for each user, the same rows with shuffled user IDs."""
+    """(what `read` returns of the test rows, dict of all scores and controls)"""
     result, gold = read(data.test), np.array([a.labels for a in data.test])
     found = score(data, data.test, result)
     if "scores" in result and not data.single:
         tuned = tuned_thresholds([a.labels for a in data.val], read(data.val)["scores"])
         found["f1_macro_tuned"] = f1_scores(gold, result["scores"] > tuned)["f1_macro"]
     if method.head == "cls" and not method.personalized:
-        labels, users = [a.labels for a in data.train], [a.user for a in data.train]
+        _, users, labels = zip(*data.train)
         bias = user_bias(labels, read(data.train)["scores"], users, data.single)
         own = np.array([bias.get(a.user, np.zeros(len(data.labels))) for a in data.test])
         chosen = chosen_labels(result["scores"] + own, data.single)
@@ -1881,14 +1626,11 @@ def evaluate(method, data, read):
     found |= {key: result[key] for key in ("unknown_words", "unreadable") if key in result}
     return result, found
 
-
 CONFIG = ("model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
           "max_steps", "max_eval", "dtype", "no_share")  # flags that make another run
 
-
 def run(args):
-    """One row of the paper's table for one model and dataset: trains (unless the method only asks),
-    predicts, scores, writes the run's files and prints a summary."""
+    """One row of the paper's table for one model and dataset: trains, predicts, scores, reports."""
     start, method, settings = time.perf_counter(), METHODS[args.command], settings_of(args)
     chat = chat_model(args, method)
     args.model = "baseline" if method.head == "rates" else args.model
@@ -1903,41 +1645,36 @@ def run(args):
     config |= {key: getattr(data, key) for key in ("labels", "single", "none", "ordered")}
     name = f"{data.name}.{args.split_col}" if args.split_col else data.name
     folder = os.path.join(args.out, name, model_name(args.model), args.command, f"seed{args.seed}")
-    if args.dry_run:
-        return run_chat(chat, method, args, data, folder)
     with run_folder(folder, config, args.fresh) as metrics:
         if metrics:
             print(f"{folder} is finished; --fresh runs it again")
         else:
-            if method.head == "rates":
-                read, facts = functools.partial(predict_rates, data, method.personalized), {}
-            elif chat:
+            read, facts = functools.partial(predict_rates, data, method.personalized), {}
+            if chat:
                 read, facts = run_chat(chat, method, args, data, folder)
-            else:
+            elif method.head != "rates":
                 read, facts = run_local(method, args, config, data, folder)
             result, found = evaluate(method, data, read)
             metrics = finish(folder, config | found | facts, data, result, start)
-    with damaged(f"{folder}/metrics.json"):
+    with reading(f"{folder}/metrics.json"):
         print_summary(metrics, folder)
-
 
 def finish(folder, metrics, data, result, start):
     """Writes a run's last files, removes what only resuming needs, and returns all metrics."""
     rows = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    versions["python"], seconds = platform.python_version(), round(time.perf_counter() - start, 1)
-    metrics |= dict(rows=rows, notes=data.notes, peak_memory_mb=peak_memory_mb(), seconds=seconds,
-                    versions=versions, command=" ".join(sys.argv))
+    metrics |= dict(rows=rows, notes=data.notes, peak_memory_mb=peak_memory_mb(),
+                    seconds=round(time.perf_counter() - start, 1), command=" ".join(sys.argv),
+                    versions=versions | dict(python=sys.version.split()[0]))
     write_predictions(f"{folder}/predictions.csv", data, data.test, result)
     write_file(f"{folder}/metrics.json", metrics)
     with suppress(FileNotFoundError):
         os.remove(f"{folder}/{STATE}")
     return metrics
 
-
 SUMMARY = {  # key of the metrics -> its unit, or what it says
     "seconds": "s in all", "rows_per_second": "annotations a second in training",
-    "peak_memory_mb": "MB at most", "chat": "",
+    "peak_memory_mb": "MB at most", "chat": "", "texts_cut": "texts are cut to --max-text tokens",
     "too_few_examples": "prompts have fewer examples than the method asks for",
     "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
@@ -1947,7 +1684,6 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
     "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
     "f1_disagreed": "on texts that people read differently", "accuracy": "of whole rows",
     "mean_absolute_error": "points", "listens": "share of variance between readers of one text"}
-
 
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
@@ -1970,16 +1706,14 @@ def print_summary(m, folder):
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
 
+# 14. A trained run reads new sentences ------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# 14. A trained run reads new sentences.
 
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
     m, path = read_json(f"{folder}/metrics.json"), f"{folder}/adapter.safetensors"
-    there = m and os.path.exists(path)
-    check(there, f"{folder}: no finished run of a trained method (with adapter.safetensors)")
-    with damaged(folder):
+    check(m, f"{folder}: no finished run (metrics.json)")
+    with reading(folder, "a finished run of a trained method can"):
         config = read_json(f"{folder}/run.json") | dict(dtype=m["dtype"])
         check(m | config == m, f"{folder}: metrics.json does not fit run.json")
         with safe_open(path, "pt") as f:
@@ -1995,11 +1729,9 @@ def load_run(folder):
     keep_dense(model)
     return m, model, tokenizer, users
 
-
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    one = bool(args.csv) != bool((args.text or "").strip())
-    check(one, "predict needs --text TEXT (with --users A,B) or --csv FILE")
+    check(bool(args.csv) != bool(args.text), "predict needs --text T (--users A,B) or --csv FILE")
     m, model, tokenizer, users = load_run(args.run)
     method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
     check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
@@ -2007,38 +1739,31 @@ def predict_run(args):
     if args.csv:
         rows = csv_rows(args.csv, ["text"] + ["user"] * method.personalized)
         asked = [(row["text"], row.get("user", "")) for _, row in rows]
-    for number, (text, _) in enumerate(asked, 1):
-        check(text.strip(), f"{args.csv}: row {number}: the text is empty")
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
-    unknown = sorted({a.user for a in asked} - set(users)) if method.personalized else []
-    if unknown:
-        read = " (read with the mean of all user tokens)" * (m["ids"] == "token")
-        print(f"{len(unknown)} users unknown to training{read}: {', '.join(unknown[:20])}")
-    what = {key: m[key] for key in ("labels", "single", "ordered", "none")}
-    data = Dataset(m["data"], **what, train=[], val=[], test=[], notes={}, sha="")
+    unknown = sorted({a.user for a in asked} - {*users})
+    if unknown and method.personalized:
+        print(f"unknown to training, so no token of their own: {', '.join(unknown[:20])}")
+    data = Dataset(*(m.get(key, []) for key in Dataset._fields))  # no rows, but all of the labels
     result = predict(model, tokenizer, method, data, m, users, asked)
-    if result["texts_cut"]:
-        print(f"{result['texts_cut']} texts are cut to {m['max_text']} tokens")
     if args.csv:
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
         return print(f"files       {path}")
-    shown = probabilities(result["scores"], data.single) if "scores" in result else \
-        result["predicted"]
-    print(f"{'user':12}" + "".join(f"  {label:>8}" for label in m["labels"]))
+    shown = result["predicted"]
+    if "scores" in result:
+        shown = probabilities(result["scores"], data.single)
+    print(f"{'user':12}", *(f"{label:>8}" for label in m["labels"]), sep="  ")
     for a, line in zip(asked, shown):
-        cells = (f"  {p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"]))
-        print(f"{a.user[:12]:12}" + "".join(cells))
+        cells = (f"{p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"]))
+        print(f"{a.user[:12]:12}", *cells, sep="  ")
 
+# 15. The command line -----------------------------------------------------------------------------
 
-# --------------------------------------------------------------------------------------------------
-# 15. The command line.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         flags = " ".join(flag for action in self._actions for flag in action.option_strings[-1:])
         raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
-
 
 def number(kind, least, most=2 ** 62):
     """An argparse type: a number of that kind, from `least` to `most`."""
@@ -2050,7 +1775,6 @@ def number(kind, least, most=2 ** 62):
 
     parse.__name__ = kind.__name__
     return parse
-
 
 COUNT, LIST = number(int, 1), lambda text: [*dict.fromkeys(text.split(","))]
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
@@ -2082,11 +1806,9 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
     ("--concurrency", dict(type=COUNT, default=8, help="requests at a time (8)")),
-    ("--dry-run", dict(action="store_true", help="print what would be asked, send nothing")),
     ("--text", dict(help="predict: this sentence")),
     ("--users", dict(type=LIST, metavar="A,B", help="predict: as these people read it")),
     ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user"))]
-
 
 def make_parser():
     """The argparse parser."""
@@ -2100,17 +1822,14 @@ def make_parser():
         p.add_argument(flag, **what)
     return p
 
-
 def main(argv=None):
     """Runs one command; returns the exit status."""
     args, said = None, sys.argv[1:] if argv is None else argv
     try:  # bytes that are no UTF-8 become question marks
         said = [x.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for x in said]
         args = make_parser().parse_args(said)
-        check(args.run or args.command != "predict", "predict needs the folder of a run")
-        check(not args.run or args.command == "predict", f"only predict takes a folder: {args.run}")
-        alone = os.environ.get("WORLD_SIZE", "1") == "1"
-        check(alone, "a run is one process; several GPUs: CUDA_VISIBLE_DEVICES=1 plm.py ...")
+        fits = (args.command == "predict") == bool(args.run)
+        check(fits, "predict needs the folder of a run, and nothing else takes one")
         (predict_run if args.command == "predict" else run)(args)
         return 0
     except BadInput as e:
@@ -2126,7 +1845,6 @@ def main(argv=None):
     line = "".join(c if c.isprintable() else " " for c in f"plm.py: {why}")
     print(line[:2000], file=sys.stderr)
     return status
-
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
