@@ -1593,7 +1593,7 @@ def run_chat(chat, method, args, data, folder):
     print(f"{chat}: {n:,} requests for {len(prompts):,} rows (equal prompts are sent once), about "
           f"{tokens:,} tokens of prompts, at most {n * MAX_ANSWER:,} of answers", flush=True)
     path, cut = os.path.join(folder, "answers.jsonl"), sum(len(a.text) > most for a in data.test)
-    answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
+    answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER)
     result = read_answers(answers, data)
     return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut)
 
@@ -1805,7 +1805,6 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
-    ("--concurrency", dict(type=COUNT, default=8, help="requests at a time (8)")),
     ("--text", dict(help="predict: this sentence")),
     ("--users", dict(type=LIST, metavar="A,B", help="predict: as these people read it")),
     ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user"))]
