@@ -17,7 +17,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
@@ -206,10 +205,10 @@ def test_prompts_word_for_word(name, single, none, how, chosen, second):
     own, shots = name.endswith("_p"), int(name[2]) if "q_" in name else 0
     shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", chosen)][:shots]
     parts = plm.prompt_parts(plm.METHODS[name], dataset("ABC", single, none), "well", "u2", shown)
-    golden = ("Which of the labels would this user choose for the text? " if own else
-              "Which of the labels fit the text? ")
-    see = f"First see how {'this user answered before' if own else 'other people answered'}. "
-    golden += see * (shots > 0) + f"Answer with {how}\n### Labels: A, B, C"
+    ask = "would this user choose for" if own else "fit"
+    see = f" First see how {'this user answered before' if own else 'other people answered'}."
+    golden = f"Which of the labels {ask} the text?{see * (shots > 0)} Answer with {how}"
+    golden += "\n### Labels: A, B, C"
     golden += "\n### Text: hi\n### Response: A" * (shots > 0)
     golden += f"\n### Text: go away\n### Response: {second}" * (shots > 1)
     golden += "\n### Text: well" + "\n### User ID: u2" * own + "\n### Response:"
@@ -308,11 +307,10 @@ def quantized(weight):
 
 def test_nf4_values_are_quantiles_of_the_normal_distribution():
     # QLoRA, appendix E: 8 quantiles above 0 and 7 below, equally spaced in probability.
-    quantile, edge = statistics.NormalDist().inv_cdf, 0.9677083
-    above = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
-    below = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
-    values = torch.tensor(sorted([*above, 0.0, *below])) / max(above)
-    assert torch.allclose(values, plm.NF4, atol=2e-7)
+    quantile, edge = torch.special.ndtri, 0.9677083
+    above, below = (quantile(torch.tensor(np.linspace(edge, 0.5, n))) for n in (9, 8))
+    values = torch.cat([-below, above[:-1].flip(0)]) / above[0]
+    assert torch.allclose(values, plm.NF4.double(), atol=2e-7)
 
 def test_bytes_are_those_of_bitsandbytes():
     # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
@@ -932,16 +930,13 @@ def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, n
         off = (their_logits(theirs, row) - ours).abs().max()
         assert off <= 1e-4 * ours.abs().max()
 
-CONFIG = plm.RECIPES["ours"] | dict(  # what the metrics of a run say beside its scores
-    single=False, ordered=False, none=False, max_text=9, no_share=False)
-
 def fake_run(out, method, rows, predicted, seed=42, labels=MOODS, **more):
     """The files of a run that predicts so for its test rows; their folder and its metrics."""
     folder, what = out / "d" / "m" / method / f"seed{seed}", dataset(labels)
     result = dict(predicted=predicted, scores=predicted - 0.5)
-    m = CONFIG | plm.score(what, rows, result) | dict(
-        method=method, model="m", data="d", seed=seed, labels=labels,
-        rows=dict(train=1, val=1, test=len(rows))) | more
+    m = plm.RECIPES["ours"] | plm.score(what, rows, result) | dict(
+        method=method, model="m", data="d", seed=seed, labels=labels, single=False, ordered=False,
+        none=False, max_text=9, no_share=False, rows=dict(train=1, val=1, test=len(rows))) | more
     os.makedirs(folder)
     plm.write_predictions(f"{folder}/predictions.csv", what, rows, result)
     plm.write_file(f"{folder}/metrics.json", m)
