@@ -11,8 +11,6 @@ and scores.
     python plm.py lm --model DIR --data file.csv --text-col comment --user-col worker
     python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
 
-Around it stand scripts in data/, each with a target of the Makefile: data, table, report, export.
-
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
 
     CLS               cls               a classification head reads the end of the prompt
@@ -55,7 +53,6 @@ import resource
 import sys
 import threading
 import time
-import traceback
 import unicodedata
 from collections import Counter, defaultdict
 from contextlib import contextmanager, suppress
@@ -98,13 +95,13 @@ def check(ok, message):
 
 def progress(items, what, unit, total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
-    return tqdm(items, what, total=total, initial=initial, unit=" " + unit, delay=2, leave=False,
-                dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
+    tty = sys.stderr.isatty()
+    show = dict(delay=2, leave=False, dynamic_ncols=True, mininterval=0.2 if tty else 10)
+    return tqdm(items, what, unit=" " + unit, total=total, initial=initial, **show)
 
 
 def write_file(path, content):
-    """Writes bytes, or a value as JSON, so that the file is the old one or the new one, whatever
-    happens meanwhile."""
+    """Writes bytes, or a value as JSON; at any moment the file is the old one or the new one."""
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
     try:
@@ -117,6 +114,25 @@ def write_file(path, content):
         with suppress(OSError):
             os.remove(path + ".part")
         raise OSError(e.errno, e.strerror, path) from None
+
+
+@contextmanager
+def damaged(path):
+    """Turns whatever goes wrong in reading what a run has left into a BadInput that names it."""
+    try:
+        yield
+    except (BadInput, MemoryError):
+        raise
+    except Exception as e:  # safetensors has one error for all that can be wrong with a file
+        raise BadInput(f"{path}: damaged ({type(e).__name__}: {e}); --fresh starts over") from None
+
+
+def read_json(path):
+    """The dict in a JSON file of a run; empty if there is no such file."""
+    if not os.path.exists(path):
+        return {}
+    with damaged(path), open(path, encoding="utf-8") as f:
+        return {**json.load(f)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -197,8 +213,8 @@ MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in upper or lower case
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
 ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
-SPLITS = {"train": "train", "training": "train", "val": "val", "dev": "val", "valid": "val",
-          "validation": "val", "test": "test"}
+SPLITS = {"": None, "train": "train", "training": "train", "val": "val", "dev": "val",
+          "valid": "val", "validation": "val", "test": "test"}
 
 
 def words_of(text):
@@ -232,41 +248,36 @@ def csv_rows(path, needed=()):
             first = f.readline()
             delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
             f.seek(0)
-            reader = csv.DictReader(f, delimiter=delimiter)
-            rows, columns = [], Counter(reader.fieldnames)
+            reader, rows = csv.DictReader(f, delimiter=delimiter), []
+            columns = reader.fieldnames or []
             for number, row in enumerate(reader, 1):
-                check(None not in row and None not in row.values(),
-                      f"{path}: row {number} (line {reader.line_num}) does not have the "
-                      f"{len(reader.fieldnames)} columns of the header")
+                whole, line = None not in row and None not in row.values(), reader.line_num
+                check(whole, f"{path}: row {number} (line {line}) has not {len(columns)} columns")
                 rows.append((number, row))
-    except OSError as e:
-        raise BadInput(f"{path}: {e.strerror.lower()}") from None
     except (UnicodeDecodeError, csv.Error) as e:
         raise BadInput(f"{path}: not a CSV file in UTF-8 ({e})") from None
     check(rows, f"{path}: no annotations in it")
-    twice, n = columns.most_common(1)[0]
-    check(n == 1, f"{path}: {n} columns are called {twice!r}")
-    for column in needed:
-        check(column in columns, f"{path}: no column {column!r}; there are: {', '.join(columns)}")
+    for c in columns:
+        check(columns.count(c) == 1, f"{path}: {columns.count(c)} columns are called {c!r}")
+    for c in needed:
+        check(c in columns, f"{path}: no column {c!r}; there are: {', '.join(columns)}")
     return rows
 
 
 def label_columns(path, rows, others):
     """(names of the columns that are mostly 0/1, names of other two-valued ones). Where columns
     come in two spellings, one of them is probably no label, and the user has to say which are."""
-    found, two_valued = defaultdict(list), []
+    found, two_valued, n = defaultdict(list), [], len(rows)
     for column in (c for c in rows[0][1] if c not in others):
         values = Counter(row[column].strip().lower() for _, row in rows)
-        spelling = next((name for name, words in SPELLINGS.items()
-                         if sum(values[word] for word in words) > len(rows) / 2), None)
-        if spelling:
-            found[spelling].append(column)
+        mostly = [s for s, words in SPELLINGS.items() if sum(values[w] for w in words) > n / 2]
+        if mostly:
+            found[mostly[0]].append(column)
         elif len(values) == 2:
             two_valued.append(column)
     there = "; ".join(f"{', '.join(names)} ({spelling})" for spelling, names in found.items())
-    there = there or f"no column of 0 and 1 beside {', '.join(others)}"
-    check(len(found) == 1, f"{path}: {there}; say which are the labels with --labels A,B, or with "
-          "--label-col C for a single choice")
+    there = there or "no column of 0 and 1"
+    check(len(found) == 1, f"{path}: {there}: say --labels A,B or, for one choice, --label-col C")
     return found.popitem()[1], two_valued
 
 
@@ -281,8 +292,8 @@ def choices(path, column, values):
     except ValueError:
         names, ordered = {value: value for value in values}, False
     labels = {*names.values()}
-    check(len(labels) <= 100 and not {"inf", "-inf"} & labels, f"{path}: column {column!r} has "
-          f"{len(labels):,} values, such as {max(labels)[:40]!r}: not a choice of one")
+    few = len(labels) <= 100 and not {"inf", "-inf"} & labels
+    check(few, f"{path}: column {column!r} has {len(labels):,} values: not a choice of one")
     return sorted(labels, key=float if ordered else None), names, ordered
 
 
@@ -290,38 +301,33 @@ def read_annotations(path, form, skip_missing=False):
     """(list of (Annotation, what its split column says or None), dict of what a Dataset says of
     labels, notes). `form` names the columns: text, user, split, and labels (several) or label."""
     labels, two_valued = [form["label"]] if form.get("label") else form.get("labels") or [], []
-    texts = form["text"].split(",")
-    rows = csv_rows(path, [*texts, form["user"], *filter(None, [form.get("split")]), *labels])
-    split_col = form.get("split") or ("split" if "split" in rows[0][1] else None)
-    others = [*texts, form["user"], *([split_col] if split_col else [])]
+    cells, split_col = [*form["text"].split(","), form["user"]], form.get("split")
+    rows = csv_rows(path, [*cells, *labels, *[split_col] * bool(split_col)])
+    split_col = split_col or ("split" if "split" in rows[0][1] else None)
     if not labels:
-        labels, two_valued = label_columns(path, rows, others)
-    missing = {number: c for number, row in rows for c in [*texts, form["user"], *labels]
-               if row[c].strip().lower() in MISSING}
-    for number, column in missing.items():
-        check(skip_missing, f"{path}: row {number}: {column!r} is {rows[number - 1][1][column]!r} "
-              "(--skip-missing leaves such rows out and counts them)")
-    notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
-             "columns taken as labels": ", ".join(labels),
-             "two-valued columns not taken": ", ".join(two_valued),
-             "split by": f"column {split_col}" if split_col else "a hash of the text"}
-    rows = [(number, row) for number, row in rows if number not in missing]
+        labels, two_valued = label_columns(path, rows, [*cells, split_col])
+    cells = [*cells, *labels]
+    missing = {n: c for n, row in rows for c in cells if row[c].strip().lower() in MISSING}
+    for n, c in missing.items():
+        check(skip_missing, f"{path}: row {n}: {c!r} is missing (--skip-missing leaves it out)")
+    notes = {"rows read": len(rows), "left out: a cell is missing": len(missing)}
+    notes |= {"columns taken as labels": ", ".join(labels)}
+    notes |= {"two-valued columns not taken": ", ".join(two_valued)}
+    notes |= {"split by": f"column {split_col}" if split_col else "a hash of the text"}
+    rows = [(n, row) for n, row in rows if n not in missing]
     names, single, ordered, found = labels, len(labels) == 1, False, []
     if single:
         names, said, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
-    for number, row in rows:
-        cells, split = {label: row[label].strip() for label in labels}, None
-        for label, cell in () if single else cells.items():
-            check(cell.lower() in ZERO_ONE, f"{path}: row {number}: label {label!r} is "
-                  f"{cell[:40]!r}, not 0 or 1 (see --labels)")
-        chosen = ((name == said[cells[labels[0]]] for name in names) if single else
-                  (ZERO_ONE[cell.lower()] for cell in cells.values()))
-        if split_col and (cell := row[split_col].strip()):
-            split = SPLITS.get(cell.lower())
-            check(split,
-                  f"{path}: row {number}: {split_col!r} is {cell[:40]!r}, not train, val or test")
-        text, user = "\n".join(row[c] for c in texts), user_id(row[form["user"]])
-        found.append((Annotation(text, user, tuple(map(int, chosen))), split))
+    for n, row in rows:
+        chosen = [ZERO_ONE.get(row[label].strip().lower()) for label in labels]
+        if single:
+            chosen = [int(name == said[row[labels[0]].strip()]) for name in names]
+        odd = [f"{c!r} is {row[c][:40]!r}" for c, y in zip(labels, chosen) if y is None]
+        check(not odd, f"{path}: row {n}: label {', '.join(odd)}, not 0 or 1 (see --labels)")
+        split = SPLITS.get(row[split_col].strip().lower(), "?") if split_col else None
+        check(split != "?", f"{path}: row {n}: {split_col!r} is not train, val or test")
+        text = "\n".join(row[c] for c in form["text"].split(","))
+        found.append((Annotation(text, user_id(row[form["user"]]), tuple(chosen)), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
 
 
@@ -354,16 +360,9 @@ def some_texts(rows, n):
 
 def load_data(name, max_eval=0, skip_missing=False, **columns):
     """The Dataset of a row of DATASETS or of a CSV file; `columns` (text, user, ...) overrule."""
-    known, path = name in DATASETS, name
-    if known:
-        path = f"{HERE}/data/{name}/annotations.csv"
-        check(os.path.exists(path), f"{path}: no such file; make data DATA={name} makes it")
-    check(path.lower().endswith((".csv", ".tsv")),
-          f"--data {name}: not a .csv file and not one of {', '.join(DATASETS)}")
-    check(not (columns.get("labels") and columns.get("label")),
-          "--labels names several columns and --label-col one: not both")
-    check(max(Counter(columns.get("labels")).values(), default=1) == 1,
-          f"--labels {','.join(columns.get('labels') or ())}: a column is named twice")
+    path = f"{HERE}/data/{name}/annotations.csv" if name in DATASETS else name
+    check(os.path.isfile(path), f"--data {name}: no file {path} (make data: {', '.join(DATASETS)})")
+    check(not (columns.get("labels") and columns.get("label")), "--labels or --label-col, not both")
     form = dict(text="text", user="user") | DATASETS.get(name, {})
     form |= {key: value for key, value in columns.items() if value}
     found, what, notes = read_annotations(path, form, skip_missing)
@@ -371,29 +370,27 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
     for part, rows in split.items():
         check(rows, f"--data {name}: no annotation is left for {part}; more texts are needed")
     n = len(split["train"])
-    for label, chosen in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
-        check(0 < chosen < n, f"--data {name}: label {label!r} never varies in training (chosen "
-              f"{chosen:,} times of {n:,})")
+    for label, k in zip(what["labels"], np.sum([a.labels for a in split["train"]], 0)):
+        check(0 < k < n, f"--data {name}: label {label!r} never varies in training ({k} of {n})")
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
-        sha = hashlib.sha256(f.read()).hexdigest()[:16]
+        sha = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     none = not all(any(a.labels) for a, _ in found)
-    name = name if known else os.path.splitext(os.path.basename(name))[0]
+    name = name if name in DATASETS else os.path.splitext(os.path.basename(name))[0]
     return Dataset(name, **what, **split, none=none, notes=notes, sha=sha)
 
 
 def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
-    print("; ".join(f"{key} {n:,}" if isinstance(n, int) else f"{key} {n}"
-                    for key, n in data.notes.items() if n))
+    print("; ".join(f"{what} {n:,}" if type(n) is int else f"{what} {n}"
+                    for what, n in data.notes.items() if n))
     print(f"{'':8}{'rows':>8}{'texts':>8}{'users':>7}  how often each label is chosen")
     for part in ("train", "val", "test"):
-        rows = getattr(data, part)
+        rows, labels = getattr(data, part), [*data.labels, *["(nothing)"] * data.none]
         rates = np.mean([[*a.labels, not any(a.labels)] for a in rows], 0)
-        often = ", ".join(f"{label} {rate:.1%}" for label, rate in
-                          zip([*data.labels, *["(nothing)"] * data.none], rates))
-        print(f"{part:8}{len(rows):8,}{len({a.text for a in rows}):8,}"
-              f"{len({a.user for a in rows}):7,}  {often}", flush=True)
+        often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(labels, rates))
+        n = len(rows), len({a.text for a in rows}), len({a.user for a in rows})
+        print(f"{part:8}{n[0]:8,}{n[1]:8,}{n[2]:7,}  {often}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -410,31 +407,32 @@ def print_data(data):
 #     ### User ID: 17                   (or the user's token: see user_namer and embed)
 #     ### Response:                     and the LM goes on: " funny, hostile"
 
-INSTRUCTIONS = {  # personalized? -> the question, and what it adds when there are examples
-    False: ("Which of the labels fit the text?", " First see how other people answered."),
-    True: ("Which of the labels would this user choose for the text?",
-           " First see how this user answered before.")}
-ANSWER_WITH = {  # single choice?, may nothing be chosen? -> how to answer
-    (True, False): "Answer with one label from the list.",
-    (False, False): "Answer with labels from the list, separated by commas.",
-    (False, True): "Answer with labels from the list, separated by commas, or with none."}
+QUESTION = {  # personalized?
+    False: "Which of the labels fit the text?",
+    True: "Which of the labels would this user choose for the text?"}
+SEE = {False: " First see how other people answered.",
+       True: " First see how this user answered before."}
+ANSWER_WITH = {  # single choice?, may nothing be chosen?
+    (True, False): " Answer with one label from the list.",
+    (False, False): " Answer with labels from the list, separated by commas.",
+    (False, True): " Answer with labels from the list, separated by commas, or with none."}
 NONE = "none"  # the answer where no label is chosen
 
 
 def prompt_parts(method, data, text, user, examples=()):
     """The prompt as (shared, text, user) parts, lists of pieces, each tokenized by itself. What all
     readers of a text have in common, such as "### User ID:", belongs to the text."""
-    question, see = INSTRUCTIONS[method.personalized]
-    shared = (f"{question}{see if method.shots else ''} {ANSWER_WITH[data.single, data.none]}"
-              f"\n### Labels: {', '.join(data.labels)}\n### Text:")
+    told = method.personalized
+    question = QUESTION[told] + SEE[told] * bool(method.shots) + ANSWER_WITH[data.single, data.none]
+    shared = [f"{question}\n### Labels: {', '.join(data.labels)}\n### Text:"]
     body = []
-    for example in examples:
-        body += [f" {example.text}", "\n### Response:", answer_text(data.labels, example.labels),
-                 "\n### Text:"]
+    for x in examples:
+        answer = answer_text(data.labels, x.labels)
+        body += [f" {x.text}", "\n### Response:", answer, "\n### Text:"]
     body.append(f" {text}")
-    if method.personalized:
-        return [shared], body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
-    return [shared], body, ["\n### Response:"]
+    if told:
+        return shared, body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
+    return shared, body, ["\n### Response:"]
 
 
 def answer_text(labels, chosen):
@@ -447,11 +445,10 @@ def check_labels(data, head):
     words = defaultdict(list)
     for label in [*data.labels, *[NONE] * data.none]:
         words[tuple(words_of(label)) or label].append(label)
-        check("\n" not in label and label.strip() and (data.single or "," not in label),
-              f"label {label!r}: a comma-separated answer cannot hold it")
-    for same in words.values() if head in ("lm", "ask") else ():
-        check(len(same) == 1, f"labels {same[0]!r} and {same[-1]!r} are the same but for case and "
-              "punctuation: an answer cannot tell them apart (cls and cls_p can)")
+        fits = "\n" not in label and label.strip() and (data.single or "," not in label)
+        check(fits, f"label {label!r}: a comma-separated answer cannot hold it")
+    for a, *b in words.values() if head in ("lm", "ask") else ():
+        check(not b, f"labels {a!r} and {b}: an answer cannot tell them apart (cls and cls_p can)")
 
 
 def choose_examples(method, train):
@@ -466,8 +463,8 @@ def choose_examples(method, train):
             return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
         rows = by_user[asked.user] if method.personalized else rng.choices(train, k=100)
-        fit = dict.fromkeys(a for a in rows if text_id(a.text) != text_id(asked.text)
-                            and (a.user == asked.user) == method.personalized)
+        rows = [a for a in rows if (a.user == asked.user) == method.personalized]
+        fit = dict.fromkeys(a for a in rows if text_id(a.text) != text_id(asked.text))
         return rng.sample([*fit], min(method.shots, len(fit)))
 
     return choose
@@ -481,10 +478,10 @@ def tokenize(tokenizer, piece, first=False):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     def inside(piece):
-        ids, mark = plain(letter + piece), plain(letter) if letter else []
+        mark = [] if first else plain("a")
+        ids = plain(piece if first else "a" + piece)
         return ids[len(mark):] if ids[:len(mark)] == mark else plain(piece)
 
-    letter = "" if first else "a"
     ids, special = inside(piece), set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
     if special.intersection(ids):  # a SentencePiece vocabulary has "</s>" as a word: take it apart
         for token in tokenizer.all_special_tokens:
@@ -496,24 +493,22 @@ def tokenize(tokenizer, piece, first=False):
 def frame(tokenizer, chat):
     """(ids before, ids after) a prompt: <s> or </s> or, to be asked, the model's chat template."""
     if chat and tokenizer.chat_template:
-        around = tokenizer.apply_chat_template([{"role": "user", "content": "\0"}], tokenize=False,
-                                               add_generation_prompt=True)
+        asked = [{"role": "user", "content": "\0"}]
+        around = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return [tuple(tokenizer(s, add_special_tokens=False).input_ids) for s in around.split("\0")]
-    alone = tokenizer("a", add_special_tokens=False).input_ids
-    framed = tokenizer("a").input_ids
-    start = next((i for i in range(len(framed)) if framed[i:i + len(alone)] == alone), None)
-    check(start is not None, "the tokenizer changes a text between its begin and end tokens")
-    return tuple(framed[:start]), tuple(framed[start + len(alone):])
+    alone, framed = (tokenizer("a", add_special_tokens=x).input_ids for x in (False, True))
+    n = len(alone)
+    starts = [i for i in range(len(framed)) if framed[i:i + n] == alone]
+    check(starts, "the tokenizer changes a text between its begin and end tokens")
+    return tuple(framed[:starts[0]]), tuple(framed[starts[0] + n:])
 
 
 def user_words(tokenizer, users):
     """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
-    def is_word(token):
-        return token and token[0] in "\u0120\u2581" and re.fullmatch("[a-z]{4,9}", token[1:])
-
+    everyday = re.compile("[\u0120\u2581][a-z]{4,9}")  # a mark where the word begins, and the word
     tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [i for i, token in enumerate(tokens) if is_word(token)] or list(range(len(tokens)))
-    found, taken = {}, set()
+    words = [i for i, token in enumerate(tokens) if token and everyday.fullmatch(token)]
+    words, found, taken = words or list(range(len(tokens))), {}, set()
     for user in users:
         place = int(hashlib.sha256(user.encode()).hexdigest()[:8], 16) % len(words)
         while len(taken) < len(words) and place in taken:
@@ -540,7 +535,7 @@ class Row(NamedTuple):
 def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
     """(list of Row, Counter of texts_cut to `max_text` tokens and too_few_examples). `user_ids` is
     a function: user -> token ids, or None where the prompt has the ID as it is written."""
-    known, cut, few, choose = {}, set(), 0, choose_examples(method, data.train)
+    known, rows, cut, few, choose = {}, [], set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
 
     def ids(pieces, texts=(), first=False):
@@ -551,16 +546,15 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
                 cut.add(piece)
         return sum((known[p][:max_text] if p in texts else known[p] for p in pieces), ())
 
-    rows = []
     for a in annotations:
         examples = choose(a)
         few += len(examples) < method.shots
         shared, body, user = prompt_parts(method, data, a.text, a.user, examples)
         texts = {f" {x.text}" for x in (a, *examples)}
         who = user_ids(a.user) + ids(user[1:]) if user_ids and method.personalized else ids(user)
-        rows.append(Row(before + ids(shared, first=True), ids(body, texts), who + after,
-                        ids([answer_text(data.labels, a.labels)]) + (tokenizer.eos_token_id,),
-                        a.labels, a))
+        prompt = before + ids(shared, first=True), ids(body, texts), who + after
+        answer = ids([answer_text(data.labels, a.labels)]) + (tokenizer.eos_token_id,)
+        rows.append(Row(*prompt, answer, a.labels, a))
     return rows, Counter(texts_cut=len(cut), too_few_examples=few)
 
 
@@ -579,18 +573,15 @@ NF4 = torch.tensor([  # quantiles of N(0, 1) scaled to [-1, 1]; a test computes 
     0.7229568362236023, 1.0])
 
 
-def dynamic_map():
-    """(256) ascending: signed, in seven powers of ten, twice as fine with each one up [5]."""
-    edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
-    positive = torch.cat([10.0 ** (i - 6) * (e[:-1] + e[1:]) / 2 for i, e in enumerate(edges)])
-    return torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
-
-
 @functools.cache
 def tables(device):
-    """(NF4, values of each byte's two indices (256, 2), dynamic map (256)), once a device: a copy
-    for every layer and step would make a GPU wait for the host each time."""
-    return NF4.to(device), torch.cartesian_prod(NF4, NF4).to(device), dynamic_map().to(device)
+    """(NF4, values of each byte's two indices (256, 2), dynamic map (256): ascending, signed, in
+    seven powers of ten, twice as fine with each one up [5]), copied to a device once."""
+    edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
+    positive = torch.cat([10.0 ** (i - 6) * (e[:-1] + e[1:]) / 2 for i, e in enumerate(edges)])
+    dynamic = torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
+    pairs = torch.cartesian_prod(NF4, NF4).view(torch.int64)  # two floats are moved as one word
+    return NF4.to(device), pairs.view(-1).to(device), dynamic.to(device)
 
 
 def nearest(values, code):
@@ -630,6 +621,17 @@ def quantize_absmax(absmax):
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
 
+def rounded(packed, absmax, pairs, dtype):
+    """The weights of some blocks: products in float32, cast last."""
+    values = pairs.index_select(0, packed.int()).view(torch.float32)
+    return (in_blocks(values, 64) * absmax[:, None]).view(-1).to(dtype)
+
+
+if torch.cuda.is_available():  # one kernel, which moves a tenth of the bytes; the plain way if it
+    torch._dynamo.config.suppress_errors = True  # cannot be compiled
+    rounded = torch.compile(rounded, dynamic=True)
+
+
 class NF4Matmul(torch.autograd.Function):
     """x (.., K) -> x W^T (.., N) with W in NF4. `F.linear(x, layer.dequantize())` would keep the
     dense W of every layer alive until the backward pass. This keeps the layer, whose bytes are in
@@ -666,17 +668,13 @@ class NF4Linear(nn.Module):
         return dynamic * scale + self.absmax_offset
 
     def dequantize(self):
-        """(N, K) the rounded weights: products in float32, cast to the layer's dtype last."""
+        """(N, K) the rounded weights"""
         if self.dense is not None:
             return self.dense
-        weight = torch.empty(self.N * self.K, dtype=self.dtype, device=self.packed.device)
-        pairs = tables(weight.device)[1].view(torch.int64).view(-1)  # two floats moved as one word
-        size = CHUNK[weight.device.type]
-        for chunk, packed, absmax in zip(weight.split(size), self.packed.split(size // 2),
-                                         self.absmax().split(size // 64)):
-            values = pairs.index_select(0, packed.int()).view(torch.float32)
-            chunk.copy_((in_blocks(values, 64) * absmax[:, None]).view(-1)[:len(chunk)])
-        return weight.view(self.N, self.K)
+        size, pairs = CHUNK[self.packed.device.type], tables(self.packed.device)[1]
+        parts = zip(self.packed.split(size // 2), self.absmax().split(size // 64))
+        weight = torch.cat([rounded(*part, pairs, self.dtype) for part in parts])
+        return weight[:self.N * self.K].view(self.N, self.K)
 
     def forward(self, x):
         return NF4Matmul.apply(x, self)
@@ -701,22 +699,34 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(base.N, r, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
+    def train(self, mode=True):
+        """Casts A and scaling * B to what the layer computes in, once a step. Multiplies by add,
+        whose backward pass keeps nothing: every micro-batch can go through it."""
+        self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
+        scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
+        self.A = self.lora_A.to(dtype)
+        self.B = torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
+        return self
+
     def forward(self, x):
-        dropped, scaling = x, self.scaling
+        dropped = x
         if self.training and self.dropout:
             # From a random place, a multiple of 16 for the vector units.
             start = 16 * int(torch.randint((len(self.masks) - x.numel()) // 16 + 1, ()))
             dropped = x * self.masks[start:start + x.numel()].view(x.shape)
-            scaling /= 1 - self.dropout  # so that the expectation stays
-        low = F.linear(dropped, self.lora_A.to(x.dtype))  # (.., r)
-        return self.base(x) + F.linear(low, (scaling * self.lora_B).to(x.dtype))
+        return self.base(x) + F.linear(F.linear(dropped, self.A), self.B)
+
+
+def lora_layers(model):
+    """The LoRALinear layers of a model."""
+    return [m for m in model.modules() if isinstance(m, LoRALinear)]
 
 
 def draw_dropout(model, positions):
     """Draws the dropout masks of one forward pass of at most that many positions: zeros with
     probability `dropout`, else ones. Each layer reads its mask from a random place of this one
     draw: a draw for each layer of its own would take a fifth of a step's time on a CPU."""
-    layers = [m for m in model.modules() if isinstance(m, LoRALinear) and m.training and m.dropout]
+    layers = [m for m in lora_layers(model) if m.training and m.dropout]
     if layers:
         # Twice the longest mask, so that there are many places to read one from.
         n, base = 2 * positions * max(layer.base.K for layer in layers), layers[0].base
@@ -760,8 +770,7 @@ def prompt_tree(paths, S):
 
 def attention_blocks(parent, groups, S, size, dtype):
     """list of (first node, last + 1, mask): the shared prefix, then groups together until they have
-    `size` nodes. The mask (1, 1, n, S + n) is 0 where a node sees the prefix or a node of its
-    block, and -inf where it does not."""
+    `size` nodes. The mask is over the prefix and the block's own nodes."""
     ends = [i for i in range(1, len(parent)) if groups[i] != groups[i - 1]] + [len(parent)]
     blocks, first = [], 0
     for end in ends:
@@ -783,12 +792,13 @@ def additive_mask(sees, dtype):
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -math.inf)[None, None]
 
 
-def attend(q, k, v, mask, scaling):
+def attend(q, k, v, mask, causal, scaling):
     """(1, H, n, E): attention of q (1, H, n, E) to k, v (1, H', m, E) under a mask (1, 1, n, m)."""
     (_, H, n, E), (_, few, m, _) = q.shape, k.shape
     if q.device.type == "cuda":  # its kernel wants as many heads of keys as of queries
         k, v = (t.repeat_interleave(H // few, 1) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        mask = None if causal else mask  # the fastest kernel knows this mask by itself
+        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scaling)
     # A CPU's kernel is three times slower than this in bfloat16. Heads that share keys are stacked:
     # (H, n) queries become (H', n H / H').
     weights = (q * (scaling or E ** -0.5)).reshape(1, few, -1, E) @ k.transpose(2, 3)
@@ -808,7 +818,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling=None, *, t
     for first, end, mask in tree["blocks"]:
         k, v = (torch.cat([t[:, :, :S], t[:, :, first:end]], 2) if first else t[:, :, :end]
                 for t in (key, value))
-        out.append(attend(query[:, :, first:end], k, v, mask, scaling))
+        out.append(attend(query[:, :, first:end], k, v, mask, end == S, scaling))
     return torch.cat(out, 2).transpose(1, 2), None
 
 
@@ -826,9 +836,8 @@ def load_pretrained(name):
     """(transformers' model as it is stored, its tokenizer) of a row of MODELS, a folder or a
     Hugging Face id; BadInput for what is not there, not whole, or quantized already."""
     source = MODELS.get(name, {}).get("id", name)
-    known = f"names are {', '.join(MODELS)}; else a folder or a Hugging Face id"
-    check(os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source),
-          f"--model {name}: no such model ({known})")
+    there = os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source)
+    check(there, f"--model {name}: no folder, Hugging Face id or name ({', '.join(MODELS)})")
     try:
         config, tokenizer = (auto.from_pretrained(source) for auto in (AutoConfig, AutoTokenizer))
         for key in ("quantization_config", "num_local_experts", "num_experts"):
@@ -839,14 +848,13 @@ def load_pretrained(name):
             source, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True,
             attn_implementation="sdpa" if config.is_encoder_decoder else "tree")
     except Exception as e:  # of five packages, for whatever is missing or damaged
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise BadInput(f"--model {name}: cannot load {source} ({why}; {known})") from None
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise BadInput(f"--model {name}: cannot load {source}: {why}") from None
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integers
     wrong += [path for path, m in lm.named_modules()
               if isinstance(m, nn.Linear) and not (m.weight[:16] % 1).any()]  # integers
-    check(not wrong, f"--model {name}: {wrong[:1]}: weights are missing, of another shape, or "
-          "quantized already")
+    check(not wrong, f"--model {name}: missing, of another shape or quantized: {wrong[:1]}")
     return lm, tokenizer
 
 
@@ -881,9 +889,8 @@ class PersonalizedLM(nn.Module):
 
     def train(self, mode=True):
         """Dropout is LoRA's alone: the backbone stays as it is at prediction."""
-        for module in self.modules():
-            if isinstance(module, LoRALinear):
-                module.training = mode
+        for layer in lora_layers(self):
+            layer.train(mode)
         return self
 
     def trainable(self):
@@ -910,12 +917,12 @@ class PersonalizedLM(nn.Module):
             draw_dropout(self, input_ids.numel())
             out = self.lm.base_model(inputs_embeds=self.embed(input_ids), use_cache=False, **inputs)
             return out.last_hidden_state[0].index_select(0, batch["at"])
-        draw_dropout(self, len(inputs["pair"]) * max(input_ids.shape[1], inputs["start"].shape[1]))
+        start, pair = inputs["start"], inputs["pair"]
+        draw_dropout(self, len(pair) * max(input_ids.shape[1], start.shape[1]))
         mask = inputs["attention_mask"][:, None, None].bool()  # transformers leaves 4-D as it is
-        memory = self.encode(input_ids, mask)
-        out = self.lm.get_decoder()(
-            input_ids=inputs["start"], encoder_hidden_states=memory.index_select(0, inputs["pair"]),
-            encoder_attention_mask=mask.index_select(0, inputs["pair"]), use_cache=False)
+        memory, seen = self.encode(input_ids, mask).index_select(0, pair), mask.index_select(0, pair)
+        out = self.lm.get_decoder()(input_ids=start, encoder_hidden_states=memory,
+                                    encoder_attention_mask=seen, use_cache=False)
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
 
     def encode(self, input_ids, mask):
@@ -941,8 +948,8 @@ def find_device():
         # cuDNN's attention plans every new shape anew, and shapes change every step here.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return torch.device("cuda", torch.cuda.current_device())
-    check(not os.path.exists("/proc/driver/nvidia/version")
-          or os.environ.get("CUDA_VISIBLE_DEVICES") == "",
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
+    check(hidden or not os.path.exists("/proc/driver/nvidia/version"),
           "CUDA does not start on this GPU; CUDA_VISIBLE_DEVICES= computes on the CPU")
     return torch.device("cpu")
 
@@ -989,13 +996,13 @@ def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
     if ids == "number" or ids == "token" and model.user_embedding is None:
         return None
-    if ids == "word":
-        known = user_words(tokenizer, users)
-        stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
-        return lambda user: (known[user] if user in known else stranger(user),)
     V = model.lm.get_input_embeddings().weight.shape[0]
-    known = {user: V + i for i, user in enumerate(users)}
-    return lambda user: (known.get(user, V + len(users)),)
+    if ids == "token":
+        known = {user: V + i for i, user in enumerate(users)}
+        return lambda user: (known.get(user, V + len(users)),)
+    known, stranger = user_words(tokenizer, users), functools.cache(
+        lambda user: user_words(tokenizer, [user])[user])
+    return lambda user: (known[user] if user in known else stranger(user),)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1009,19 +1016,19 @@ def tree_batch(model, rows, head):
     S, groups, paths = len(rows[0].shared) if model.share else 0, {}, []
     for i, row in enumerate(rows):
         group = groups.setdefault(row.text if model.share else i, len(groups))
-        paths.append((group, row.prompt + (  # the state at a token predicts the next one
-            row.answer[:-1] if head == "lm" else ())))
+        answer = row.answer[:-1] if head == "lm" else ()  # the state at a token predicts the next
+        paths.append((group, row.prompt + answer))
     distinct = sorted(set(paths))
     ids, position, parent, group_of, nodes = prompt_tree(distinct, S)
-    nodes, at, of, target = dict(zip(distinct, nodes)), {}, [], []
+    branch, at, of, target = dict(zip(distinct, nodes)), {}, [], []
     for row, path in zip(rows, paths):
-        of += [at.setdefault(node, len(at)) for node in nodes[path][len(row.prompt) - 1:]]
+        of += [at.setdefault(node, len(at)) for node in branch[path][len(row.prompt) - 1:]]
         target += [row.labels] if head == "cls" else row.answer
     size = 64 if model.device.type == "cpu" else 2048  # a GPU likes few and large calls
     blocks = attention_blocks(parent, group_of, S, size, model.lm.dtype)
     inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]),
                   tree=dict(S=S, blocks=blocks, cache=None))
-    return inputs, at, of, target, dict(tokens=len(ids), branches=[nodes[p] for p in distinct])
+    return inputs, at, of, target, dict(tokens=len(ids), branches=nodes)
 
 
 def pair_batch(model, rows, head):
@@ -1035,9 +1042,9 @@ def pair_batch(model, rows, head):
         pair = pairs.setdefault((prompt, (start, *answer[:-1])), len(pairs))
         of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
         target += [row.labels] if head == "cls" else answer
-    input_ids, attention_mask = padded([ids for ids, _ in prompts])
+    input_ids, mask = padded([ids for ids, _ in prompts])
     decoder_input_ids, _ = padded([ids for _, ids in pairs])
-    inputs = dict(input_ids=input_ids, attention_mask=attention_mask, start=decoder_input_ids,
+    inputs = dict(input_ids=input_ids, attention_mask=mask, start=decoder_input_ids,
                   pair=torch.tensor([prompt for prompt, _ in pairs]))
     at = [pair * decoder_input_ids.shape[1] + j for pair, j in at]
     tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
@@ -1053,10 +1060,11 @@ def padded(sequences):
 
 def to_device(batch, device):
     """A batch on the device. A GPU copies from pinned memory while the host goes on."""
-    if device.type == "cpu":
-        return batch
-    return tree_map(lambda x: x.pin_memory().to(device, non_blocking=True)
-                    if isinstance(x, torch.Tensor) else x, batch)
+    def move(x):
+        there = isinstance(x, torch.Tensor) and device.type != "cpu"
+        return x.pin_memory().to(device, non_blocking=True) if there else x
+
+    return tree_map(move, batch)
 
 
 def make_batch(model, rows, head=None):
@@ -1070,18 +1078,17 @@ def make_batch(model, rows, head=None):
 def in_batches(rows, size, rng=None):
     """The rows in lists of `size`, all of a text side by side, texts of a length together. With
     `rng` in random order: texts sorted by length in windows of 16 batches, batches shuffled."""
-    by_text = defaultdict(list)
+    by_text, windows, count = defaultdict(list), defaultdict(list), 0
     for row in rows:
         by_text[row.text].append(row)
     texts = list(by_text)
     if rng:
         rng.shuffle(texts)
-    windows, count = defaultdict(list), 0
     for text in texts:
         windows[count // (16 * size) if rng else 0].append(text)
         count += len(by_text[text])
-    flat = [row for window in windows.values() for text in sorted(window, key=len)
-            for row in by_text[text]]
+    texts = [text for window in windows.values() for text in sorted(window, key=len)]
+    flat = [row for text in texts for row in by_text[text]]
     batches = [flat[i:i + size] for i in range(0, len(flat), size)]
     if rng:
         rng.shuffle(batches)
@@ -1106,31 +1113,30 @@ def check_forward(model):
                 inputs["decoder_input_ids"] = [[lm.config.decoder_start_token_id, 5]]
             inputs = {name: torch.tensor(x, device=lm.device) for name, x in inputs.items()}
             theirs.append(lm(**inputs, use_cache=False).logits[0, -2:].float())
+        off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
+        why = f"its forward pass is {off:.1%} off"
     except (TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError) as e:
-        why = " ".join(str(e).split())[:99]
-        raise BadInput(f"{type(lm).__name__} is not supported ({why}): take another") from None
+        off, why = math.inf, " ".join(str(e).split())[:99]
     finally:
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
-    off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
-    check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
-          f"{type(lm).__name__} is not supported (its forward pass is {off:.1%} off): take another")
+    same = off < (1e-3 if lm.dtype == torch.float32 else 0.05)
+    check(same, f"{type(lm).__name__} is not supported ({why}): take another")
 
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer): in NF4, with LoRA unless it is only asked or trained whole; with
     a token for each of the `users` if the settings' ids say so."""
     lm, tokenizer = load_pretrained(name)
-    full, user_rows = settings["tune"] == "full" and head != "ask", None
-    if full:  # for comparison: every weight but the LM's head is trained, in float32
+    trained, user_rows = head != "ask", None
+    if trained and settings["tune"] == "full":  # for comparison, in float32; not the LM's head
         lm = lm.to(device).float().eval()
         lm.get_output_embeddings().requires_grad_(False)
     else:
-        lm = quantize(lm, device, dtype or compute_dtype(device, lm.config.hidden_size),
-                      settings["quant"])
-    if head != "ask" and not full:
-        check(add_lora(lm, settings["r"], settings["alpha"], settings["dropout"]),
-              f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
-    if head != "ask" and settings["ids"] == "token" and users:
+        dtype = dtype or compute_dtype(device, lm.config.hidden_size)
+        lm = quantize(lm, device, dtype, settings["quant"])
+        lora = not trained or add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
+        check(lora, f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
+    if trained and settings["ids"] == "token" and users:
         words = list(user_words(tokenizer, users).values())
         user_rows = lm.get_input_embeddings().weight.detach()[words]
     model = PersonalizedLM(lm, head, n_labels, user_rows)
@@ -1151,19 +1157,18 @@ def f1_scores(gold, predicted):
     2TP / (2TP + FP + FN), and 0 where there is nothing (scikit-learn's zero_division=0)."""
     gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
     hits, ticks = 2 * (gold & predicted).sum(0), gold.sum(0) + predicted.sum(0)
-    per_label = hits / np.maximum(ticks, 1)
+    per_label, exact = hits / np.maximum(ticks, 1), (gold == predicted).all(1)
     return dict(f1_macro=float(per_label.mean()), f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
-                accuracy=float((gold == predicted).all(1).mean()), per_label=per_label.tolist())
+                accuracy=float(exact.mean()), per_label=per_label.tolist())
 
 
 def bootstrap_f1(gold, predicted, texts, draws=1000):
     """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
     gold, predicted = np.asarray(gold, bool), np.asarray(predicted, bool)
     names, of = np.unique(texts, return_inverse=True)
-    counts = np.zeros((len(names), 2, gold.shape[1]))
+    n, counts = len(names), np.zeros((len(names), 2, gold.shape[1]))
     np.add.at(counts, of, np.stack([2 * (gold & predicted), gold.astype(int) + predicted], 1))
-    times = np.random.default_rng(0).multinomial(
-        len(names), np.full(len(names), 1 / len(names)), size=draws)  # (draws, texts)
+    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
     hits, ticks = np.tensordot(times, counts, 1).transpose(1, 0, 2)
     return (hits / np.maximum(ticks, 1)).mean(-1)
 
@@ -1223,10 +1228,10 @@ def predict_rates(data, personalized, rows, strength=5):
     """As `predict`: scores are the log odds of how often each label is chosen in training, by all
     or by the user, shrunk to everybody's as if `strength` rows of everybody's were the user's."""
     overall, own = np.mean([a.labels for a in data.train], 0), defaultdict(list)
-    for a in data.train:
+    for a in data.train if personalized else ():
         own[a.user].append(a.labels)
-    p = np.array([(np.sum(own[a.user], 0) + strength * overall) / (len(own[a.user]) + strength)
-                  if personalized and own[a.user] else overall for a in rows])
+    p = np.array([np.sum([strength * overall, *own[a.user]], 0) / (len(own[a.user]) + strength)
+                  for a in rows])
     scores = np.log(p) - (0 if data.single else np.log1p(-p))
     return dict(predicted=chosen_labels(scores, data.single), scores=scores)
 
@@ -1235,21 +1240,22 @@ def score(data, rows, result):
     """dict of the scores of a run's predictions on test rows."""
     gold, predicted = np.array([a.labels for a in rows]), np.asarray(result["predicted"])
     texts, users = np.array([text_id(a.text) for a in rows]), np.array([a.user for a in rows])
+    found = f1_scores(gold, predicted)
     draws = bootstrap_f1(gold, predicted, texts)
+    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
     per_user = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
                 for user in sorted(set(users))}
-    f1 = np.array([*per_user.values()])
+    f1 = [*per_user.values()]
+    mean, low, median = map(float, (np.mean(f1), np.percentile(f1, 10), np.median(f1)))
+    found["f1_per_user"] = dict(mean=mean, median=median, percentile_10=low, users=per_user)
     answers = Counter(text for text, _ in {(text_id(a.text), a.labels) for a in rows})
-    disagreed = np.array([answers[text] > 1 for text in texts])
+    apart = np.array([answers[text] > 1 for text in texts])
+    found["rows_disagreed"], found["f1_disagreed"] = int(apart.sum()), None
+    if apart.any():
+        found["f1_disagreed"] = f1_scores(gold[apart], predicted[apart])["f1_macro"]
     shown = probabilities(result["scores"], data.single) if "scores" in result else predicted
-    heard, spread = listens(shown, texts)
-    found = f1_scores(gold, predicted) | dict(
-        f1_macro_ci=np.percentile(draws, [2.5, 97.5]).tolist(), rows_disagreed=int(disagreed.sum()),
-        f1_disagreed=f1_scores(gold[disagreed], predicted[disagreed])["f1_macro"]
-        if disagreed.any() else None,
-        f1_per_user=dict(mean=float(f1.mean()), median=float(np.median(f1)),
-                         percentile_10=float(np.percentile(f1, 10)), users=per_user),
-        listens=dict(model=heard, people=listens(gold, texts)[0]), spread=spread)
+    heard, found["spread"] = listens(shown, texts)
+    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
     said = predicted.any(1)  # an answer without a label is no point on a scale
     if data.ordered and said.any():
         off = (gold - predicted)[said] @ np.array(data.labels, float)
@@ -1289,8 +1295,8 @@ def make_optimizer(model, settings):
     times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"] * size), {}
     for name, p in model.trainable().items():
         groups.setdefault(times.get(name.partition(".")[0], 1), []).append(p)
-    return torch.optim.AdamW([dict(params=params, times=times) for times, params in groups.items()],
-                             weight_decay=0.0, fused=model.device.type == "cuda")
+    groups = [dict(params=params, times=times) for times, params in groups.items()]
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
 
 
 def micro_batches(model, rows, size):
@@ -1300,11 +1306,14 @@ def micro_batches(model, rows, size):
 
 def step_batches(model, rows, settings, seed, first, max_steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
-    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
-        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
-    for step, (epoch, part) in enumerate(order[first:], first + 1):
-        last = step == len(order) or order[step][0] > epoch
-        yield step, epoch, last, part, micro_batches(model, part, settings["micro_batch"])
+    order, size = [], settings["batch"]
+    for epoch in range(1, settings["epochs"] + 1):
+        parts = in_batches(rows, size, random.Random(f"{seed} {epoch - 1}"))
+        order += [(epoch, i == len(parts), part) for i, part in enumerate(parts, 1)]
+    order = order[:max_steps or None]
+    for step, (epoch, last, part) in enumerate(order[first:], first + 1):
+        batches = micro_batches(model, part, settings["micro_batch"])
+        yield step, epoch, last or step == len(order), part, batches
 
 
 def train_step(model, batches, optimizer, lr, clip, single=False):
@@ -1344,12 +1353,15 @@ def validate(model, rows, single, label_ids, size=64):
     return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
 
 
+STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
+
+
 def save_state(path, state, params, optimizer, best):
     """Writes what a run needs to go on: trained parameters, those of the best epoch, AdamW's."""
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
     tensors |= {f"best.{name}": p for name, p in best.items()}
-    tensors |= {f"{key}.{name}": value for name, p in params.items()
-                for key, value in optimizer.state[p].items()}
+    for name, p in params.items():
+        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_file(path, safetensors_bytes(tensors, {"state": json.dumps(state)}))
 
@@ -1360,18 +1372,15 @@ def load_state(path, params, optimizer):
     state = dict(step=0, log=0, rows=0, tokens=0, seconds=0.0, listens=0.0, val_loss=math.inf)
     if not os.path.exists(path):
         return state, {}
-    try:
-        with safe_open(path, "pt") as f:
-            for name, p in params.items():
-                p.data.copy_(f.get_tensor(f"param.{name}"))
-                optimizer.state[p] = {key: f.get_tensor(f"{key}.{name}").to(p.device)
-                                      for key in ("step", "exp_avg", "exp_avg_sq")}
-            best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
-                    if f"best.{name}" in f.keys()}
-            found = json.loads(f.metadata()["state"])
-            return {key: type(value)(found[key]) for key, value in state.items()}, best
-    except Exception as e:  # safetensors has one error for all that can be wrong with a file
-        raise BadInput(f"{path}: not the state of this run ({e}); --fresh starts over") from None
+    with damaged(path), safe_open(path, "pt") as f:
+        best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
+                if f"best.{name}" in f.keys()}
+        for name, p in params.items():
+            p.data.copy_(f.get_tensor(f"param.{name}"))
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                optimizer.state[p][key] = f.get_tensor(f"{key}.{name}").to(p.device)
+        found = json.loads(f.metadata()["state"])
+        return {key: type(value)(found[key]) for key, value in state.items()}, best
 
 
 def saved_dtype(path):
@@ -1380,9 +1389,6 @@ def saved_dtype(path):
         state = json.loads(f.metadata()["state"])
         print(f"resuming at step {state['step']}, in {state['dtype']}", flush=True)
         return "bfloat16" if state["dtype"] == "bfloat16" else "float32"
-
-
-STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
 
 
 def check_loss(loss, step, rows):
@@ -1396,10 +1402,10 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
+    dtype, log = str(model.lm.dtype).removeprefix("torch."), open(f"{folder}/log.jsonl", "a", 1)
     stream = step_batches(model, rows, settings, seed, state["step"], max_steps)
     ahead = next(stream, None)
-    with (open(f"{folder}/log.jsonl", "a", encoding="utf-8", buffering=1) as log,
-          progress(None, "train", "steps", steps, state["step"]) as bar):
+    with log, progress(None, "train", "steps", steps, state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
         while ahead:
             start, (step, epoch, last, part, batches) = time.perf_counter(), ahead
@@ -1420,15 +1426,14 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
                 found = validate(model, val_rows, single, label_ids, settings["micro_batch"])
                 print(json.dumps(dict(step=step, epoch=epoch, **found)), file=log)
                 check_loss(found["val_loss"], step, ())
-                (bar.write if state["seconds"] > 2 else print)(
-                    f"epoch {epoch}: " + ", ".join(f"{k} {v:.4f}" for k, v in found.items()))
+                says = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
+                (bar.write if state["seconds"] > 2 else print)(f"epoch {epoch}: {says}")
                 if found["val_loss"] < state["val_loss"]:
                     best = {name: p.detach().clone() for name, p in params.items()}
                 state |= dict(found, val_loss=min(found["val_loss"], state["val_loss"]))
             if last or time.time() - saved > SAVE_EVERY:
-                save_state(f"{folder}/{STATE}", state | dict(log=log.tell(), dtype=str(
-                    model.lm.dtype).removeprefix("torch.")), params, optimizer, best)
-                saved = time.time()
+                now, saved = state | dict(log=log.tell(), dtype=dtype), time.time()
+                save_state(f"{folder}/{STATE}", now, params, optimizer, best)
     model.load_state_dict(best, strict=False)
     return state
 
@@ -1483,11 +1488,10 @@ def grow_answers(model, rows, ends, limit):
         own = torch.eye(len(alive), dtype=torch.bool, device=model.device)
         sees = torch.cat([sees[torch.tensor(alive, device=model.device)], own], 1)
         block = 0, None, additive_mask(sees, model.lm.dtype)  # over all there are
-        new = to_device(dict(input_ids=torch.tensor([tokens]), position_ids=position[None, alive]),
-                        model.device)
-        position = position[alive] + 1
-        hidden = model.hidden(dict(inputs=dict(new, tree=dict(S=0, cache=cache, blocks=[block])),
-                                   at=torch.arange(len(alive), device=model.device)))
+        new = dict(input_ids=torch.tensor([tokens]), position_ids=position[None, alive])
+        position, at = position[alive] + 1, torch.arange(len(alive), device=model.device)
+        new = to_device(new, model.device) | dict(tree=dict(S=0, cache=cache, blocks=[block]))
+        hidden = model.hidden(dict(inputs=new, at=at))
 
 
 def write_answers(model, rows, ends, limit):
@@ -1625,11 +1629,10 @@ def start_workers(bodies, concurrency):
     """The queue of events (sha, kind, value) for dict sha -> body. It holds one: a worker that is
     not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
-    url = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/") + "/chat/completions"
-    check(re.fullmatch("[!-~]+", key),
-          "OPENAI_API_KEY has to be one word: your key, or any if none is needed")
-    check(re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?/[^@?#\s]*", url, re.I),
-          f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
+    base = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
+    check(re.fullmatch("[!-~]+", key), "OPENAI_API_KEY has to be one word: your key, or any")
+    valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", base, re.I)
+    check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     todo, events, names = queue.SimpleQueue(), queue.Queue(1), {}
 
     def work():
@@ -1638,9 +1641,10 @@ def start_workers(bodies, concurrency):
         session.auth = lambda request: request  # without one, a .netrc would replace the header
         try:
             for sha, body in iter(todo.get, None):
+                url = f"{base}/chat/completions"
                 events.put((sha, *ask_once(session, url, key, body, names, events)))
-        except Exception:  # a mistake in this file
-            events.put((None, "stop", traceback.format_exc().replace(key, "[key]")))
+        except Exception as e:  # a mistake in this file
+            events.put((None, "stop", repr(e).replace(key, "[key]")))
 
     for item in (*bodies.items(), *[None] * concurrency):
         todo.put(item)
@@ -1665,13 +1669,14 @@ def finished_answers(path):
 def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
     """(dict row -> answer, dict of counts) for dict row -> prompt; answers are kept in `path`. Of
     the counts, requests and retries were sent now; tokens are those of all the answers."""
-    bodies = {row: dict(model=model, messages=[dict(role="user", content=prompt)], temperature=0,
-                        seed=seed, max_tokens=limit) for row, prompt in prompts.items()}
-    shas = {row: hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-            for row, body in bodies.items()}
-    row_of = {sha: row for row, sha in reversed(shas.items())}  # the first one with this prompt
+    same, row_of, bodies = dict(model=model, temperature=0, seed=seed, max_tokens=limit), {}, {}
+    for row, prompt in prompts.items():
+        body = same | dict(messages=[dict(role="user", content=prompt)])
+        sha = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        row_of.setdefault(sha, row)  # the first one with this prompt
+        bodies[row] = sha, body
     answered, failed, count, in_a_row = finished_answers(path), {}, Counter(), 0
-    todo = {sha: bodies[row_of[sha]] for sha in shas.values() if sha not in answered}
+    todo = {sha: body for sha, body in bodies.values() if sha not in answered}
     if todo:
         events = start_workers(todo, concurrency)
         os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -1689,50 +1694,18 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
                     failed[sha], in_a_row = value, in_a_row + 1
                 if kind == "stop" or in_a_row == GIVE_UP:
                     raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
-    return {row: answered[sha]["answer"] for row, sha in shas.items() if sha in answered}, dict(
-        requests=count["sent"], retries=count["sent"] - len(todo), cached=len(row_of) - len(todo),
-        **{name: sum(answered[sha][name] for sha in row_of if sha in answered) for name in TOKENS},
-        failed=[(row, failed[sha]) for row, sha in shas.items() if sha in failed])
+    counts = dict(requests=count["sent"], retries=count["sent"] - len(todo))
+    counts |= {name: sum(answered[sha][name] for sha in row_of if sha in answered)
+               for name in TOKENS} | dict(cached=len(row_of) - len(todo))
+    answers = {row: answered[sha]["answer"] for row, (sha, _) in bodies.items() if sha in answered}
+    failures = [(row, failed[sha]) for row, (sha, _) in bodies.items() if sha in failed]
+    return answers, counts | dict(failed=failures)
 
 
 # --------------------------------------------------------------------------------------------------
 # 13. One experiment from end to end. A run lives in out/<data>/<model>/<method>/seed<S>/, a folder
 # that belongs to one configuration (run.json) and to one process at a time. The same command takes
 # up a stopped run, and prints the summary of a finished one again. metrics.json comes last.
-
-def fits(value, like):
-    """Is a value out of a file of the same form as `like`?"""
-    if isinstance(like, dict):
-        return isinstance(value, dict) and all(fits(value.get(k), x) for k, x in like.items())
-    if isinstance(like, list):
-        return isinstance(value, list) and all(fits(x, like[0]) for x in value)
-    return isinstance(value, (int, float) if type(like) in (int, float) else type(like))
-
-
-def read_json(path, like):
-    """The dict in a JSON file, None if there is no such file; BadInput unless it fits `like`."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            found = json.load(f)
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        found = None
-    odd = [key for key, x in like.items() if not fits(found, {key: x})]
-    check(fits(found, like), f"{path}: damaged {odd[:3]}; --fresh starts the run over")
-    return found
-
-
-def read_metrics(folder):
-    """The metrics of a finished run, None if it is not finished."""
-    m = read_json(f"{folder}/metrics.json", RECIPES["ours"] | dict(
-        method="", model="", data="", seed=0, labels=[""], single=True, ordered=True, none=True,
-        max_text=0, no_share=True, rows=dict(train=0, val=0, test=0), f1_macro=0.0, spread=0.0,
-        per_label=[0.0], f1_macro_ci=[0.0], listens=dict(model=0.0, people=0.0),
-        f1_per_user=dict(users={})))
-    check(m is None or m["method"] in METHODS, f"{folder}/metrics.json: damaged (method)")
-    return m
-
 
 def model_name(model):
     """What a model is called in folders and tables: a name of MODELS, else the last part of it."""
@@ -1741,7 +1714,7 @@ def model_name(model):
 
 @contextmanager
 def run_folder(folder, config, fresh):
-    """Takes a run's folder: yields the metrics that it holds already, or None for a run to begin or
+    """Takes a run's folder: yields the metrics that it holds already, none for a run to begin or
     to go on. BadInput if it belongs to another configuration or another process."""
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/lock", "w") as lock:
@@ -1752,13 +1725,12 @@ def run_folder(folder, config, fresh):
         for name in os.listdir(folder) if fresh else ():
             if os.path.isfile(f"{folder}/{name}") and name not in ("lock", "answers.jsonl"):
                 os.remove(f"{folder}/{name}")  # not the answers: they were paid for
-        there = read_json(f"{folder}/run.json", {}) or config
-        differ = [f"{key} {there.get(key)} there and {config.get(key)} here"
-                  for key in there | config if there.get(key) != config.get(key)]
-        check(not differ, f"{folder} holds another run ({', '.join(differ[:3])}): --fresh starts "
-              "over, --out DIR keeps both")
+        there = read_json(f"{folder}/run.json") or config
+        odd = [key for key in there | config if there.get(key) != config.get(key)]
+        odd = ", ".join(f"{key} {there.get(key)} there, {config.get(key)} here" for key in odd[:3])
+        check(not odd, f"{folder} holds another run ({odd}): --fresh or --out DIR")
         write_file(f"{folder}/run.json", config)
-        yield read_metrics(folder)
+        yield read_json(f"{folder}/metrics.json")
 
 
 def write_predictions(path, data, rows, result, gold=True):
@@ -1769,8 +1741,8 @@ def write_predictions(path, data, rows, result, gold=True):
     writer.writerow(["text_id", "user", *["gold"] * gold, "predicted", *more])
     for i, a in enumerate(rows):
         more = [answers[i]] if answers else [f"{s:.5f}" for s in result["scores"][i]]
-        said = [answer_text(data.labels, chosen).strip()
-                for chosen in (*[a.labels] * gold, result["predicted"][i])]
+        chosen = [a.labels] * gold + [result["predicted"][i]]
+        said = [answer_text(data.labels, labels).strip() for labels in chosen]
         writer.writerow([text_id(a.text), a.user, *said, *more])
     write_file(path, lines.getvalue().encode("utf-8", "replace"))
 
@@ -1785,8 +1757,9 @@ def peak_memory_mb():
 
 def settings_of(args):
     """The recipe, overruled by the model's row (ours only), overruled by flags."""
-    row = {key: value for key, value in MODELS.get(args.model, {}).items()
-           if args.recipe == "ours" or key == "micro_batch"}
+    row = MODELS.get(args.model, {})
+    if args.recipe != "ours":
+        row = {key: row[key] for key in row if key == "micro_batch"}
     flags = {key: value for key, value in vars(args).items() if value is not None}
     return {key: (RECIPES[args.recipe] | row | flags)[key] for key in RECIPES["ours"]}
 
@@ -1796,40 +1769,40 @@ def check_length(name, config, longest):
     room = getattr(config, "max_position_embeddings", None) or math.inf
     if getattr(config, "use_sliding_window", True):
         room = min(room, getattr(config, "sliding_window", None) or math.inf)
-    check(config.is_encoder_decoder or longest <= room,  # a T5 knows distances, not places
-          f"--model {name} reads {room} tokens, a prompt and its answer need {longest}: --max-text")
+    fits = config.is_encoder_decoder or longest <= room  # a T5 knows distances, not places
+    check(fits, f"--model {name} reads {room} tokens, a prompt needs {longest}: --max-text")
 
 
 def describe(model, dense, quant):
     """dict of what is said of a model before it is trained; it is printed, too."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    quantized = sum(m.N * m.K for m in layers)
-    counts = dict(total=quantized + sum(p.numel() for p in model.parameters()),
-                  trained=sum(p.numel() for p in model.trainable().values()), quantized=quantized,
-                  packed_bytes=sum(b.nbytes for m in layers for b in m.buffers()))
-    facts = dict(device=device_name(model.device), dense_copy=dense, parameters=counts,
-                 dtype=str(model.lm.dtype).removeprefix("torch."))
-    print(f"{type(model.lm).__name__} on {facts['device']}, computing in {facts['dtype']}: "
-          f"{quantized / 1e6:.1f} M of {counts['total'] / 1e6:.1f} M weights in "
-          f"{counts['packed_bytes'] / 1e6:.1f} MB of NF4{' and a dense copy' * dense}"
-          f"{', computing with the weights as they were' * (not quant)}, "
-          f"{counts['trained'] / 1e6:.2f} M trained", flush=True)
-    return facts
+    packed, quantized = sum(b.nbytes for m in layers for b in m.buffers()), sum(
+        m.N * m.K for m in layers)
+    total = quantized + sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.trainable().values())
+    name, dtype = device_name(model.device), str(model.lm.dtype).removeprefix("torch.")
+    also = " and a dense copy" * dense + ", computing with the weights as they were" * (not quant)
+    print(f"{type(model.lm).__name__} on {name}, computing in {dtype}: {quantized / 1e6:.1f} M of "
+          f"{total / 1e6:.1f} M weights in {packed / 1e6:.1f} MB of NF4{also}, "
+          f"{trained / 1e6:.2f} M trained", flush=True)
+    counts = dict(total=total, trained=trained, quantized=quantized, packed_bytes=packed)
+    return dict(device=name, dense_copy=dense, dtype=dtype, parameters=counts)
 
 
 def run_local(method, args, config, data, folder):
     """(function: annotations -> what `predict` returns, facts for the metrics) of a model that runs
     here; if the method trains, it is trained and its adapter.safetensors written."""
-    device, trained = find_device(), method.head != "ask"
+    trained = method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
-    torch.manual_seed(args.seed)
     dtype = saved_dtype(f"{folder}/{STATE}") or args.dtype
-    model, tokenizer = load_model(args.model, method.head, len(data.labels), device,
-                                  dtype and getattr(torch, dtype), config, users)
+    dtype = dtype and getattr(torch, dtype)
+    torch.manual_seed(args.seed)
+    model, tokenizer = load_model(
+        args.model, method.head, len(data.labels), find_device(), dtype, config, users)
     name_of, rows, cut = user_namer(model, tokenizer, config["ids"], users), {}, Counter()
     for part in ("train", "val", "test") if trained else ("test",):
-        rows[part], counts = encode(
-            tokenizer, method, data, getattr(data, part), name_of, args.max_text)
+        some = getattr(data, part)
+        rows[part], counts = encode(tokenizer, method, data, some, name_of, args.max_text)
         cut += counts
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
@@ -1837,55 +1810,52 @@ def run_local(method, args, config, data, folder):
     if cut["texts_cut"]:
         print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
-        ids = [(*tokenize(tokenizer, f" {label}"), tokenizer.eos_token_id)
-               for label in (*data.labels, *[NONE] * data.none)]
+        names = *data.labels, *[NONE] * data.none
+        ids = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
         place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
-        done = train(model, rows["train"], rows["val"], data.single, config, folder,
-                     (place, [x[place] for x in ids]), args.seed, args.max_steps)
-        facts |= dict(train_seconds=round(done["seconds"], 2), steps=done["step"],
-                      rows_per_second=round(done["rows"] / max(done["seconds"], 1e-9), 2),
-                      val_loss=done["val_loss"], tokens_computed=done["tokens"])
+        label_ids = place, [x[place] for x in ids]
+        done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
+                     args.seed, args.max_steps)
+        rate = round(done["rows"] / max(done["seconds"], 1e-9), 2)
+        facts |= dict(rows_per_second=rate, train_seconds=round(done["seconds"], 2))
+        facts |= dict(steps=done["step"], val_loss=done["val_loss"], tokens_computed=done["tokens"])
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
-        write_file(f"{folder}/adapter.safetensors",
-                   safetensors_bytes(tensors, {"users": json.dumps(users)}))
+        users_of = {"users": json.dumps(users)}
+        write_file(f"{folder}/adapter.safetensors", safetensors_bytes(tensors, users_of))
     return functools.partial(predict, model, tokenizer, method, data, config, users), facts
 
 
 def run_chat(chat, method, args, data, folder):
     """As run_local, of a model behind HTTP; BadInput if a row got no answer."""
-    choose, prompts, few = choose_examples(method, data.train), {}, 0
+    choose, prompts, few, most = choose_examples(method, data.train), {}, 0, 4 * args.max_text
     for i, a in enumerate(data.test):
-        examples = [x._replace(text=x.text[:4 * args.max_text]) for x in choose(a)]
+        examples = [x._replace(text=x.text[:most]) for x in choose(a)]  # a token: 4 characters
         few += len(examples) < method.shots
-        parts = prompt_parts(method, data, a.text[:4 * args.max_text], a.user, examples)
+        parts = prompt_parts(method, data, a.text[:most], a.user, examples)
         prompts[f"{i}:{text_id(a.text)}:{a.user}"] = "".join(sum(parts, []))
     distinct, path = [*dict.fromkeys(prompts.values())], os.path.join(folder, "answers.jsonl")
-    print(f"{chat}: {len(distinct):,} requests for {len(prompts):,} rows (equal prompts are sent "
-          f"once), about {sum(map(len, distinct)) // 4:,} tokens of prompts (4 characters each), "
-          f"at most {len(distinct) * MAX_ANSWER:,} of answers", flush=True)
+    n, tokens = len(distinct), sum(map(len, distinct)) // 4
+    print(f"{chat}: {n:,} requests for {len(prompts):,} rows (equal prompts are sent once), about "
+          f"{tokens:,} tokens of prompts, at most {n * MAX_ANSWER:,} of answers", flush=True)
     if args.dry_run:
         return print("Nothing was sent. The first prompt:", distinct[0], sep="\n\n")
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER, args.concurrency)
     failed = counts.pop("failed")
-    for row, why in failed:
-        raise BadInput(f"{len(failed)} of {len(prompts)} rows got no answer, the first ({row}): "
-                       f"{why}. Nothing is scored; the {len(answers)} answers are kept in {path}, "
-                       "and the same command asks for the others only")
-    cut = sum(len(a.text) > 4 * args.max_text for a in data.test)
+    check(not failed, f"{len(failed)} of {len(prompts)} rows got no answer, as {failed[:1]}; the "
+          f"{len(answers)} answers are kept in {path}, the same command asks for the others only")
+    cut = sum(len(a.text) > most for a in data.test)
     result = read_answers([answers[row] for row in prompts], data)
     return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut)
 
 
 def chat_model(args, method):
     """What a server calls the model that --model names, None if it runs here."""
-    own = args.model.startswith("openai:")
-    chat = args.model[7:] if own else MODELS.get(args.model, {}).get("chat")
+    own, chat = args.model.startswith("openai:"), MODELS.get(args.model, {}).get("chat")
+    chat, name = args.model[7:] if own else chat, args.model
     asking = ", ".join(name for name, m in METHODS.items() if m.head == "ask")
     check(chat != "", "--model openai: needs a name behind it, as in openai:gpt-4o-mini")
-    check(method.head == "ask" or not chat,
-          f"--model {args.model} can only be asked ({asking}), not trained")
-    check(chat or not args.dry_run,
-          f"--dry-run is for models that cost money, and --model {args.model} is free")
+    check(method.head == "ask" or not chat, f"--model {name}: can only be asked ({asking})")
+    check(chat or not args.dry_run, f"--dry-run: --model {name} costs nothing, just run it")
     return chat
 
 
@@ -1898,8 +1868,8 @@ def evaluate(method, data, read):
         tuned = tuned_thresholds([a.labels for a in data.val], read(data.val)["scores"])
         found["f1_macro_tuned"] = f1_scores(gold, result["scores"] > tuned)["f1_macro"]
     if method.head == "cls" and not method.personalized:
-        bias = user_bias([a.labels for a in data.train], read(data.train)["scores"],
-                         [a.user for a in data.train], data.single)
+        labels, users = [a.labels for a in data.train], [a.user for a in data.train]
+        bias = user_bias(labels, read(data.train)["scores"], users, data.single)
         own = np.array([bias.get(a.user, np.zeros(len(data.labels))) for a in data.test])
         chosen = chosen_labels(result["scores"] + own, data.single)
         found["f1_macro_user_bias"] = f1_scores(gold, chosen)["f1_macro"]
@@ -1912,60 +1882,63 @@ def evaluate(method, data, read):
     return result, found
 
 
+CONFIG = ("model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
+          "max_steps", "max_eval", "dtype", "no_share")  # flags that make another run
+
+
 def run(args):
     """One row of the paper's table for one model and dataset: trains (unless the method only asks),
     predicts, scores, writes the run's files and prints a summary."""
     start, method, settings = time.perf_counter(), METHODS[args.command], settings_of(args)
     chat = chat_model(args, method)
     args.model = "baseline" if method.head == "rates" else args.model
-    data = load_data(args.data, args.max_eval, args.skip_missing, text=args.text_col,
-                     user=args.user_col, split=args.split_col, labels=args.labels,
-                     label=args.label_col)
+    columns = dict(text=args.text_col, user=args.user_col, split=args.split_col)
+    columns |= dict(labels=args.labels, label=args.label_col)
+    data = load_data(args.data, args.max_eval, args.skip_missing, **columns)
     print_data(data)
     check_labels(data, method.head)
     settings["ids"] = "number" if method.head == "ask" else settings["ids"]  # it knows no token
-    config = dict(
-        method=args.command, data=data.name, data_sha=data.sha, split=args.split_col,
-        labels=data.labels, single=data.single, none=data.none, ordered=data.ordered, **settings,
-        **{key: getattr(args, key) for key in (
-            "model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
-            "max_steps", "max_eval", "dtype", "no_share")})
-    folder = os.path.join(args.out, data.name + f".{args.split_col}" * bool(args.split_col),
-                          model_name(args.model), args.command, f"seed{args.seed}")
+    config = dict(method=args.command, data=data.name, data_sha=data.sha, split=args.split_col)
+    config |= settings | {key: getattr(args, key) for key in CONFIG}
+    config |= {key: getattr(data, key) for key in ("labels", "single", "none", "ordered")}
+    name = f"{data.name}.{args.split_col}" if args.split_col else data.name
+    folder = os.path.join(args.out, name, model_name(args.model), args.command, f"seed{args.seed}")
     if args.dry_run:
         return run_chat(chat, method, args, data, folder)
     with run_folder(folder, config, args.fresh) as metrics:
         if metrics:
             print(f"{folder} is finished; --fresh runs it again")
         else:
-            read, facts = (
-                (functools.partial(predict_rates, data, method.personalized), {})
-                if method.head == "rates" else
-                run_chat(chat, method, args, data, folder) if chat else
-                run_local(method, args, config, data, folder))
+            if method.head == "rates":
+                read, facts = functools.partial(predict_rates, data, method.personalized), {}
+            elif chat:
+                read, facts = run_chat(chat, method, args, data, folder)
+            else:
+                read, facts = run_local(method, args, config, data, folder)
             result, found = evaluate(method, data, read)
-            metrics = config | found | facts | dict(
-                rows={part: len(getattr(data, part)) for part in ("train", "val", "test")},
-                notes=data.notes, seconds=round(time.perf_counter() - start, 1),
-                peak_memory_mb=peak_memory_mb(), python=platform.python_version(),
-                versions={m.__name__: m.__version__ for m in (torch, transformers, np)},
-                command=" ".join(sys.argv))
-            finish(folder, metrics, data, result)
-    print_summary(metrics, folder)
+            metrics = finish(folder, config | found | facts, data, result, start)
+    with damaged(f"{folder}/metrics.json"):
+        print_summary(metrics, folder)
 
 
-def finish(folder, metrics, data, result):
-    """Writes a run's last files, metrics.json behind all, and removes what only resuming needs."""
+def finish(folder, metrics, data, result, start):
+    """Writes a run's last files, removes what only resuming needs, and returns all metrics."""
+    rows = {part: len(getattr(data, part)) for part in ("train", "val", "test")}
+    versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
+    versions["python"], seconds = platform.python_version(), round(time.perf_counter() - start, 1)
+    metrics |= dict(rows=rows, notes=data.notes, peak_memory_mb=peak_memory_mb(), seconds=seconds,
+                    versions=versions, command=" ".join(sys.argv))
     write_predictions(f"{folder}/predictions.csv", data, data.test, result)
     write_file(f"{folder}/metrics.json", metrics)
     with suppress(FileNotFoundError):
         os.remove(f"{folder}/{STATE}")
+    return metrics
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
     "seconds": "s in all", "rows_per_second": "annotations a second in training",
-    "peak_memory_mb": "MB at most",
-    "chat": "", "too_few_examples": "prompts have fewer examples than the method asks for",
+    "peak_memory_mb": "MB at most", "chat": "",
+    "too_few_examples": "prompts have fewer examples than the method asks for",
     "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
     "f1_macro": "mean over labels", "f1_macro_ci": "95 % interval over texts",
@@ -1983,8 +1956,8 @@ def print_summary(m, folder):
             return ", ".join(f"{key} {short(value)}" for key, value in x.items())
         return " to ".join(map(short, x)) if isinstance(x, list) else f"{x:,.4g}"
 
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
-          f"{m['rows']['test']:,} test annotations")
+    n = m["rows"]["test"]
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
         if m.get(key) is not None and (m[key] or key.startswith("f1")):
             print(f"  {key:20} {short(m[key])}  {what}".rstrip())
@@ -2003,22 +1976,21 @@ def print_summary(m, folder):
 
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
-    m, path = read_metrics(folder), f"{folder}/adapter.safetensors"
-    check(m and os.path.exists(path),
-          f"{folder}: no finished run of a trained method (metrics.json and adapter.safetensors)")
-    try:
+    m, path = read_json(f"{folder}/metrics.json"), f"{folder}/adapter.safetensors"
+    there = m and os.path.exists(path)
+    check(there, f"{folder}: no finished run of a trained method (with adapter.safetensors)")
+    with damaged(folder):
+        config = read_json(f"{folder}/run.json") | dict(dtype=m["dtype"])
+        check(m | config == m, f"{folder}: metrics.json does not fit run.json")
         with safe_open(path, "pt") as f:
-            users = json.loads(f.metadata()["users"])
+            users = [user + "" for user in json.loads(f.metadata()["users"])]
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except Exception as e:  # safetensors has one error for all that can be wrong with a file
-        raise BadInput(f"{path}: not the adapter of a run ({type(e).__name__}: {e})") from None
-    check(isinstance(users, list) and all(isinstance(user, str) for user in users)
-          and all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
-          and m.get("dtype") in ("float32", "bfloat16"), f"{path}: damaged (users or numbers)")
-    model, tokenizer = load_model(m["model"], METHODS[m["method"]].head, len(m["labels"]),
-                                  find_device(), getattr(torch, m["dtype"]), m, users)
+        dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[m["dtype"]]
+        head, n, device = METHODS[m["method"]].head, len(m["labels"]), find_device()
+        model, tokenizer = load_model(m["model"], head, n, device, dtype, m, users)
     shapes, there = ({n: t.shape for n, t in x.items()} for x in (model.trainable(), tensors))
-    check(shapes == there, f"{path}: does not fit {m['model']}: other layers or sizes")
+    sound = all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
+    check(sound and shapes == there, f"{path}: damaged, or of another model than {m['model']}")
     model.load_state_dict(tensors, strict=False)
     keep_dense(model)
     return m, model, tokenizer, users
@@ -2026,24 +1998,24 @@ def load_run(folder):
 
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    check(bool(args.csv) != bool((args.text or "").strip()),
-          "predict needs --text TEXT (with --users A,B) or --csv FILE")
+    one = bool(args.csv) != bool((args.text or "").strip())
+    check(one, "predict needs --text TEXT (with --users A,B) or --csv FILE")
     m, model, tokenizer, users = load_run(args.run)
     method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
-    check(method.personalized or not args.users, f"{m['method']} knows no users: leave --users out")
-    asked = [Annotation(args.text, user_id(user), nothing) for user in (
-        args.users or users[:5] if method.personalized else ["(anybody)"])]
+    check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
+    asked = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
     if args.csv:
         rows = csv_rows(args.csv, ["text"] + ["user"] * method.personalized)
-        for number, row in rows:
-            check(row["text"].strip(), f"{args.csv}: row {number}: the text is empty")
-        asked = [Annotation(row["text"], user_id(row.get("user", "")), nothing) for _, row in rows]
+        asked = [(row["text"], row.get("user", "")) for _, row in rows]
+    for number, (text, _) in enumerate(asked, 1):
+        check(text.strip(), f"{args.csv}: row {number}: the text is empty")
+    asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
     unknown = sorted({a.user for a in asked} - set(users)) if method.personalized else []
     if unknown:
-        print(f"unknown to training: {', '.join(map(repr, unknown[:20]))}"
-              f"{f' and {len(unknown) - 20} more' * (len(unknown) > 20)}"
-              f"{' (read with the mean of all user tokens)' * (m['ids'] == 'token')}")
-    data = Dataset(m["data"], m["labels"], m["single"], m["ordered"], m["none"], [], [], [], {}, "")
+        read = " (read with the mean of all user tokens)" * (m["ids"] == "token")
+        print(f"{len(unknown)} users unknown to training{read}: {', '.join(unknown[:20])}")
+    what = {key: m[key] for key in ("labels", "single", "ordered", "none")}
+    data = Dataset(m["data"], **what, train=[], val=[], test=[], notes={}, sha="")
     result = predict(model, tokenizer, method, data, m, users, asked)
     if result["texts_cut"]:
         print(f"{result['texts_cut']} texts are cut to {m['max_text']} tokens")
@@ -2051,13 +2023,12 @@ def predict_run(args):
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
         return print(f"files       {path}")
-    shown = result["predicted"]
-    if "scores" in result:
-        shown = probabilities(result["scores"], m["single"])
+    shown = probabilities(result["scores"], data.single) if "scores" in result else \
+        result["predicted"]
     print(f"{'user':12}" + "".join(f"  {label:>8}" for label in m["labels"]))
     for a, line in zip(asked, shown):
-        print(f"{a.user[:12]:12}" + "".join(
-            f"  {p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"])))
+        cells = (f"  {p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"]))
+        print(f"{a.user[:12]:12}" + "".join(cells))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2081,54 +2052,49 @@ def number(kind, least, most=2 ** 62):
     return parse
 
 
-COUNT, NAMES = number(int, 1), lambda s: s.split(",")
+COUNT, LIST = number(int, 1), lambda text: [*dict.fromkeys(text.split(","))]
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
-    ("--model", dict(default="tiny", metavar="M",
-                     help="a name below, a folder, a hub id, or openai:NAME over HTTP (tiny)")),
-    ("--data", dict(default="sample", metavar="D", help="a name below or a CSV (sample)")),
+    ("--model", dict(default="tiny", help="a name below, a folder, a hub id, openai:NAME (tiny)")),
+    ("--data", dict(default="sample", help="a name below or a CSV (sample)")),
     ("--text-col", dict(metavar="COL", help="column of the texts; A,B joins two (text)")),
     ("--user-col", dict(metavar="COL", help="column of the user IDs (user)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
-    ("--labels", dict(type=NAMES, metavar="A,B,C", help="0/1 columns of labels (all there are)")),
+    ("--labels", dict(type=LIST, metavar="A,B,C", help="0/1 columns of labels (all there are)")),
     ("--label-col", dict(metavar="COL", help="one column that names the single choice")),
     ("--skip-missing", dict(action="store_true", help="leave rows with a missing cell out")),
-    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, metavar="S",
-                    help="of what is random (42)")),
+    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
     ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
     ("--fresh", dict(action="store_true", help="start a run over that is there already")),
     ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),
     ("--ids", dict(choices=["number", "word", "token"], help="how the prompt names a user")),
-    ("--lr", dict(type=number(float, 1e-12), metavar="X", help="learning rate")),
-    ("--epochs", dict(type=COUNT, metavar="N", help="passes over the training rows")),
+    ("--lr", dict(type=number(float, 1e-12), help="learning rate")),
+    ("--epochs", dict(type=COUNT, help="passes over the training rows")),
     ("--tune", dict(choices=["lora", "full"], help="train LoRA, or every weight (lower --lr)")),
     ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
-    ("--r", dict(type=number(int, 1, 4096), metavar="N", help="rank of LoRA")),
-    ("--dropout", dict(type=number(float, 0, 0.9), metavar="X", help="dropout of LoRA")),
-    ("--batch", dict(type=COUNT, metavar="N", help="annotations a step")),
-    ("--micro-batch", dict(type=COUNT, metavar="N", help="compute N at once: less memory")),
-    ("--max-steps", dict(type=COUNT, default=0, metavar="N", help="train N steps at most")),
-    ("--max-eval", dict(type=COUNT, default=0, metavar="N", help="score about N rows")),
-    ("--max-text", dict(type=COUNT, default=384, metavar="N", help="tokens of a text (384)")),
+    ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
+    ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
+    ("--batch", dict(type=COUNT, help="annotations a step")),
+    ("--micro-batch", dict(type=COUNT, help="of these computed at once: less memory")),
+    ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
+    ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
+    ("--max-text", dict(type=COUNT, default=384, help="tokens of a text (384)")),
     ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
-    ("--concurrency", dict(type=COUNT, default=8, metavar="N", help="requests at a time (8)")),
+    ("--concurrency", dict(type=COUNT, default=8, help="requests at a time (8)")),
     ("--dry-run", dict(action="store_true", help="print what would be asked, send nothing")),
-    ("--text", dict(metavar="TEXT", help="predict: this sentence")),
-    ("--users", dict(type=NAMES, metavar="A,B", help="predict: as these people read it")),
-    ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user")),
-]
+    ("--text", dict(help="predict: this sentence")),
+    ("--users", dict(type=LIST, metavar="A,B", help="predict: as these people read it")),
+    ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user"))]
 
 
 def make_parser():
     """The argparse parser."""
-    p = Parser(
-        prog="plm.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Personalized Large Language Models: one experiment, from annotations to F1.",
-        epilog=f"methods:  {', '.join(METHODS)} (_p: told the user ID)\n"
-               f"models:   {', '.join(MODELS)}\ndatasets: {', '.join(DATASETS)}")
-    p.add_argument("command", choices=[*METHODS, "predict"], metavar="COMMAND",
-                   help="a method below, or predict RUN")
+    rows = f"methods: {', '.join(METHODS)} (_p: told the user ID)\nmodels: {', '.join(MODELS)}\n"
+    p = Parser("plm.py", description="Personalized Large Language Models: from annotations to F1.",
+               epilog=f"{rows}datasets: {', '.join(DATASETS)}", allow_abbrev=False,
+               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("command", choices=[*METHODS, "predict"], help="a method, or predict RUN")
     p.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
     for flag, what in FLAGS:
         p.add_argument(flag, **what)
@@ -2137,16 +2103,14 @@ def make_parser():
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
-    args = None
-    try:
-        args = make_parser().parse_args([  # bytes that are no UTF-8 become question marks
-            x.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            for x in (sys.argv[1:] if argv is None else argv)])
+    args, said = None, sys.argv[1:] if argv is None else argv
+    try:  # bytes that are no UTF-8 become question marks
+        said = [x.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for x in said]
+        args = make_parser().parse_args(said)
         check(args.run or args.command != "predict", "predict needs the folder of a run")
-        check(not args.run or args.command == "predict",
-              f"what is {args.run!r}? Only predict takes a folder")
-        check(os.environ.get("WORLD_SIZE", "1") == "1", "a run is one process; several GPUs take a "
-              "run each, as in CUDA_VISIBLE_DEVICES=1 python plm.py ...")
+        check(not args.run or args.command == "predict", f"only predict takes a folder: {args.run}")
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        check(alone, "a run is one process; several GPUs: CUDA_VISIBLE_DEVICES=1 plm.py ...")
         (predict_run if args.command == "predict" else run)(args)
         return 0
     except BadInput as e:
@@ -2154,8 +2118,7 @@ def main(argv=None):
     except (MemoryError, RuntimeError) as e:
         if not (isinstance(e, MemoryError) or re.search("(out of|allocate) memory", str(e))):
             raise
-        why, status = ("out of memory: --micro-batch 1 computes one row at a time, --max-text 128 "
-                       "cuts long texts, --no-dense keeps 4 bits a weight"), 2
+        why, status = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense", 2
     except OSError as e:
         why, status = f"{e.filename or args.out}: {e.strerror or e}", 2
     except KeyboardInterrupt:

@@ -1861,4 +1861,4 @@ def test_bench(method, name, ours, theirs):
            f"{plm.device_name(plm.find_device()).split(', ')[0]}: {method}{ours or ''}, {name}")
     print(f"\n{key}: {says}; {same:.0%} the same", flush=True)
     os.makedirs(args.out, exist_ok=True)
-    plm.write_file(path := f"{args.out}/bench.json", (plm.read_json(path, {}) or {}) | {key: lines})
+    plm.write_file(path := f"{args.out}/bench.json", plm.read_json(path) | {key: lines})

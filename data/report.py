@@ -23,7 +23,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import plm  # noqa: E402
-from table import finished_runs, read_predictions, table_cell  # noqa: E402
+from table import fits, finished_runs, read_predictions, table_cell  # noqa: E402
 
 W = 340  # every chart is as wide as a phone, so that its letters are not scaled down there
 COLORS = """body{{color:{0};background:{1}}}text{{fill:{0}}}.soft{{fill:{2}}}.rule{{stroke:{3}}}
@@ -143,7 +143,7 @@ def curve_charts(model, runs):
     charts, logs, seeds = [], {}, "/".join(sorted({str(m["seed"]) for _, m in runs}))
     for folder, m in runs:
         with suppress(OSError, ValueError), open(f"{folder}/log.jsonl", encoding="utf-8") as f:
-            logs[m["method"]] = [e for e in map(json.loads, f) if plm.fits(
+            logs[m["method"]] = [e for e in map(json.loads, f) if fits(
                 e, dict(epoch=0, val_loss=0.0, listens=0.0))]
     for key, what in {"val_loss": "validation loss", "listens": "listens (variance between "
                       "readers)"}.items() if any(logs.values()) else ():
@@ -218,7 +218,7 @@ def readers(cells):
     try:  # predictions.csv has no texts; the CSV of a dataset has them, another one is out of reach
         path = f"{HERE}/{m['data']}/annotations.csv"
         there = plm.csv_rows(path) if m["data"] in plm.DATASETS else []
-    except plm.BadInput:
+    except (plm.BadInput, OSError):
         there = []
     texts = ("\n".join(row.get(column, "") for column in columns) for _, row in there)
     known = {name: safe(text, 400) for text in texts if (name := plm.text_id(text)) in chosen}

@@ -19,12 +19,29 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import plm  # noqa: E402
 
 
+def fits(value, like):
+    """Is a value out of a file of the same form as `like`?"""
+    if isinstance(like, dict):
+        return isinstance(value, dict) and all(fits(value.get(k), x) for k, x in like.items())
+    if isinstance(like, list):
+        return isinstance(value, list) and all(fits(x, like[0]) for x in value)
+    return isinstance(value, (int, float) if type(like) in (int, float) else type(like))
+
+
+METRICS = dict(  # the form of what tables and the report read of metrics.json
+    method="", model="", data="", data_sha="", seed=0, labels=[""], rows=dict(train=0, val=0, test=0),
+    f1_macro=0.0, spread=0.0, per_label=[0.0], f1_macro_ci=[0.0],
+    listens=dict(model=0.0, people=0.0), f1_per_user=dict(users={}))
+
+
 def finished_runs(out):
     """Yields (folder, metrics) of every finished run; what cannot be read is named on stderr."""
     pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
     for folder in map(os.path.dirname, sorted(glob.glob(pattern))):
         try:
-            m = plm.read_metrics(folder)
+            m = plm.read_json(f"{folder}/metrics.json")
+            odd = [key for key, form in METRICS.items() if not fits(m.get(key), form)]
+            plm.check(not odd and m["method"] in plm.METHODS, f"metrics.json: damaged {odd[:3]}")
             low, high = m["f1_macro_ci"]
             plm.check(low <= high and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"], "no F1")
             yield folder, m

@@ -201,7 +201,7 @@ def main(argv=None):
     p.add_argument("--known", type=number(int, 0), default=0, metavar="K", help="of --unseen (0)")
     p.add_argument("--share", type=number(float, 0, 1), default=0.25, help="of new people (0.25)")
     p.add_argument("--epsilon", type=number(float, 1e-3, math.inf), metavar="X", help="of --ids dp")
-    p.add_argument("--label-cols", type=plm.NAMES, metavar="A,B,C", help="0/1 columns of labels")
+    p.add_argument("--label-cols", type=plm.LIST, metavar="A,B,C", help="0/1 columns of labels")
     for name in ("text-col", "user-col", "split-col", "label-col", "skip-missing", "seed"):
         p.add_argument(f"--{name}", **dict(plm.FLAGS)[f"--{name}"])
     try:
