@@ -99,12 +99,11 @@ def test_byte_order_mark_line_ends_and_separators_are_no_part_of_the_data(tmp_pa
     ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is '2'"),
     ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: 'text' is "), ("", "no annotations"),
     ("text,user,a,b\nt,u,1,1\n\nt,u,1", "row 2 (line 4)"), ("text,user,a\n", "no annotations"),
-    ("text,user,user,b\nt,u,1,1", "'user'"), ("text,user,a\ncaf\xe9,u,1\n", "UTF-8"),
-    ("text,user,a,split\nt,u,1,\nt,u,1,x", "row 2: 'split' is 'x'"),
-    ("text,user,words\nt,u,hm", "no column of 0 and 1"), (None, "no such file")])
+    ("text,user,user,b\nt,u,1,1", "2 columns are called 'user'"),
+    ("text,user,a\ncaf\xe9,u,1\n", "UTF-8"), ("text,user,words\nt,u,hm", "of 0 and 1"),
+    ("text,user,a,split\nt,u,1,\nt,u,1,x", "row 2: 'split' is ")])
 def test_bad_rows_and_files_are_named(tmp_path, content, says):
-    if content is not None:
-        (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         read(tmp_path / "a.csv")
 
@@ -674,7 +673,7 @@ def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alon
     assert (ticks["unreadable"], single["unreadable"], ticks["unknown_words"]) == (2, 3, 5)
 
 @pytest.mark.parametrize("labels, none, says", [
-    (["Anger", "anger!"], False, "'Anger' and 'anger!'"), (["a,b", "c"], False, "'a,b'"),
+    (["Anger", "anger!"], False, "'anger!'"), (["a,b", "c"], False, "'a,b'"),
     (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "None")])
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
@@ -777,8 +776,8 @@ def content(folder, name):
 @pytest.mark.parametrize("args, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--model --data"),
     ("cls --data nosuch", "sample, goemotions"), ("predict", "needs the folder"),
-    ("cls --data nosuch.csv", "nosuch.csv: no such file"), ("cls x", "'x'"),
-    ("cls --model ./nosuch", "no such model"), ("predict nosuch --text x", "no finished run"),
+    ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "takes a folder"),
+    ("cls --model ./nosuch", "./nosuch: no "), ("predict nosuch --text x", "no finished run"),
     (f"cls --model {HERE}", "config.json"), ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --labels funny,nosuch", "no column 'nosuch'; there are: text, user"),
     ("q_0s --model openai:", "a name"), ("cls --label-col text", "a choice"),
@@ -817,7 +816,7 @@ def test_a_finished_run_is_shown_another_refused_and_fresh_starts_over(tmp_path,
     out = capsys.readouterr().out
     assert "is finished" in out and out.endswith(summary)
     assert os.stat(folder / "metrics.json").st_mtime_ns == written.st_mtime_ns
-    for flags, says in {"--lr 0.1": "lr 0.003 there and 0.1 here", "--no-share": "no_share",
+    for flags, says in {"--lr 0.1": "lr 0.003 there", "--no-share": "no_share",
                         "--user-col worker": "worker", "--text-col text,reply": "reply",
                         "--ids word": "ids"}.items():
         assert says in refused(capsys, f"cls {run} {flags}")
@@ -902,7 +901,7 @@ def test_predict_gives_the_runs_own_scores(tmp_path, monkeypatch, capsys, method
         shown = out.split(f"\n{test[0].user} ")[1].split("\n")[0].split()
         expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
         assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
-        assert "unknown to training: 'nobody'" in out
+        assert re.search("unknown to training.*nobody", out)
         write_csv(path, [("a", "b")], "txt user")
         assert "no column 'text'" in refused(capsys, f"predict {folder} --csv {path}")
         export.export(str(folder))  # what PEFT has no place for stands beside
@@ -936,7 +935,8 @@ def fake_run(out, method, rows, predicted, seed=42, labels=MOODS, **more):
     result = dict(predicted=predicted, scores=predicted - 0.5)
     m = plm.RECIPES["ours"] | plm.score(what, rows, result) | dict(
         method=method, model="m", data="d", seed=seed, labels=labels, single=False, ordered=False,
-        none=False, max_text=9, no_share=False, rows=dict(train=1, val=1, test=len(rows))) | more
+        none=False, max_text=9, no_share=False, data_sha="",
+        rows=dict(train=1, val=1, test=len(rows))) | more
     os.makedirs(folder)
     plm.write_predictions(f"{folder}/predictions.csv", what, rows, result)
     plm.write_file(f"{folder}/metrics.json", m)
@@ -966,36 +966,37 @@ def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_
     assert "0.750" in line["q_1s_p"] and a.err.count("is left out") >= 3
     assert "0.625 +-0.177 of 2" in b.out and "+67 %*" in b.out  # the mean of +100 and +33
 
-@pytest.mark.parametrize("file, damage, says", [
-    ("metrics.json", lambda b: b.replace(b'"micro_batch": 32', b'"micro_batch": "x"'), "micro_b"),
-    ("metrics.json", lambda b: b.replace(b'"model": "tiny"', b'"model": [1]'), "['model']"),
-    ("metrics.json", lambda b: b'{"a": ' + b"[" * 100_000, "damaged"),
-    ("metrics.json", lambda b: b.replace(b'"quant"', b'"qvant"'), "['quant']"),
-    ("adapter.safetensors", lambda b: b[:-4000] + b"\xff" * 4000, "users or numbers"),
-    ("adapter.safetensors", lambda b: b.replace(b'[\\"u0\\"', b'[{    }', 1), "users or numbers"),
-    ("adapter.safetensors", lambda b: b[:5000], "not the adapter")])
-def test_a_damaged_run_is_named_in_one_line(tmp_path, capsys, small_csv, file, damage, says):
+@pytest.mark.parametrize("file, damage", [
+    ("metrics.json", lambda b: b.replace(b'"micro_batch": 32', b'"micro_batch": "x"')),
+    ("metrics.json", lambda b: b.replace(b'"model": "tiny"', b'"model": [1]')),
+    ("metrics.json", lambda b: b'{"a": ' + b"[" * 100_000),
+    ("metrics.json", lambda b: b.replace(b'"quant"', b'"qvant"')),
+    ("adapter.safetensors", lambda b: b[:-4000] + b"\xff" * 4000),
+    ("adapter.safetensors", lambda b: b.replace(b'[\\"u0\\"', b'[{    }', 1)),
+    ("adapter.safetensors", lambda b: b[:5000])])
+def test_a_damaged_run_is_named_in_one_line(tmp_path, capsys, small_csv, file, damage):
     folder = finished(tmp_path, f"cls_p --data {small_csv} --max-steps 1")
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(damage(whole))
     assert damage(whole) != whole
-    assert says in refused(capsys, f"predict {folder} --text x --users u0")
+    says = refused(capsys, f"predict {folder} --text x --users u0")
+    assert str(folder) in says and ("damaged" if "adapter" in file else file) in says
 
 @pytest.mark.parametrize("damage, says", [
-    (dict(step="x"), "the state"), (dict(val_loss=None), "the state"),
-    (dict(seconds=[]), "the state"), (None, "'rows'")])
+    (dict(step="x"), "'x'"), (dict(val_loss=None), "None"), (dict(seconds=[]), "list"),
+    (None, "'rows'")])
 def test_a_damaged_state_is_named_in_one_line(tmp_path, damage, says):
     state = dict(step=1, log=0, rows=1, tokens=1, seconds=1.0, listens=0.1, val_loss=1.0)
     state = state | damage if damage else {key: x for key, x in state.items() if key != "rows"}
     plm.save_state(str(tmp_path / "s"), state, {}, None, {})
-    with pytest.raises(plm.BadInput, match=says):
+    with pytest.raises(plm.BadInput, match=f"{tmp_path}/s: .*{says}"):
         plm.load_state(str(tmp_path / "s"), {}, None)
 
 def test_predict_says_what_it_does_not_do(tmp_path, capsys, small_csv):
     folder = finished(tmp_path, f"cls --data {small_csv} --max-steps 1 --max-text 3")
     path = write_csv(tmp_path / "new.csv", [("one",), (" ",)], "text")
     for flags, says in {"": "needs --text", f"--csv {path}": "row 2: the text is empty",
-                        "--text x --users a": "knows no users",
+                        "--csv nosuch.csv": "nosuch.csv: ", "--text x --users a": "knows no users",
                         f"--text x --csv {path}": "predict needs"}.items():
         assert says in refused(capsys, f"predict {folder} {flags}")
     assert go(f"predict {folder} --text", "one two three four five six \udcff") == 0
@@ -1537,7 +1538,7 @@ def report_run(out, method, users=NASTY, data="<b>&'", text="text {}"):
         for i in range(4 * len(users))]
     ticks = np.array([[y if r.random() < 0.8 else 1 - y for y in a.labels] for a in rows])
     folder, m = fake_run(out, method, rows, ticks, labels=NASTY, data=data, model="m<i>",
-                         split=None, data_sha="", f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
+                         split=None, f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
     plm.write_file(f"{folder}/log.jsonl", b'{"epoch": 1, "val_loss": 0.4321, "listens": 0.8765}')
     return m
 
