@@ -7,23 +7,23 @@ import copy
 import csv
 import functools
 import hashlib
-import importlib.util
+import importlib
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import threading
 import time
 import timeit
 import traceback
-import unittest.mock
+import unittest
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from email.utils import formatdate
@@ -41,22 +41,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map_only
 
 import plm
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(1, f"{HERE}/data")
+export, prepare, report, table, vary = map(
+    importlib.import_module, ("export", "prepare", "report", "table", "vary"))
 CPU, VOCABULARY = torch.device("cpu"), 97
 
-def go(*args):
-    """The exit status of a command, in this process: importing everything anew takes seconds."""
-    return plm.main([str(arg) for arg in args])
+def go(line, *more):
+    """The exit status of a command line, in this process: importing everything takes seconds."""
+    return plm.main([*line.split(), *more])
 
-def refused(capsys, *args):
-    """The one line that a command with status 2 leaves (behind a bar, where it took long)."""
+def refused(capsys, line, *more, main=plm.main, more_lines=0):
+    """The line that a command with status 2 leaves (behind a bar, where it took long)."""
     capsys.readouterr()
-    assert go(*args) == 2
+    assert main([*line.split(), *more]) == 2
     err = capsys.readouterr().err.split("\r")[-1].lstrip()
-    assert err.startswith("plm.py: ") and err.count("\n") == 1
+    assert err.startswith(f"{main.__module__}.py: ") and err.count("\n") == 1 + more_lines
     return err
 
 # --------------------------------------------------------------------------------- data and splits
@@ -91,16 +96,14 @@ def test_byte_order_mark_line_ends_and_separators_are_no_part_of_the_data(tmp_pa
 
 @pytest.mark.parametrize("content, says", [
     ("txt,user,a,b\nt,u,1,1", "no column 'text'; there are: txt, user, a, b"),
-    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is '2', not 0 or 1"),
+    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is '2'"),
     ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: 'text' is "), ("", "no annotations"),
-    ("text,user,a,b\nt,u,1,1\n\nt,u,1", "row 2 (line 4) does not have the 4 columns"),
+    ("text,user,a,b\nt,u,1,1\n\nt,u,1", "row 2 (line 4)"), ("text,user,a\n", "no annotations"),
     ("text,user,user,b\nt,u,1,1", "2 columns are called 'user'"),
-    ("text,user,a,split\nt,u,1,\nt,u,1,x", "row 2: 'split' is 'x', not train, val or test"),
-    ("text,user,words\nt,u,hm", "no column of 0 and 1"), ("text,user,a\n", "no annotations"),
-    ("text,user,a\ncaf\xe9,u,1\n", "in UTF-8"), (None, "no such file")])
+    ("text,user,a\ncaf\xe9,u,1\n", "UTF-8"), ("text,user,words\nt,u,hm", "of 0 and 1"),
+    ("text,user,a,split\nt,u,1,\nt,u,1,x", "row 2: 'split' is ")])
 def test_bad_rows_and_files_are_named(tmp_path, content, says):
-    if content is not None:
-        (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
+    (tmp_path / "a.csv").write_bytes(content.encode("latin-1"))
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         read(tmp_path / "a.csv")
 
@@ -201,10 +204,10 @@ def test_prompts_word_for_word(name, single, none, how, chosen, second):
     own, shots = name.endswith("_p"), int(name[2]) if "q_" in name else 0
     shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", chosen)][:shots]
     parts = plm.prompt_parts(plm.METHODS[name], dataset("ABC", single, none), "well", "u2", shown)
-    golden = ("Which of the labels would this user choose for the text? " if own else
-              "Which of the labels fit the text? ")
-    see = f"First see how {'this user answered before' if own else 'other people answered'}. "
-    golden += see * (shots > 0) + f"Answer with {how}\n### Labels: A, B, C"
+    ask = "would this user choose for" if own else "fit"
+    see = f" First see how {'this user answered before' if own else 'other people answered'}."
+    golden = f"Which of the labels {ask} the text?{see * (shots > 0)} Answer with {how}"
+    golden += "\n### Labels: A, B, C"
     golden += "\n### Text: hi\n### Response: A" * (shots > 0)
     golden += f"\n### Text: go away\n### Response: {second}" * (shots > 1)
     golden += "\n### Text: well" + "\n### User ID: u2" * own + "\n### Response:"
@@ -227,25 +230,16 @@ def test_nothing_in_a_text_ends_a_prompt_and_only_texts_are_cut(name):
         assert row.answer[-1] == tokenizer.eos_token_id
 
 def marked_tokenizer(kind):
-    """A tokenizer of SentencePiece's kind, which marks where words begin, over letters and some
-    words: Llama's (BPE, <s> before a text), Mistral's (the same) or T5's (Unigram, </s> behind)."""
-    words = ("Which of the labels would this user choose for text Answer with list separated by "
-             "commas ### Labels calm angry Text Response User ID a comment on is").split()
-    words, models = [mark + word for word in words for mark in ("", "\u2581")], tokenizers.models
-    merges = list(dict.fromkeys((w[:i], w[i]) for w in words for i in range(1, len(w))))
-    tokens = [*dict.fromkeys(["<unk>", "<s>", "</s>", "\n", "\u2581", *map(chr, range(33, 127)),
-                              *(a + b for a, b in merges)])]
-    model = models.BPE({t: i for i, t in enumerate(tokens)}, merges, unk_token="<unk>")
+    """A tiny tokenizer made one of SentencePiece's kind, which marks where words begin: Llama's
+    (BPE, <s> before a text), Mistral's (the same) or T5's (Unigram, </s> behind)."""
+    tokenizer = tiny_tokenizer("tiny_t5" if kind == "t5" else "tiny")
+    backend, tokens = tokenizer.backend_tokenizer, tokenizer.convert_ids_to_tokens(range(2048))
+    backend.normalizer = tokenizers.normalizers.Replace("\n", "\u010a")  # as their words have it
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
+        "\u0120", "first" if kind == "llama" else "always")
     if kind == "t5":
-        model = models.Unigram([(t, -9.0 if len(t) < 2 else -5.0) for t in tokens], 0)
-    tokenizer = tokenizers.Tokenizer(model)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(
-        prepend_scheme="first" if kind == "llama" else "always")
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        "$A </s>" if kind == "t5" else "<s> $A", special_tokens=[("<s>", 1), ("</s>", 2)])
-    bos = dict(bos_token="<s>") if kind != "t5" else {}
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", **bos)
+        backend.model = tokenizers.models.Unigram([(t, -9 + 4 * (len(t) > 1)) for t in tokens], 2)
+    return tokenizer
 
 @pytest.mark.parametrize("kind", ["tiny", "tiny_t5", "llama", "t5", "mistral"])
 @pytest.mark.parametrize("name", ["cls", "lm_p", "q_2s_p"])
@@ -300,25 +294,22 @@ def test_rows_without_a_label_stay_and_an_lm_answers_none(tmp_path):
     (row,), _ = plm.encode(tokenizer, plm.METHODS["lm"], data, blank, None)
     assert "or with none." in tokenizer.decode(row.prompt)
     assert tokenizer.decode(row.answer[:-1]) == " none"
-    assert go("lm", "--data", path, "--max-steps", 1, "--max-eval", 9, "--out", tmp_path) == 0
+    assert go(f"lm --data {path} --max-steps 1 --max-eval 9 --out {tmp_path}") == 0
     assert not plm.load_data(write_csv(path, some_rows())).none
     with pytest.raises(plm.BadInput, match="'angry' never varies"):
         plm.load_data(write_csv(path, [(*row[:3], 1) for row in some_rows()]))
 
-# --------------------------------------------------------------------------------------------- NF4
+# ------------------------------------------------------------------------------------ NF4 and LoRA
 
 def quantized(weight):
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-    linear.weight.data = weight
-    return plm.NF4Linear(linear, weight.dtype)
+    return plm.NF4Linear(argparse.Namespace(weight=weight, bias=None), weight.dtype)
 
 def test_nf4_values_are_quantiles_of_the_normal_distribution():
     # QLoRA, appendix E: 8 quantiles above 0 and 7 below, equally spaced in probability.
-    quantile, edge = statistics.NormalDist().inv_cdf, 0.9677083
-    above = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
-    below = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
-    values = torch.tensor(sorted([*above, 0.0, *below])) / max(above)
-    assert torch.allclose(values, plm.NF4, atol=2e-7)
+    quantile, edge = torch.special.ndtri, 0.9677083
+    above, below = (quantile(torch.tensor(np.linspace(edge, 0.5, n))) for n in (9, 8))
+    values = torch.cat([-below, above[:-1].flip(0)]) / above[0]
+    assert torch.allclose(values, plm.NF4.double(), atol=2e-7)
 
 def test_bytes_are_those_of_bitsandbytes():
     # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
@@ -362,8 +353,6 @@ def test_nf4_matmul_is_the_dense_one_and_keeps_no_dense_weight():
     layer.dense = layer.dequantize()
     assert torch.equal(layer(x), y)  # the dense copy is of the rounded weights
 
-# -------------------------------------------------------------------------------------------- LoRA
-
 def small_lora(dropout):
     torch.manual_seed(0)
     layer, x = plm.LoRALinear(quantized(torch.randn(24, 64)), 2, 32, dropout), torch.randn(3, 64)
@@ -403,51 +392,43 @@ def random_rows(seed=1, texts=4):
                          (rng.randrange(2), 1, 0), None) for _ in range(rng.randrange(1, 5))]
     return rows
 
-GROUPED = dict(num_key_value_heads=2)
-ARCHITECTURES = {  # name -> config and what it needs besides; the first six are those of the paper
-    "llama": ("LlamaConfig", GROUPED), "mistral": ("MistralConfig", GROUPED),
-    "qwen2": ("Qwen2Config", GROUPED), "phi": ("PhiConfig", {}), "gpt_neox": ("GPTNeoXConfig", {}),
-    "t5": ("T5Config", dict(d_kv=16, d_ff=128, feed_forward_proj="gated-gelu", num_layers=2,
-                            decoder_start_token_id=0, dropout_rate=0.0)),
-    "qwen3": ("Qwen3Config", dict(GROUPED, head_dim=16)), "gpt2": ("GPT2Config", {}),
-    "gemma": ("GemmaConfig", dict(GROUPED, head_dim=16)), "olmo2": ("Olmo2Config", GROUPED),
-    "smollm3": ("SmolLM3Config", dict(GROUPED, no_rope_layers=[1, 0])),
-    "stablelm": ("StableLmConfig", GROUPED), "granite": ("GraniteConfig", dict(logits_scaling=8.0)),
-    "lfm2": ("Lfm2Config", dict(GROUPED, layer_types=["conv", "full_attention"])),
-    "gpt_oss": ("GptOssConfig", dict(GROUPED, head_dim=16, num_local_experts=4)),
-    "mixtral": ("MixtralConfig", dict(num_local_experts=4)), "bloom": ("BloomConfig", {}),
-    "gemma2": ("Gemma2Config", dict(GROUPED, head_dim=16)), "bert": ("BertConfig", {})}
+PAPER = "llama mistral qwen2 phi gpt_neox t5".split()  # its architectures
+SUPPORTED = [*PAPER, "qwen3", "gpt2", "gemma", "olmo2", "smollm3"]  # and some of others
+SPECIAL = {  # what the config of an architecture needs besides
+    "t5": dict(d_kv=16, d_ff=128, feed_forward_proj="gated-gelu", num_layers=2,
+               decoder_start_token_id=0, dropout_rate=0.0),
+    "phi": dict(num_key_value_heads=4), "smollm3": dict(no_rope_layers=[1, 0]),
+    "granite": dict(logits_scaling=8.0), "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "gpt_oss": dict(num_local_experts=4), "mixtral": dict(num_local_experts=4)}
 
 def random_model_folder(path, name, vocab_size=VOCABULARY, **more):
     """A Hugging Face folder of a small random model of an architecture, with a tiny tokenizer."""
-    config, extra = ARCHITECTURES[name]
-    config = getattr(transformers, config)(
-        vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, bos_token_id=1, hidden_size=64,
-        num_hidden_layers=2, num_attention_heads=4, **{"intermediate_size": 128, **extra, **more})
+    how = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+               num_key_value_heads=2, head_dim=16) | SPECIAL.get(name, {}) | more
+    config = transformers.AutoConfig.for_model(
+        name, vocab_size=vocab_size, pad_token_id=2, eos_token_id=2, bos_token_id=1, **how)
     torch.manual_seed(0)
-    lm = getattr(transformers, "AutoModelFor" + ("Seq2SeqLM" if name == "t5" else "CausalLM"))
-    lm = lm.from_config(config)
+    t5 = name == "t5"
+    lm = getattr(transformers, f"AutoModelFor{'Seq2Seq' if t5 else 'Causal'}LM").from_config(config)
     for p in lm.parameters():  # all of it random: norms and biases too
         p.data += 0.1 * torch.randn_like(p)
     lm.save_pretrained(path)
     for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{plm.MODELS['tiny_t5' if name == 't5' else 'tiny']['id']}/{file}", path)
+        shutil.copy(f"{plm.MODELS['tiny_t5' if t5 else 'tiny']['id']}/{file}", path)
     return str(path), lm.eval()
 
-@pytest.fixture(scope="module", params=[*ARCHITECTURES][:6])
+@pytest.fixture(scope="module", params=PAPER)
 def model_dir(request, tmp_path_factory):
-    path, lm = random_model_folder(tmp_path_factory.mktemp(request.param), request.param)
-    return request.param, path, lm
+    return random_model_folder(tmp_path_factory.mktemp(request.param), request.param)
 
 def quantized_lm(path):
     return plm.quantize(plm.load_pretrained(path)[0], CPU, torch.float32)
 
-def ready(path, head, lora=True, **how):
+def ready(path, head, dropout=0.05, **how):
     """A PersonalizedLM from a folder, LoRA's B not zero, so that every gradient is one."""
     torch.manual_seed(1)
     lm = quantized_lm(path)
-    if lora:
-        plm.add_lora(lm, r=2, alpha=4, dropout=0.05)
+    plm.add_lora(lm, r=2, alpha=4, dropout=dropout)
     model = plm.PersonalizedLM(lm, head, 3, **how)
     for name, p in model.trainable().items():
         if name.endswith("lora_B"):
@@ -463,26 +444,25 @@ def rounded_reference(model, lm):
     return reference.eval()
 
 @torch.no_grad()
-def their_logits(lm, row, n, answer=True):
-    """The last n logits of transformers' own model on a row by itself: those of the answer."""
-    answer = row.answer[:-1] if answer else ()
+def their_logits(lm, row):
+    """The logits of transformers' own model, on a row by itself, for the tokens of the answer."""
+    answer = row.answer[:-1]
     ids = (row.prompt, (0, *answer)) if lm.config.is_encoder_decoder else (row.prompt + answer,)
     given = dict(zip(("input_ids", "decoder_input_ids"), (torch.tensor([x]) for x in ids)))
-    return lm(**given).logits.flatten(0, -2)[-n:]
+    return lm(**given).logits.flatten(0, -2)[-len(row.answer):]
 
 def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
     # Ours shares prefixes; theirs runs each prompt by itself. Only linears of the backbone are NF4.
     # 2 is pad and eos of these models, and a text that contains it changes nothing but itself.
-    name, path, lm = model_dir
-    model, rows = ready(path, "lm", lora=False), random_rows()
-    leaves = {n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, plm.NF4Linear)}
-    usual = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
-    names = dict(phi="q_proj k_proj v_proj dense fc1 fc2", t5="q k v o wi_0 wi_1 wo",
-                 gpt_neox="query_key_value dense dense_h_to_4h dense_4h_to_h").get(name, usual)
-    assert leaves == set(names.split()) and isinstance(model.lm.get_output_embeddings(), nn.Linear)
+    path, lm = model_dir
+    model, rows = plm.PersonalizedLM(quantized_lm(path), "lm", 3).train(False), random_rows()
+    (head,) = {n for n, m in model.lm.named_modules() if isinstance(m, nn.Linear)}
+    nf4 = {n for n, m in model.lm.named_modules() if isinstance(m, plm.NF4Linear)}
+    assert nf4 | {head} == {n for n, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    assert model.lm.get_submodule(head) is model.lm.get_output_embeddings()
     rows[3] = rows[3]._replace(text=(2, 2, 9, 2))
     reference, batch = rounded_reference(model, lm), plm.make_batch(model, rows)
-    theirs = torch.cat([their_logits(reference, row, len(row.answer)) for row in rows])
+    theirs = torch.cat([their_logits(reference, row) for row in rows])
     assert torch.allclose(model(batch)[batch["of"]], theirs, atol=2e-5)
     write = plm.write_answers if model.seq2seq else plm.grow_answers
     with torch.no_grad():
@@ -497,44 +477,31 @@ def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
     assert ours == plain
 
 @pytest.mark.parametrize("head", ["cls", "lm"])
-def test_loss_and_every_gradient_are_equal_with_and_without_sharing(model_dir, head):
-    _, path, _ = model_dir
-    rows, found = random_rows(), []
-    for share in (True, False):
-        model = ready(path, head)
+def test_a_step_is_the_same_with_and_without_sharing_whole_or_in_pieces(model_dir, head):
+    # Its loss is the mean over the targets of the step, not of a piece. SGD moves by the gradient.
+    (path, _), rows, found = model_dir, random_rows(), {}
+    for share, micro in ((True, 32), (False, 32), (True, 5)):
+        model = ready(path, head, dropout=0.0)
         model.share = share
-        batch = plm.make_batch(model, rows)
-        loss = plm.summed_loss(model(batch), batch, head, False) / batch["target"].numel()
-        loss.backward()
-        found.append((loss, {n: p.grad for n, p in model.trainable().items()}, batch["tokens"]))
-    (loss, grads, tokens), (plain_loss, plain_grads, plain_tokens) = found
-    assert abs(loss - plain_loss) < 1e-5 and tokens < plain_tokens
-    if not model.seq2seq:  # the tree computes every distinct prefix once
-        whole = [row.prompt + (row.answer[:-1] if head == "lm" else ()) for row in rows]
-        assert tokens == len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
-        assert plain_tokens == sum(map(len, whole))
-    for name in plain_grads:
-        assert grads[name].abs().max() > 0, f"{name} gets no gradient"
-        assert (grads[name] - plain_grads[name]).abs().max() < 1e-5, name
-
-@pytest.mark.parametrize("head", ["cls", "lm"])
-def test_micro_batches_give_the_whole_gradient_and_move_what_is_trained(model_dir, head):
-    # 32 rows at once or 5 at a time: the mean is over the targets of the step, not of a piece.
-    _, path, _ = model_dir
-    rows, moved = random_rows(), []
-    for micro in (32, 5):
-        model = ready(path, head)
-        for layer in (m for m in model.modules() if isinstance(m, plm.LoRALinear)):
-            layer.dropout = 0.0
         before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
         batches = plm.micro_batches(model, rows, micro)
         assert len(batches) == math.ceil(len(rows) / micro)
-        plm.train_step(model, batches, optimizer, 1.0, clip=1e9)
+        loss = plm.train_step(model, batches, optimizer, 1.0, clip=1e9)
         now = dict((*model.named_parameters(), *model.named_buffers()))
         assert {n for n in now if not torch.equal(now[n], before[n])} == set(model.trainable())
-        moved.append({n: before[n] - p for n, p in model.trainable().items()})
-    assert all(torch.allclose(moved[0][n], moved[1][n], atol=1e-5) for n in moved[0])
+        moved = {n: before[n] - p for n, p in model.trainable().items()}
+        found[share, micro] = loss, moved, batches[0]["tokens"]
+    (loss, moved, tokens), (_, _, plain_tokens) = found[True, 32], found[False, 32]
+    for how, (other_loss, other, _) in found.items():
+        assert abs(loss - other_loss) < 1e-5, how
+        for name in moved:
+            assert (moved[name] - other[name]).abs().max() < 1e-5, (*how, name)
+    assert tokens < plain_tokens
+    if not model.seq2seq:  # the tree computes every distinct prefix once
+        whole = [row.prompt + (row.answer[:-1] if head == "lm" else ()) for row in rows]
+        assert tokens == len({ids[:n] for ids in whole for n in range(1, len(ids) + 1)})
+        assert plain_tokens == sum(map(len, whole))
 
 def test_batches_hold_every_row_once_and_keep_texts_together():
     rows = [plm.Row((1,), (i // 3,) * (1 + i % 17 // 3), (i,), (2,), (1,), 0) for i in range(1000)]
@@ -543,14 +510,14 @@ def test_batches_hold_every_row_once_and_keep_texts_together():
         assert one == two and [len(batch) for batch in one].count(32) == 31
         assert sorted(row.user for batch in one for row in batch) == [row.user for row in rows]
 
-@pytest.mark.parametrize("name, says", [(name, None) for name in [*ARCHITECTURES][:11]] + [
-    ("lfm2", "Lfm2ForCausalLM"), ("gpt_oss", "num_local_experts"), ("mixtral", "num_local_experts"),
-    ("bert", "BertLMHeadModel"), ("granite", "GraniteForCausalLM"), ("bloom", "BloomForCausalLM"),
-    ("gemma2", "Gemma2ForCausalLM"), ("stablelm", "StableLm")])
-def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(tmp_path, name, says):
-    # state beside attention, experts, both directions, scaled or capped logits, biased attention
-    path, _ = random_model_folder(tmp_path, name)
-    with pytest.raises(plm.BadInput, match=says) if says else contextlib.nullcontext():
+@pytest.mark.parametrize("name", SUPPORTED + (
+    "gpt_oss mixtral lfm2 bert granite bloom gemma2 stablelm".split()))
+def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(tmp_path, name):
+    # experts, state beside attention, both directions, scaled or capped logits, biased attention
+    path, lm = random_model_folder(tmp_path, name)
+    says = dict(stablelm="StableLm", gpt_oss="num_local_experts", mixtral="num_local_experts")
+    says = says.get(name, type(lm).__name__)
+    with contextlib.nullcontext() if name in SUPPORTED else pytest.raises(plm.BadInput, match=says):
         plm.load_model(path, "ask", 3, CPU, torch.float32, plm.RECIPES["ours"])
 
 # ---------------------------------------------------------------------------------------- training
@@ -641,36 +608,32 @@ def test_an_untied_head_of_a_t5_is_kept_and_a_missing_or_quantized_weight_named(
         with pytest.raises(plm.BadInput, match=name.removesuffix(".weight")):
             plm.load_pretrained(path)
 
-def tiny_copy(path, file="config.json", drop=(), **keys):
+def tiny_copy(path, file="config.json", **keys):
     """A folder of the tiny model with some keys of one of its JSON files changed."""
     shutil.copytree(plm.MODELS["tiny"]["id"], path)
-    with open(path / file, encoding="utf-8") as f:
-        value = {k: v for k, v in (json.load(f) | keys).items() if k not in drop}
-    with open(path / file, "w", encoding="utf-8") as f:
-        json.dump(value, f)
+    (path / file).write_text(json.dumps(json.loads((path / file).read_text("utf-8")) | keys))
     return str(path)
 
 def test_what_a_folder_says_against_it_gets_one_line(tmp_path, capsys, small_csv):
-    run = ["q_1s", "--data", small_csv, "--max-eval", 6, "--out", tmp_path / "out", "--model"]
+    run = f"q_1s --data {small_csv} --max-eval 6 --out {tmp_path}/out --model "
     for says, folder in {
             "quantization_config": tiny_copy(tmp_path / "a", quantization_config=dict(bits=4)),
             "reads 100 tokens": tiny_copy(tmp_path / "b", max_position_embeddings=100),
             "reads 90": random_model_folder(tmp_path / "c", "mistral", 2048, sliding_window=90)[0],
-            "no end token": tiny_copy(tmp_path / "d", "tokenizer_config.json", drop=["eos_token"]),
+            "no end token": tiny_copy(tmp_path / "d", "tokenizer_config.json", eos_token=None),
             }.items():
-        assert says in refused(capsys, *run, folder)
+        assert says in refused(capsys, run + folder)
     for file in ("config.json", "tokenizer.json", "model.safetensors"):
         folder = tiny_copy(tmp_path / file)
-        os.truncate(os.path.join(folder, file), 50)
-        assert f"cannot load {folder}" in refused(capsys, *run, folder)
+        os.truncate(f"{folder}/{file}", 50)
+        assert f"cannot load {folder}" in refused(capsys, run + folder)
 
 def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     # Llama 3, Qwen and Phi end a turn with another token than their tokenizer's
     asked, found, end = [plm.Annotation("What a day.", "u", (0, 1))], [], None
     for name in "abc":
         folder = tiny_copy(tmp_path / name, "generation_config.json", eos_token_id=end)
-        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32,
-                                          plm.RECIPES["ours"])
+        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32, plm.RECIPES["ours"])
         rows, _ = plm.encode(tokenizer, plm.METHODS["lm"], dataset(), asked, None)
         found += plm.written_answers(model, tokenizer, rows, 6)
         first = tokenizer(" " + found[0], add_special_tokens=False).input_ids[0]
@@ -710,7 +673,7 @@ def test_of_a_single_choice_the_first_counts_and_none_is_an_answer_of_ticks_alon
     assert (ticks["unreadable"], single["unreadable"], ticks["unknown_words"]) == (2, 3, 5)
 
 @pytest.mark.parametrize("labels, none, says", [
-    (["Anger", "anger!"], False, "'Anger' and 'anger!'"), (["a,b", "c"], False, "'a,b'"),
+    (["Anger", "anger!"], False, "'anger!'"), (["a,b", "c"], False, "'a,b'"),
     (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "None")])
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
@@ -797,40 +760,43 @@ def command(*args):
                           capture_output=True)
     return done.returncode, done.stdout, done.stderr
 
+def finished(out, line):
+    """The folder of a run that a command makes, the only one in `out`."""
+    assert go(f"{line} --out {out}") == 0
+    (folder,) = out.glob("*/*/*/seed*")
+    return folder
+
 def content(folder, name):
     """The bytes of a file of a run, the value of a JSON file, the list of those of JSON lines."""
-    with open(os.path.join(folder, name), "rb") as f:
-        value = f.read()
+    value = (folder / name).read_bytes()
     if name.endswith(".jsonl"):
         return [json.loads(line) for line in value.splitlines()]
     return json.loads(value) if name.endswith(".json") else value
 
 @pytest.mark.parametrize("args, says", [
-    (["cls_q"], "invalid choice: 'cls_q'"), (["cls", "--modle", "tiny"], "--model --data"),
-    (["cls", "--data", "nosuch"], "sample, goemotions"), (["predict"], "needs the folder of a run"),
-    (["cls", "--data", "nosuch.csv"], "nosuch.csv: no such file"), (["cls", "x"], "what is 'x'?"),
-    (["cls", "--model", "./nosuch"], "no such model"),
-    (["predict", "nosuch", "--text", "x"], "no finished run"),
-    (["cls", "--model", HERE], "config.json"), (["cls", "--dropout", "2"], "from 0 to 0.9"),
-    (["cls", "--labels", "funny,nosuch"], "no column 'nosuch'; there are: text, user"),
-    (["q_0s", "--model", "openai:"], "needs a name"), (["cls", "--label-col", "text"], "a choice"),
-    (["cls", "--out", os.path.join(HERE, "plm.py")], "Not a directory")])
+    ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--model --data"),
+    ("cls --data nosuch", "sample, goemotions"), ("predict", "needs the folder"),
+    ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "takes a folder"),
+    ("cls --model ./nosuch", "./nosuch: no "), ("predict nosuch --text x", "no finished run"),
+    (f"cls --model {HERE}", "config.json"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --labels funny,nosuch", "no column 'nosuch'; there are: text, user"),
+    ("q_0s --model openai:", "a name"), ("cls --label-col text", "a choice"),
+    (f"cls --out {HERE}/plm.py", "Not a directory")])
 def test_bad_input_gets_one_line_and_status_2(args, says, capsys, tmp_path):
-    assert says in refused(capsys, *args, *([] if "--out" in args else ["--out", tmp_path]))
+    assert says in refused(capsys, args + f" --out {tmp_path}" * ("--out" not in args))
 
 @pytest.mark.parametrize("method, model, more", [
-    ("cls_p", "tiny", ["--no-dense"]), ("lm", "tiny_t5", ["--no-dense"]), ("q_2s_p", "tiny", [])])
+    ("cls_p", "tiny", "--no-dense"), ("lm", "tiny_t5", "--no-dense"), ("q_2s_p", "tiny", "")])
 def test_a_run_leaves_its_files_and_a_seed_the_same_bits(tmp_path, small_csv, method, model, more):
     # ... however they are computed, and in another process, which hashes strings otherwise
-    run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--out"]
-    assert go(*run, tmp_path / "a") == 0
-    status, out, err = command("plm.py", *run, tmp_path / "b", *more)
+    run = f"{method} --model {model} --data {small_csv} --max-steps 4"
+    a, b = finished(tmp_path / "a", run), tmp_path / "b" / "small" / model / method / "seed42"
+    status, out, err = command("plm.py", *f"{run} --out {tmp_path}/b {more}".split())
     assert status == 0 and err.count("\r") < 9  # a bar moves every 10 seconds in a file
-    a, b = (tmp_path / x / "small" / model / method / "seed42" for x in "ab")
     files = ["predictions.csv", "adapter.safetensors", "log.jsonl"][:1 if method == "q_2s_p" else 3]
     m = content(b, "metrics.json")
     assert f"{m['f1_macro']:.4g}" in out and str(b) in out and m["rows"]["test"] and m["notes"]
-    gold, predicted, _ = data_script("table").read_predictions(b, m["labels"])
+    gold, predicted, _ = table.read_predictions(b, m["labels"])
     assert plm.f1_scores(gold, predicted)["f1_macro"] == m["f1_macro"]
     assert set(os.listdir(b)) == {"lock", "run.json", "metrics.json", *files}
     assert all(content(a, name) == content(b, name) for name in files)
@@ -839,30 +805,28 @@ def test_a_run_leaves_its_files_and_a_seed_the_same_bits(tmp_path, small_csv, me
         assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4] and "val_loss" in log[-1]
         assert m["tokens_computed"] > 0 and m["rows_per_second"] > 0
 
-def test_the_same_command_shows_what_it_has_another_one_is_refused_and_fresh_starts_over(
-        tmp_path, capsys):
+def test_a_finished_run_is_shown_another_refused_and_fresh_starts_over(tmp_path, capsys):
     rows = [(text, text[::-1], user, user[::-1], a, b) for text, user, a, b in some_rows()]
     header = "text reply user worker Anger anger"
-    run = ["cls", "--data", write_csv(tmp_path / "a.csv", rows, header), "--max-steps", 2,
-           "--max-eval", 9, "--out", tmp_path]
-    folder = tmp_path / "a" / "tiny" / "cls" / "seed42"
-    assert go(*run) == 0
+    path = write_csv(tmp_path / "a.csv", rows, header)
+    run = f"--data {path} --max-steps 2 --max-eval 9 --out {tmp_path}"
+    folder = finished(tmp_path, f"cls {run}")
     summary, written = capsys.readouterr().out.split("\n\n")[-1], os.stat(folder / "metrics.json")
-    assert go(*run) == 0
+    assert go(f"cls {run}") == 0
     out = capsys.readouterr().out
     assert "is finished" in out and out.endswith(summary)
     assert os.stat(folder / "metrics.json").st_mtime_ns == written.st_mtime_ns
-    for says, flags in {"lr 0.003 there and 0.1 here": ["--lr", 0.1], "no_share": ["--no-share"],
-                        "worker": ["--user-col", "worker"], "reply": ["--text-col", "text,reply"],
-                        "ids": ["--ids", "word"]}.items():
-        assert says in refused(capsys, *run, *flags)
-    assert "cls and cls_p can" in refused(capsys, "lm", *run[1:])  # tell such labels apart
-    write_csv(tmp_path / "a.csv", rows[:-3], header)
-    assert "data_sha" in refused(capsys, *run)  # a name is not all there is to a file
+    for flags, says in {"--lr 0.1": "lr 0.003 there", "--no-share": "no_share",
+                        "--user-col worker": "worker", "--text-col text,reply": "reply",
+                        "--ids word": "ids"}.items():
+        assert says in refused(capsys, f"cls {run} {flags}")
+    assert "cls and cls_p" in refused(capsys, f"lm {run}")  # tell such labels apart
+    write_csv(path, rows[:-3], header)
+    assert "data_sha" in refused(capsys, f"cls {run}")  # a name is not all there is to a file
     (folder / "answers.jsonl").write_text("paid for")
-    assert "lower --lr" in refused(capsys, *run, "--fresh", "--lr", 1e18)
+    assert "lower --lr" in refused(capsys, f"cls {run} --fresh --lr 1e18")
     assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl", "answers.jsonl"}
-    assert go(*run, "--lr", 0.1, "--fresh") == 0 and content(folder, "metrics.json")["lr"] == 0.1
+    assert go(f"cls {run} --fresh --lr 0.1") == 0 and content(folder, "metrics.json")["lr"] == 0.1
     assert (folder / "answers.jsonl").read_text() == "paid for"  # and kept
 
 DRIVER = """import sys, time, plm
@@ -870,25 +834,24 @@ plm.SAVE_EVERY, save = 0, plm.save_state
 plm.save_state = lambda *args: (save(*args), time.sleep(0.2))
 sys.exit(plm.main(sys.argv[1:]))"""
 
-def test_a_killed_run_goes_on_to_the_same_bytes_and_nobody_else_takes_its_folder(
-        tmp_path, small_csv, capsys):
-    run = ["cls_p", "--data", small_csv, "--epochs", "4", "--out"]
-    whole, killed = (tmp_path / out / "small" / "tiny" / "cls_p" / "seed42" for out in ("a", "b"))
-    assert go(*run, tmp_path / "a") == 0
-    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run, str(tmp_path / "b")], cwd=HERE,
+def test_a_killed_run_keeps_its_folder_and_goes_on_to_the_same_bytes(tmp_path, small_csv, capsys):
+    run = f"cls_p --data {small_csv} --epochs 4"
+    whole, killed = finished(tmp_path / "a", run), tmp_path / "b/small/tiny/cls_p/seed42"
+    run += f" --out {tmp_path}/b"
+    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run.split()], cwd=HERE,
                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until, log = time.monotonic() + 300, killed / "log.jsonl"
         while not log.exists() or log.read_text().count("loss") < 6:  # in the second epoch of four
             assert time.monotonic() < until and child.poll() is None
             time.sleep(0.02)
-        assert "another process is at this run" in refused(capsys, *run, tmp_path / "b")
+        assert "another process" in refused(capsys, run)
     finally:
         child.kill()
         assert child.wait() < 0
     assert not (killed / "metrics.json").exists()
     log.write_text(log.read_text() + '{"step": 99, "lo')  # half a line, as a kill may leave it
-    assert go(*run, tmp_path / "b") == 0
+    assert go(run) == 0
     assert re.search(r"resuming at step [4-9]", capsys.readouterr().out)
     assert sorted(os.listdir(whole)) == sorted(os.listdir(killed))
     for name in ("predictions.csv", "adapter.safetensors", "log.jsonl"):
@@ -896,117 +859,105 @@ def test_a_killed_run_goes_on_to_the_same_bytes_and_nobody_else_takes_its_folder
 
 def test_a_run_is_one_process(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
-    assert "CUDA_VISIBLE_DEVICES=1" in refused(capsys, "cls", "--out", tmp_path)
+    assert "CUDA_VISIBLE_DEVICES=1" in refused(capsys, f"cls --out {tmp_path}")
 
 @pytest.mark.parametrize("name, methods", [
     ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p"]), ("gpt_neox", ["lm_p"])])
 def test_methods_run_from_a_folder_of_random_weights(tmp_path, capsys, small_csv, name, methods):
-    run = ["--model", random_model_folder(tmp_path / name, name, 2048)[0], "--data", small_csv,
-           "--max-steps", 1, "--max-eval", 6, "--out", tmp_path / "out"]
-    assert [go(method, *run) for method in methods] == [0] * len(methods)
-    data_script("table").print_table(str(tmp_path / "out"))
-    table = capsys.readouterr().out.split("F1-macro [95 %]")[-1]
-    assert all(f"\n{method} " in table for method in methods)
+    path, out = random_model_folder(tmp_path / name, name, 2048)[0], tmp_path / "out"
+    run = f"--model {path} --data {small_csv} --max-steps 1 --max-eval 6 --out {out}"
+    assert [go(f"{method} {run}") for method in methods] == [0] * len(methods)
+    table.print_table(str(out))
+    shown = capsys.readouterr().out.split("F1-macro [95 %]")[-1]
+    assert all(f"\n{method} " in shown for method in methods)
 
 def test_the_personalized_model_beats_the_plain_one_with_a_bias_for_each_user(tmp_path):
     # The claim of the paper, for six readers of the sample: it is more than a table of users.
-    with open(f"{HERE}/data/sample/annotations.csv", newline="", encoding="utf-8") as f:
-        header, *rows = csv.reader(f)
-    rows = [row for row in rows if row[1] in "16 44 45 65 75 96".split()]
-    run = ["--data", write_csv(tmp_path / "a.csv", rows, " ".join(header)), "--epochs", 20,
-           "--max-steps", 130, "--batch", 16, "--out", tmp_path]
-    assert go("cls", *run) == go("cls_p", *run) == 0
-    plain, own = (content(tmp_path / "a" / "tiny" / name / "seed42", "metrics.json")
-                  for name in ("cls", "cls_p"))
+    rows = [row for _, row in plm.csv_rows(f"{HERE}/data/sample/annotations.csv")]
+    some = [row.values() for row in rows if row["user"] in "16 44 45 65 75 96".split()]
+    path = write_csv(tmp_path / "a.csv", some, " ".join(rows[0]))
+    run = f"--data {path} --epochs 20 --max-steps 130 --batch 16"
+    plain, own = (content(finished(tmp_path / method, f"{method} {run}"), "metrics.json")
+                  for method in ("cls", "cls_p"))
     assert own["f1_macro"] > plain["f1_macro_user_bias"] > plain["f1_macro"]
     assert own["f1_macro_shuffled"] < plain["f1_macro_user_bias"]  # a deaf model gains nothing
 
-# ------------------------------------------------------------ a trained run: predict, export, table
-
-def data_script(name):
-    """data/<name>.py as a module."""
-    spec = importlib.util.spec_from_file_location(name, os.path.join(HERE, "data", f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# ---------------------------------------------- a trained run: predict, export, table; the Makefile
 
 @pytest.mark.parametrize("method, model", [("cls_p", "tiny"), ("lm_p", "tiny_t5"), ("cls", "tiny")])
-def test_predict_gives_the_runs_own_scores_to_the_bit(
-        tmp_path, monkeypatch, capsys, method, model, small_csv):
+def test_predict_gives_the_runs_own_scores(tmp_path, monkeypatch, capsys, method, model, small_csv):
     seen, own = [], plm.write_predictions
     monkeypatch.setattr(plm, "write_predictions", lambda *a, **k: (seen.append(a[3]), own(*a, **k)))
-    run = [method, "--model", model, "--data", small_csv, "--max-steps", 4, "--lr", 0.01]
-    assert go(*run, "--out", tmp_path) == 0
-    folder, test = tmp_path / "small" / model / method / "seed42", plm.load_data(small_csv).test
+    run = f"{method} --model {model} --data {small_csv} --max-steps 4 --lr 0.01"
+    folder, test = finished(tmp_path, run), plm.load_data(small_csv).test
     path = write_csv(tmp_path / "new.csv", [a[:2] for a in test], "text user")
-    assert go("predict", folder, "--csv", path) == 0
+    assert go(f"predict {folder} --csv {path}") == 0
     for key in seen[0]:
         assert np.array_equal(seen[0][key], seen[1][key])
-    users = ["--users", f"{test[0].user},nobody"] * ("_p" in method)
-    assert go("predict", folder, "--text", test[0].text, *users) == 0
+    users = f"--users {test[0].user},nobody" * ("_p" in method)
+    assert go(f"predict {folder} {users} --text", test[0].text) == 0
     if method == "cls_p":
         out = capsys.readouterr().out
         shown = out.split(f"\n{test[0].user} ")[1].split("\n")[0].split()
         expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
         assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
-        assert "unknown to training: 'nobody'" in out
+        assert re.search("unknown to training.*nobody", out)
         write_csv(path, [("a", "b")], "txt user")
-        assert "no column 'text'" in refused(capsys, "predict", folder, "--csv", path)
-        data_script("export").export(str(folder))  # what PEFT has no place for stands beside
+        assert "no column 'text'" in refused(capsys, f"predict {folder} --csv {path}")
+        export.export(str(folder))  # what PEFT has no place for stands beside
         with safetensors.safe_open(folder / "peft" / "beside.safetensors", "pt") as f:
             assert json.loads(f.metadata()["users"]) == ["u0", "u1", "u2"]
             assert f.get_tensor("user_embedding").shape == (3, 128)
-        assert go(*run, "--out", tmp_path, "--fresh") == 0
+        assert go(f"{run} --fresh --out {tmp_path}") == 0
 
 @pytest.mark.parametrize("name, method", [("phi", "lm_p"), ("llama", "cls"), ("t5", "lm_p")])
 def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, name, method):
     peft = pytest.importorskip("peft")
     path, lm = random_model_folder(tmp_path / name, name, 2048)
-    assert go(method, "--model", path, "--data", small_csv, "--max-steps", 3, "--lr", 0.02, "--ids",
-              "number", "--out", tmp_path) == 0
-    folder = str(tmp_path / "small" / name / method / "seed42")
-    data_script("export").export(folder)
+    run = f"{method} --model {path} --data {small_csv} --max-steps 3 --lr 0.02 --ids number"
+    folder = str(finished(tmp_path / "out", run))
+    export.export(folder)
     _, model, tokenizer, _ = plm.load_run(folder)
-    if "cls" in method:  # their classifier reads the last token that is no padding
+    if method == "cls":  # their classifier reads the last token that is no padding
         lm = transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=2)
     theirs = peft.PeftModel.from_pretrained(rounded_reference(model, lm), f"{folder}/peft").eval()
     data = plm.load_data(small_csv)
     for row in plm.encode(tokenizer, plm.METHODS[method], data, data.test[:5], None)[0]:
+        row = row._replace(answer=(2,)) if method == "cls" else row
         batch = plm.make_batch(model.train(False), [row])
         ours = model(batch)[batch["of"]]
-        out = their_logits(theirs, row, len(ours), answer="lm" in method)
-        assert torch.allclose(out, ours, atol=1e-4 * ours.abs().max().item())
+        off = (their_logits(theirs, row) - ours).abs().max()
+        assert off <= 1e-4 * ours.abs().max()
 
-CONFIG = plm.RECIPES["ours"] | dict(  # what the metrics of a run say beside its scores
-    single=False, ordered=False, none=False, max_text=9, no_share=False)
-
-def fake_run(out, method, right, seed=42, odd=""):
-    """The files that the table reads, of a run that is right on the first `right` of 40 texts."""
-    texts = [f"text {i}" for i in range(40 - len(odd))] + [*odd]
-    gold = np.array([(i % 2, 1 - i % 2) for i in range(40)])
-    predicted = np.where(np.arange(40)[:, None] < right, gold, 1 - gold)
-    folder = os.path.join(out, "d", "m", method, f"seed{seed}")
+def fake_run(out, method, rows, predicted, seed=42, labels=MOODS, **more):
+    """The files of a run that predicts so for its test rows; their folder and its metrics."""
+    folder, what = out / "d" / "m" / method / f"seed{seed}", dataset(labels)
+    result = dict(predicted=predicted, scores=predicted - 0.5)
+    m = plm.RECIPES["ours"] | plm.score(what, rows, result) | dict(
+        method=method, model="m", data="d", seed=seed, labels=labels, single=False, ordered=False,
+        none=False, max_text=9, no_share=False, data_sha="",
+        rows=dict(train=1, val=1, test=len(rows))) | more
     os.makedirs(folder)
-    rows = [plm.Annotation(text, "u", tuple(y)) for text, y in zip(texts, gold.tolist())]
-    result = dict(predicted=predicted, scores=np.zeros(gold.shape))
-    plm.write_predictions(f"{folder}/predictions.csv", dataset(), rows, result)
-    plm.write_file(f"{folder}/metrics.json", CONFIG | plm.score(dataset(), rows, result) | dict(
-        data="d", method=method, model="m", seed=seed, labels=MOODS,
-        rows=dict(train=1, val=1, test=40)))
-    return folder
+    plm.write_predictions(f"{folder}/predictions.csv", what, rows, result)
+    plm.write_file(f"{folder}/metrics.json", m)
+    return folder, m
 
 def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_path, capsys):
-    for method, right in dict(cls=20, cls_p=40, lm=20, lm_p=40, q_0s=20, q_0s_p=21, q_1s=9,
-                              q_2s=0, q_2s_p=9).items():
-        fake_run(tmp_path / "a", method, right, odd="xy" * (method == "lm_p"))
+    def run(out, method, right, seed=42, texts=range(40)):
+        rows = [plm.Annotation(str(x), "u", (i % 2, 1 - i % 2)) for i, x in enumerate(texts)]
+        said = [a.labels[::1 if i < right else -1] for i, a in enumerate(rows)]
+        return fake_run(tmp_path / out, method, rows, np.array(said), seed)[0]
+
+    for method, right in dict(cls=20, cls_p=40, lm=20, q_0s=20, q_0s_p=21, q_1s=9, q_2s=0,
+                              q_2s_p=9).items():
+        run("a", method, right)
+    run("a", "lm_p", 40, texts=[*range(38), "x", "y"])
     for seed, text in enumerate(["{", "[]", '{"data": "d"}', "text_id,us"], 39):
         file = "predictions.csv" if seed == 42 else "metrics.json"
-        with open(os.path.join(fake_run(tmp_path / "a", "q_1s_p", 30, seed), file), "w") as f:
-            f.write(text)
+        (run("a", "q_1s_p", 30, seed) / file).write_text(text)
     for seed, right in ((1, 20), (2, 30)):
-        fake_run(tmp_path / "b", "cls", right, seed), fake_run(tmp_path / "b", "cls_p", 40, seed)
-    a, b = (data_script("table").main(["--out", str(tmp_path / x)]) or capsys.readouterr()
-            for x in "ab")
+        run("b", "cls", right, seed), run("b", "cls_p", 40, seed)
+    a, b = (table.main(["--out", str(tmp_path / x)]) or capsys.readouterr() for x in "ab")
     line = {text.split()[0]: text for text in a.out.split("\n") if text.split()}
     assert "0.500" in line["cls"] and "1.000 [1.000 1.000] +100 %*" in line["cls_p"]
     assert "1.000" in line["lm_p"] and "%" not in line["lm_p"]
@@ -1015,56 +966,49 @@ def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_
     assert "0.750" in line["q_1s_p"] and a.err.count("is left out") >= 3
     assert "0.625 +-0.177 of 2" in b.out and "+67 %*" in b.out  # the mean of +100 and +33
 
-@pytest.mark.parametrize("file, damage, says", [
-    ("metrics.json", lambda b: b.replace(b'"micro_batch": 32', b'"micro_batch": "x"'), "micro_b"),
-    ("metrics.json", lambda b: b.replace(b'"model": "tiny"', b'"model": [1]'), "damaged ['model']"),
-    ("metrics.json", lambda b: b'{"a": ' + b"[" * 100_000, "damaged"),
-    ("metrics.json", lambda b: b.replace(b'"quant"', b'"qvant"'), "damaged ['quant']"),
-    ("adapter.safetensors", lambda b: b[:-4000] + b"\xff" * 4000, "damaged (users or numbers)"),
-    ("adapter.safetensors", lambda b: b.replace(b'[\\"u0\\"', b'[{    }', 1), "damaged (users"),
-    ("adapter.safetensors", lambda b: b[:5000], "not the adapter of a run")])
-def test_a_damaged_run_is_named_in_one_line(tmp_path, capsys, small_csv, file, damage, says):
-    assert go("cls_p", "--data", small_csv, "--max-steps", 1, "--out", tmp_path) == 0
-    folder = tmp_path / "small" / "tiny" / "cls_p" / "seed42"
+@pytest.mark.parametrize("file, damage", [
+    ("metrics.json", lambda b: b.replace(b'"micro_batch": 32', b'"micro_batch": "x"')),
+    ("metrics.json", lambda b: b.replace(b'"model": "tiny"', b'"model": [1]')),
+    ("metrics.json", lambda b: b'{"a": ' + b"[" * 100_000),
+    ("metrics.json", lambda b: b.replace(b'"quant"', b'"qvant"')),
+    ("adapter.safetensors", lambda b: b[:-4000] + b"\xff" * 4000),
+    ("adapter.safetensors", lambda b: b.replace(b'[\\"u0\\"', b'[{    }', 1)),
+    ("adapter.safetensors", lambda b: b[:5000])])
+def test_a_damaged_run_is_named_in_one_line(tmp_path, capsys, small_csv, file, damage):
+    folder = finished(tmp_path, f"cls_p --data {small_csv} --max-steps 1")
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(damage(whole))
     assert damage(whole) != whole
-    assert says in refused(capsys, "predict", folder, "--text", "x", "--users", "u0")
+    says = refused(capsys, f"predict {folder} --text x --users u0")
+    assert str(folder) in says and ("damaged" if "adapter" in file else file) in says
 
 @pytest.mark.parametrize("damage, says", [
-    (dict(step="x"), "not the state"), (dict(val_loss=None), "not the state"),
-    (dict(seconds=[]), "not the state"), (None, "'rows'")])
+    (dict(step="x"), "'x'"), (dict(val_loss=None), "None"), (dict(seconds=[]), "list"),
+    (None, "'rows'")])
 def test_a_damaged_state_is_named_in_one_line(tmp_path, damage, says):
     state = dict(step=1, log=0, rows=1, tokens=1, seconds=1.0, listens=0.1, val_loss=1.0)
     state = state | damage if damage else {key: x for key, x in state.items() if key != "rows"}
     plm.save_state(str(tmp_path / "s"), state, {}, None, {})
-    with pytest.raises(plm.BadInput, match=says):
+    with pytest.raises(plm.BadInput, match=f"{tmp_path}/s: .*{says}"):
         plm.load_state(str(tmp_path / "s"), {}, None)
 
 def test_predict_says_what_it_does_not_do(tmp_path, capsys, small_csv):
-    assert go("cls", "--data", small_csv, "--max-steps", 1, "--max-text", 3, "--out", tmp_path) == 0
-    folder = tmp_path / "small" / "tiny" / "cls" / "seed42"
+    folder = finished(tmp_path, f"cls --data {small_csv} --max-steps 1 --max-text 3")
     path = write_csv(tmp_path / "new.csv", [("one",), (" ",)], "text")
-    for says, flags in {"needs --text": [], "row 2: the text is empty": ["--csv", path],
-                        "leave --users out": ["--text", "x", "--users", "a"],
-                        "predict needs": ["--text", "x", "--csv", path]}.items():
-        assert says in refused(capsys, "predict", folder, *flags)
-    assert go("predict", folder, "--text", "one two three four five six \udcff") == 0
+    for flags, says in {"": "needs --text", f"--csv {path}": "row 2: the text is empty",
+                        "--csv nosuch.csv": "nosuch.csv: ", "--text x --users a": "knows no users",
+                        f"--text x --csv {path}": "predict needs"}.items():
+        assert says in refused(capsys, f"predict {folder} {flags}")
+    assert go(f"predict {folder} --text", "one two three four five six \udcff") == 0
     assert "1 texts are cut to 3 tokens" in capsys.readouterr().out
 
-# --------------------------------------------------------------------------- Makefile and README
-
 def test_every_method_is_a_target_and_readme_names_no_other():
-    with open(os.path.join(HERE, "Makefile"), encoding="utf-8") as f:
-        targets = set(re.findall(r"^([a-z0-9_]+):", f.read(), re.M))
+    makefile, readme = ((HERE / file).read_text("utf-8") for file in ("Makefile", "README.md"))
+    targets = set(re.findall(r"^([a-z0-9_]+):", makefile, re.M))
     assert set(plm.METHODS) <= targets
-    with open(os.path.join(HERE, "README.md"), encoding="utf-8") as f:
-        readme = f.read()
     assert set(re.findall(r"(?:`|^    )make ([a-z0-9_]+)", readme, re.M)) <= targets
-    for part in re.findall(r"`([a-z_]+)`", readme):  # names that look like parts of the file
-        if part.endswith(("_batch", "_step", "_answers", "_attention", "_forward")):
-            assert hasattr(plm, part), part
-
+    for part in re.findall(r"`([a-z_]+(?:_batch|_step|_answers|_attention|_forward))`", readme):
+        assert hasattr(plm, part), part
 
 # --------------------------------------------------------------------------------------- ChatGPT
 
@@ -1109,9 +1053,8 @@ def web(monkeypatch, tmp_path):
         server.url, server.path = f"http://127.0.0.1:{server.server_port}", tmp_path / "answers"
         server.ask = lambda rows, **more: plm.ask_chatgpt(
             {row: str(row) for row in rows}, str(server.path), "m", **more)
-        monkeypatch.setenv("OPENAI_BASE_URL", f"{server.url}/v1")
-        monkeypatch.setenv("OPENAI_API_KEY", KEY)
-        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(os, "environ", os.environ | dict(
+            OPENAI_BASE_URL=f"{server.url}/v1", OPENAI_API_KEY=KEY, no_proxy="127.0.0.1"))
         monkeypatch.setattr(plm, "BACKOFF", 0.0003)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
@@ -1121,10 +1064,9 @@ def test_the_request_its_name_its_headers_and_the_rows_that_share_it(web, tmp_pa
     # The paper's numbers depend on this dict, answers that are paid for are found by this hash. A
     # proxy is used, .netrc is not, and the key is any word: hiding "o" must not spoil the answers.
     (tmp_path / "netrc").write_text("machine nowhere.invalid login me password mine\n")
-    env = dict(NETRC=str(tmp_path / "netrc"), OPENAI_API_KEY="o", http_proxy=web.url)
-    env |= dict(OPENAI_BASE_URL="http://nowhere.invalid/v1", no_proxy="", NO_PROXY="")
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "environ", os.environ | dict(
+        OPENAI_BASE_URL="http://nowhere.invalid/v1", OPENAI_API_KEY="o", http_proxy=web.url,
+        NETRC=str(tmp_path / "netrc"), no_proxy="", NO_PROXY=""))
     prompts, model = dict(a="Which? ü", b="Which? ü", c="y"), "gpt-3.5-turbo"
     answers, counts = plm.ask_chatgpt(prompts, str(web.path), model, 7, 5, concurrency=1)
     assert answers == {row: f"joy {prompt}" for row, prompt in prompts.items()}
@@ -1278,7 +1220,7 @@ def test_a_server_that_answers_nobody_stops_the_run(web, monkeypatch):
 
 def test_a_dry_run_says_what_it_will_cost_without_a_key(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert go("q_0s", "--model", "chatgpt", "--dry-run", "--out", tmp_path) == 0
+    assert go(f"q_0s --model chatgpt --dry-run --out {tmp_path}") == 0
     out, data = capsys.readouterr().out, plm.load_data("sample")
     distinct = len({a.text for a in data.test})
     assert f"gpt-3.5-turbo: {distinct} requests for {len(data.test)} rows" in out
@@ -1286,7 +1228,7 @@ def test_a_dry_run_says_what_it_will_cost_without_a_key(tmp_path, capsys, monkey
 
 # ------------------------------------------------------------------ preparing data: data/prepare.py
 
-prepare, EMOTIONS = data_script("prepare"), ["anger", "joy"]
+EMOTIONS = ["anger", "joy"]
 
 def judged(n, user="a", part="train"):
     return [prepare.Row(f"t{i}", user, part, "", {}) for i in range(n)]
@@ -1340,8 +1282,8 @@ def small(web, tmp_path, monkeypatch):
         write_csv(path, rows[i::3], "text id rater_id created_utc anger joy")
     for file, lines in dict(train=texts[:40], dev=texts[39:50], test=texts[49:]).items():
         (folder / f"{file}.tsv").write_text("".join(f"{text}\t1\tid\n" for text in lines))
-    row = row | dict(labels=EMOTIONS, urls={file: f"{web.url}/{file}" for file in row["urls"]})
-    row["expected"] = {"annotations": (360,), "with a label": (1,)}
+    row = row | dict(labels=EMOTIONS, expected={"annotations": (360,), "with a label": (1,)},
+                     urls={file: f"{web.url}/{file}" for file in row["urls"]})
     monkeypatch.setitem(prepare.DATASETS, "goemotions", row)
     monkeypatch.setattr(prepare, "PAUSES", (0, 0, 0))
     web.faults = defaultdict(list)
@@ -1354,12 +1296,11 @@ def run(folder, name="goemotions"):
     assert prepare.main([name, "--dir", str(folder)]) == 0
     return [row for _, row in plm.csv_rows(str(folder / "annotations.csv"))]
 
-def fails(capsys, says, folder, name="goemotions", *more):
-    """The list by hand that follows the one line of an error, mostly empty."""
-    assert prepare.main([name, "--dir", str(folder), *more]) == 2
-    first, *by_hand = capsys.readouterr().err.splitlines()
-    assert first.startswith("prepare.py: ") and says in first
-    assert all(" -> " in line for line in by_hand)
+def fails(capsys, says, folder, name="goemotions", more="", files=0):
+    """The list of files to save by hand that follows the line of an error, mostly empty."""
+    line = f"{name} --dir {folder} {more}"
+    first, *by_hand = refused(capsys, line, main=prepare.main, more_lines=files).split("\n")[:-1]
+    assert says in first and all(" -> " in line for line in by_hand)
     return by_hand
 
 def test_goemotions_is_downloaded_and_becomes_a_csv_that_plm_loads(small, web, tmp_path, capsys):
@@ -1375,8 +1316,8 @@ def test_goemotions_is_downloaded_and_becomes_a_csv_that_plm_loads(small, web, t
     wrong |= {"broke off, 3 times": [size, b"{"], "broke off": [HEAD, b"\r\n{"]}
     for says, fault in wrong.items():
         web.faults["/train.tsv"] = [fault] * 3
-        by_hand = fails(capsys, says, folder)
-        assert len(by_hand) == 3 and by_hand[0].endswith(f"/train.tsv -> {folder / 'train.tsv'}")
+        by_hand = fails(capsys, says, folder, files=3)
+        assert by_hand[0].endswith(f"/train.tsv -> {folder / 'train.tsv'}")
         assert not (folder / "train.tsv").exists()
     web.faults["/train.tsv"] = []
     rows, out = run(folder), capsys.readouterr().out
@@ -1410,12 +1351,11 @@ def test_no_network_bad_names_bad_places_and_ctrl_c(small, tmp_path, monkeypatch
             monkeypatch.setattr(prepare.requests, "head", lambda *a, **k: time.sleep(2))
             monkeypatch.setattr(prepare.no_answer, "__defaults__", (0.3,))
         urls.update((file, f"{base}/{file}") for file in urls)
-        assert len(fails(capsys, says, tmp_path / "new")) == 6
+        fails(capsys, says, tmp_path / "new", files=6)
     assert time.monotonic() - start < 10 and not (tmp_path / "new").exists()
-    fails(capsys, "invalid choice: 'sample' (choose from", tmp_path, "sample")
-    fails(capsys, "unrecognized arguments: --data", tmp_path, "goemotions", "--data", "x")
+    fails(capsys, "unrecognized arguments: --data", tmp_path, more="--data x")
     status, out, err = command(prepare.__file__, "sample")
-    assert status == 2 and err.count("\n") == 1 and not out
+    assert (status, err.count("\n"), out) == (2, 1, "") and "invalid choice: 'sample'" in err
 
 def test_damaged_originals_and_rubbish_are_refused(small, capsys):
     # half of the original must never pass for the original; a saved login page is named
@@ -1430,7 +1370,7 @@ def test_damaged_originals_and_rubbish_are_refused(small, capsys):
         file = small / ("dev.tsv" if "dev.tsv" in says else "goemotions_2.csv")
         before = file.read_bytes()
         file.write_text("\n".join(lines))
-        assert not fails(capsys, says, small)
+        fails(capsys, says, small)
         file.write_bytes(before)
     assert not (small / "annotations.csv").exists()
 
@@ -1488,7 +1428,7 @@ def test_popquorn_gets_five_draws_whatever_the_order_of_the_rows(tmp_path, monke
 
 # ---------------------------------------------------------------------- studies: data/vary.py
 
-vary, LABELS = data_script("vary"), "calm rude sad odd warm cold dry".split()
+LABELS = "calm rude sad odd warm cold dry".split()
 
 def crowd(path, seed=0):
     """The path of a CSV without a split column: 4 of 24 people read each of 200 texts."""
@@ -1498,9 +1438,9 @@ def crowd(path, seed=0):
             for i in range(200) for u in r.sample(range(24), 4)]
     return write_csv(path, rows, "text user time city " + " ".join(LABELS))
 
-def varied(source, *args):
+def varied(source, line):
     """dict split -> list of rows (dicts) of what vary.py makes; no text is in two splits."""
-    assert vary.main([source, f"{source}.new.csv", *map(str, args)]) == 0
+    assert vary.main([source, f"{source}.new.csv", *line.split()]) == 0
     parts, texts = defaultdict(list), defaultdict(set)
     for _, row in plm.csv_rows(f"{source}.new.csv"):
         parts[row["split"]].append(row)
@@ -1512,7 +1452,7 @@ def varied(source, *args):
 def test_new_people_are_new_but_for_the_rows_that_were_given(tmp_path, seed):
     source, made = crowd(tmp_path / "a.csv", seed), {}
     for known in (0, 5, 15):
-        made[known] = parts = varied(source, "--unseen", "--known", known, "--seed", seed)
+        made[known] = parts = varied(source, f"--unseen --known {known} --seed {seed}")
         new = {row["user"] for row in parts["test"]}
         assert len(new) == 6 and not new & {row["user"] for row in parts["val"]}
         n = Counter(row["user"] for row in parts["train"])
@@ -1526,14 +1466,14 @@ def test_new_people_are_new_but_for_the_rows_that_were_given(tmp_path, seed):
 def test_the_later_is_later_and_randomized_response_keeps_its_rate(tmp_path, seed, capsys):
     source = crowd(tmp_path / "a.csv", seed)
     when = {(row["text"], row["user"]): row["time"] for _, row in plm.csv_rows(source)}
-    parts = varied(source, "--by-time", "time")
+    parts = varied(source, "--by-time time")
     days = [[when[row["text"], row["user"]] for row in parts[part]] for part in vary.PARTS]
     assert max(days[0]) < min(days[1]) <= max(days[1]) < min(days[2])
     quarters = [row["quarter"] for row in parts["test"]]
     assert sorted(quarters) == [q for _, q in sorted(zip(days[2], quarters))]
-    true = varied(source, "--ids", "dp", "--epsilon", "inf")
+    true = varied(source, "--ids dp --epsilon inf")
     for epsilon in (1, 3, 8):
-        told = varied(source, "--ids", "dp", "--epsilon", epsilon, "--seed", seed)
+        told = varied(source, f"--ids dp --epsilon {epsilon} --seed {seed}")
         assert told["val"] == true["val"] and told["test"] == true["test"]
         pairs = [(a["user"], b["user"]) for a, b in zip(true["train"], told["train"])]
         n, keep = len(pairs), math.exp(epsilon) / (math.exp(epsilon) + 23)
@@ -1546,24 +1486,24 @@ def test_hashes_follow_the_key_words_the_seed_and_no_other_column_is_left(tmp_pa
     source, made = crowd(tmp_path / "a.csv"), []
     for key in ("k" * 16, "k" * 16, "l" * 16):
         monkeypatch.setenv("PLM_KEY", key)
-        made.append(varied(source, "--ids", "hash"))
-    made += [varied(source, "--ids", "words", "--seed", seed) for seed in (1, 1, 2)]
+        made.append(varied(source, "--ids hash"))
+    made += [varied(source, f"--ids words --seed {seed}") for seed in (1, 1, 2)]
     ids = [{row["user"] for rows in parts.values() for row in rows} for parts in made]
     assert made[0] == made[1] and made[3] == made[4] and {len(users) for users in ids} == {24}
     assert not ids[0] & ids[2] and ids[3] != ids[5]
     assert [*made[0]["val"][0]] == ["text", "user", "split", *LABELS]
-    assert [*varied(source, "--labels", 2)["val"][0]] == ["text", "user", "split", "calm", "rude"]
+    assert [*varied(source, "--labels 2")["val"][0]] == ["text", "user", "split", "calm", "rude"]
 
 def test_what_cannot_be_done_honestly_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PLM_KEY", "too short")
     source, out = crowd(tmp_path / "a.csv"), str(tmp_path / "b.csv")
-    refused = {"--unseen --share 0.1": "too few users", "--unseen --known 99": "too few users"}
-    refused |= {"--by-time hour": "no column 'hour'", "--by-time city": "a number or a date is"}
-    refused |= {"--ids hash": "PLM_KEY", "--ids dp": "--epsilon", "--labels 8": "7 0/1 columns"}
-    refused |= {"--labels 2 --label-col calm": "single choice", "--labels 1": "not a number from"}
-    for args, why in (refused | {"--unseen --labels 2": "not allowed", "": "required"}).items():
-        assert vary.main([source, out, *args.split()]) == 2
-        assert why in capsys.readouterr().err and os.listdir(tmp_path) == ["a.csv"]
+    wrong = {"--unseen --share 0.1": "too few users", "--unseen --known 99": "too few users"}
+    wrong |= {"--by-time hour": "no column 'hour'", "--by-time city": "a number or a date is"}
+    wrong |= {"--ids hash": "PLM_KEY", "--ids dp": "--epsilon", "--labels 8": "7 0/1 columns"}
+    wrong |= {"--labels 2 --label-col calm": "single choice", "--labels 1": "not a number from"}
+    for args, why in (wrong | {"--unseen --labels 2": "not allowed", "": "required"}).items():
+        assert why in refused(capsys, f"{source} {out} {args}", main=vary.main)
+        assert os.listdir(tmp_path) == ["a.csv"]
 
 def commands(target, *args):
     """list of the commands, each a list, that a study consists of; none of them is run."""
@@ -1576,37 +1516,29 @@ def commands(target, *args):
     "target", "paper exp1 exp2 exp3 unseen later private full architectures".split())
 def test_a_study_has_commands_that_exist_and_run_to_its_end(tmp_path, monkeypatch, capsys, target):
     for file, *args in commands(target):
-        assert os.path.exists(os.path.join(HERE, file))
+        assert (HERE / file).exists()
         assert file != "plm.py" or plm.make_parser().parse_args(args)
-    tables, table = dict(unseen=2, private=6, exp3=1).get(target, 0), sys.modules["table"]
+    tables = dict(unseen=2, private=6, exp3=1).get(target, 0)
     monkeypatch.setenv("PLM_KEY", "k" * 16)
     mains = {"plm.py": plm.main, "data/vary.py": vary.main, "data/table.py": table.main}
     more = [f"DATA={crowd(tmp_path / 'a.csv')}", f"OUT={tmp_path}", "COUNTS=3", "KNOWN=0 5"]
     for file, *args in commands(target, *more, "ARGS=--max-steps 2 --max-eval 20") * bool(tables):
         assert mains[file](args) == 0
     said = capsys.readouterr().out.split("F1-macro [95 %]")[1:]
-    assert len(said) == tables and all("cls_p" in table for table in said)
+    assert len(said) == tables and all("cls_p" in text for text in said)
 
 # ----------------------------------------------------------- the page of all runs: data/report.py
 
-report = data_script("report")
 NASTY = ["<script>1</script>", "\"'><img src=x onload=y>", "a & b \U0001f600", "]]>\x01\u202e"]
 
 def report_run(out, method, users=NASTY, data="<b>&'", text="text {}"):
     """The metrics of a run whose ticks are mostly right; its files are in `out`."""
-    r, folder = random.Random(method), str(out / "d" / "m" / method / "seed42")
-    rows = [plm.Annotation(text.format(i // 4), users[i % len(users)], (i % 2, i // 2 % 2, 1, 0))
-            for i in range(4 * len(users))]
+    r, rows = random.Random(method), [
+        plm.Annotation(text.format(i // 4), users[i % len(users)], (i % 2, i // 2 % 2, 1, 0))
+        for i in range(4 * len(users))]
     ticks = np.array([[y if r.random() < 0.8 else 1 - y for y in a.labels] for a in rows])
-    result = dict(predicted=ticks, scores=ticks - 0.5)
-    data = plm.Dataset(data, NASTY, False, False, False, rows, rows, rows, {}, "")
-    m = dict(method=method, model="m<i>", data=data.name, split=None, seed=42, labels=NASTY)
-    m |= CONFIG | plm.score(data, rows, result)
-    m |= dict(data_sha="", rows=dict(train=len(rows), val=len(rows), test=len(rows)))
-    m |= dict(f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
-    os.makedirs(folder)
-    plm.write_predictions(f"{folder}/predictions.csv", data, rows, result)
-    plm.write_file(f"{folder}/metrics.json", m)
+    folder, m = fake_run(out, method, rows, ticks, labels=NASTY, data=data, model="m<i>",
+                         split=None, f1_disagreed=0.2468, f1_macro_shuffled=0.1234)
     plm.write_file(f"{folder}/log.jsonl", b'{"epoch": 1, "val_loss": 0.4321, "listens": 0.8765}')
     return m
 
@@ -1635,7 +1567,7 @@ def test_the_report_shows_the_numbers_of_the_runs_and_runs_nothing(tmp_path, mon
 
 def test_the_picture_is_small_and_nothing_to_show_is_one_line(tmp_path, capsys):
     argv = ["--out", str(tmp_path), "--picture", str(tmp_path / "picture.svg")]
-    assert report.main(argv) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert "no finished run" in refused(capsys, " ".join(argv), main=report.main)
     runs = [report_run(tmp_path, x, [f"<{i}>" * 9 for i in range(700)]) for x in ("cls", "cls_p")]
     users, own = (m["f1_per_user"]["users"] for m in runs)
     assert report.main(argv) == 0 and os.path.getsize(argv[-1]) < 60_000
@@ -1653,7 +1585,6 @@ WAITS = Counter()  # "operation that makes the host wait in function of plm.py" 
 FETCHES = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"}
 ONE_DTYPE = {"mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "native_layer_norm", "index_put_"}
 SDPA = F.scaled_dot_product_attention
-
 
 class Gpu(torch.Tensor):
     """A tensor on the pretended device; `raw` is where its numbers are."""
@@ -1673,14 +1604,6 @@ class Gpu(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         return on_gpu(func, *args, **kwargs or {})
 
-
-def each_tensor(function, x):
-    """x, an argument of an operation, with function(tensor) in place of every tensor in it."""
-    if isinstance(x, (list, tuple)):
-        return type(x)([each_tensor(function, y) for y in x])
-    return function(x) if isinstance(x, torch.Tensor) else x
-
-
 def on_gpu(func, *args, **kwargs):
     """One operation as CUDA would do it."""
     ours, others, name = [], [], func._schema.name.split("::")[1]
@@ -1689,8 +1612,7 @@ def on_gpu(func, *args, **kwargs):
         (ours if isinstance(x, Gpu) else others).append(x)
         return x.raw if isinstance(x, Gpu) else x
 
-    device, raw = kwargs.get("device"), each_tensor(unwrap, args)
-    more = {key: each_tensor(unwrap, x) for key, x in kwargs.items()}
+    device, (raw, more) = kwargs.get("device"), tree_map_only(torch.Tensor, unwrap, (args, kwargs))
     indexed = name in ("index", "index_put_", "_index_put_impl_") and isinstance(args[0], Gpu)
     scalars = torch.Tag.pointwise in func.tags and not any(x.dim() for x in others)
     if ours and others and not (scalars or indexed or name == "copy_"):
@@ -1709,9 +1631,8 @@ def on_gpu(func, *args, **kwargs):
     out = func(*raw, **more | ({"device": CPU} if device else {}))
     if not to_gpu:
         return out
-    out, alias = each_tensor(Gpu, out), torch.utils._python_dispatch.return_and_correct_aliasing
-    return alias(func, args, kwargs, out) if ours else out
-
+    out = tree_map_only(torch.Tensor, Gpu, out)
+    return return_and_correct_aliasing(func, args, kwargs, out) if ours else out
 
 def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None, **more):
     """scaled_dot_product_attention; on the GPU in steps, if CUDA has a fast kernel for it."""
@@ -1720,14 +1641,8 @@ def gpu_attention(q, k, v, attn_mask=None, is_causal=False, scale=None, **more):
     if {x.dtype for x in (k, v, attn_mask) if x is not None} - {q.dtype, torch.bool} \
             or attn_mask is not None and q.shape[1] != k.shape[1]:
         raise RuntimeError("attention: two dtypes, or a mask and grouped heads")
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    s = q.float() @ k.float().transpose(2, 3) * (scale or q.shape[3] ** -0.5)
-    if is_causal:
-        attn_mask = torch.ones(s.shape[2:], dtype=torch.bool, device=q.device).tril()
-    if attn_mask is not None:
-        s = s.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else s + attn_mask
-    return (s.softmax(-1) @ v.float()).to(q.dtype)
-
+    in_steps = torch.ops.aten._scaled_dot_product_attention_math
+    return in_steps(q, k, v, attn_mask, 0.0, is_causal, scale=scale, enable_gqa=True)[0]
 
 def pretend_gpu():
     """From here on this process has the device, and plm.py takes it for CUDA."""
@@ -1744,9 +1659,8 @@ def pretend_gpu():
     every.fallback(on_gpu, "PrivateUse1")
     aten.impl("copy_", functools.partial(on_gpu, torch.ops.aten.copy_.default), "PrivateUse1")
     torch.Tensor.pin_memory, F.scaled_dot_product_attention = pin_memory, gpu_attention
-    with open(plm.__file__, encoding="utf-8") as f:
-        exec(compile(f.read().replace('"cuda"', '"gpu"'), plm.__file__, "exec"), vars(plm))
-
+    code = pathlib.Path(plm.__file__).read_text("utf-8").replace('"cuda"', '"gpu"')
+    exec(compile(code, plm.__file__, "exec"), vars(plm))
 
 def tried_on(device, folder, head):
     """(losses of two steps and of validation, scores, answers) of a model in bfloat16."""
@@ -1773,7 +1687,6 @@ def tried_on(device, folder, head):
     losses.append(plm.validate(model, rows, False, (0, [5, 6, 7]))["val_loss"])
     return losses, plm.label_scores(model, rows) if head == "cls" else np.ones(1), answers
 
-
 def check_gpu(folders):
     """Models have to give the CPU's numbers but for rounding, and faults have to be caught."""
     gpu, tables, loss = torch.device("gpu", 0), plm.tables, plm.summed_loss
@@ -1794,17 +1707,15 @@ def check_gpu(folders):
             with pytest.raises((AssertionError, RuntimeError), match=says):
                 tried_on(gpu, folders[0], "cls")
 
-
-def test_a_step_on_a_pretended_gpu(tmp_path):
+def test_a_step_on_a_pretended_gpu(tmp_path, monkeypatch):
     # In bfloat16: every architecture runs there, a step never waits, and seeded faults are caught.
     folders = [random_model_folder(tmp_path / name, name, 2048)[0]
                for name in ("llama", "mistral", "phi", "gpt_neox", "t5")]
     code = (f"import {__name__} as test; test.pretend_gpu(); test.check_gpu({folders})\n"
             "test.os._exit(0)")  # torch may abort when it is taken down
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"TORCHDYNAMO_DISABLE": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
-
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    status, _, err = command("-c", code)
+    assert status == 0, err[-3000:]
 
 # ------------------------------------------------------------------- how fast, beside other stacks
 
@@ -1812,7 +1723,6 @@ def annotators(rows, n):
     """The first n annotations of every text that has as many; all of all texts for n = 0."""
     many, seen = Counter(a.text for a in rows), Counter()
     return [a for a in rows if not n or seen.update([a.text]) or seen[a.text] <= n <= many[a.text]]
-
 
 def timed_batches(args):
     """(dataset, settings, tokenizer, batches of 256 annotations, the first of them twice)"""
@@ -1828,10 +1738,11 @@ def timed_batches(args):
     batches = plm.in_batches(rows, settings["batch"], random.Random(args.seed))
     return data, settings, tokenizer, batches[:1] + batches
 
-
-def operations(model, batch):
-    """What a training step on distinct tokens needs at least: 4 operations a frozen weight and
+def operations(model, rows):
+    """What a training step needs at least, on distinct tokens: 4 operations a frozen weight and
     token (none for a gradient of the weight), 12 D a layer for every token that a token sees."""
+    share, model.share = model.share, True
+    batch, model.share = plm.make_batch(model, rows), share
     config, head = model.lm.config, model.lm.get_output_embeddings().weight.numel()
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     seen = config.num_hidden_layers * int((batch["inputs"]["position_ids"] + 1).sum())
@@ -1840,14 +1751,6 @@ def operations(model, batch):
         for m in model.modules() if hasattr(m, "packed") or hasattr(m, "quant_state"))
     return 4 * used + 12 * config.num_attention_heads * width * seen
 
-
-def shared_operations(model, rows):
-    share, model.share = model.share, True
-    needed = operations(model, plm.make_batch(model, rows))
-    model.share = share
-    return needed
-
-
 def test_operations_are_counted_as_on_paper(tmp_path):
     rows = [plm.Row((5, 6, 7), text, (user, 8), answer, (), None) for text, user, answer in (
         ((9, 10), 11, (20, 2)), ((9, 10), 12, (20, 21, 2)), ((13,), 11, (21, 2)))]
@@ -1855,20 +1758,17 @@ def test_operations_are_counted_as_on_paper(tmp_path):
     seen = 1 + 2 + 3 + 4 + 5 + (6 + 7 + 8) + (6 + 7 + 8 + 9) + 4 + (5 + 6 + 7)
     linear = 2 * 64 * (2 * 32 + 2 * 16 + 3 * 128) * tokens + VOCABULARY * 64 * read
     model = ready(random_model_folder(tmp_path, "llama", head_dim=8)[0], "lm")
-    assert operations(model, plm.make_batch(model, rows)) == 4 * linear + 12 * (4 * 8) * 2 * seen
-
+    assert operations(model, rows) == 4 * linear + 12 * (4 * 8) * 2 * seen
 
 def test_annotators_takes_the_first_of_every_text_that_has_as_many():
     rows = [plm.Annotation(text, str(i), (1,)) for i, text in enumerate("abcabca")]
     users = ["".join(a.user for a in annotators(rows, n)) for n in range(5)]
     assert users == ["0123456", "012", "012345", "036", ""]
 
-
 def test_batches_of_any_size_hold_the_same_annotations():
     args = [plm.make_parser().parse_args(["cls_p", "--batch", n]) for n in ("8", "32", "128")]
     timed = [sorted(row.source for row in sum(timed_batches(a)[-1][1:], [])) for a in args]
     assert timed[0] == timed[1] == timed[2] and len(timed[0]) == 256
-
 
 def peft_model(source, head, n_labels, device, dtype, settings):
     """As plm.load_model; NF4 of bitsandbytes, LoRA of PEFT, padded prompts."""
@@ -1890,7 +1790,6 @@ def peft_model(source, head, n_labels, device, dtype, settings):
     model.share = False
     return model, None
 
-
 def measure(args, peer):
     """What training takes, or prediction where nothing is trained; `peer` is PEFT, with 8 rows at
     once on a CPU, as fast as 32 in half the memory, or transformers' generate."""
@@ -1903,9 +1802,9 @@ def measure(args, peer):
 
     data, settings, tokenizer, batches = timed_batches(args)
     head, device, steps = plm.METHODS[args.command].head, plm.find_device(), []
-    model, _ = (peft_model if peer and head != "ask" else plm.load_model)(
-        tokenizer.name_or_path, head, len(data.labels), device,
-        getattr(torch, args.dtype or "", None), settings)
+    load = peft_model if peer and head != "ask" else plm.load_model
+    dtype = getattr(torch, args.dtype or "", None)
+    model, _ = load(tokenizer.name_or_path, head, len(data.labels), device, dtype, settings)
     args.no_dense or plm.keep_dense(model)
     model.share &= not args.no_share
     if head == "ask":
@@ -1920,14 +1819,14 @@ def measure(args, peer):
         parts = plm.micro_batches(model, rows, micro)
         start = time.perf_counter()
         loss = plm.train_step(model, parts, optimizer, 1e-4, settings["clip"], data.single).item()
-        steps.append((loss, len(rows), sum(x["tokens"] for x in parts), time.perf_counter() - start,
-                      shared_operations(model, rows)))
+        seconds, tokens = time.perf_counter() - start, sum(x["tokens"] for x in parts)
+        steps.append((loss, len(rows), tokens, seconds, operations(model, rows)))
     memory, (_, n, tokens, seconds, needed) = plm.peak_memory_mb(), np.sum(steps[1:], 0).tolist()
     a, b = torch.randn(2, 2 ** (16 if device.type == "cuda" else 12), D).to(device, model.lm.dtype)
     usual = np.median(timeit.repeat(lambda: torch.mm(a, a[:D], out=b)[0, 0].item(), number=3))
-    return model.lm.dtype, [steps[0][0] * (head == "lm")], dict(rate=n / seconds, memory_mb=memory,
-        tokens_a_row=tokens / n, mfu=needed / seconds * usual / (3 * 2 * a.numel() * D))
-
+    mfu = needed / seconds * usual / (3 * 2 * a.numel() * D)
+    found = dict(rate=n / seconds, memory_mb=memory, tokens_a_row=tokens / n, mfu=mfu)
+    return model.lm.dtype, [steps[0][0] * (head == "lm")], found
 
 def measure_quantizing(args, peer, n=4096):
     from bitsandbytes.functional import quantize_4bit
@@ -1937,7 +1836,6 @@ def measure_quantizing(args, peer, n=4096):
               else lambda: plm.NF4Linear(linear, torch.float32).packed)
     rate = n / min(timeit.repeat(lambda: packed().view(-1)[0].item(), number=1))
     return torch.float32, [bytes(x) for x in packed().view(n, -1).cpu().numpy()], dict(rate=rate)
-
 
 @pytest.mark.parametrize("method, name, ours, theirs", [
     *((method, "peft", {}, {}) for method in ("cls", "cls_p", "lm", "lm_p")),
