@@ -82,7 +82,7 @@ bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are
 	@BENCH='$(FLAGS)' $(PY) -m pytest -qs -k bench -rs test_plm.py
 
 test: $(VENV)/ready  ## the tests: under five minutes, no network, no GPU
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q test_plm.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q test_plm.py data
 
 sample: $(VENV)/ready  ## make the simulated annotations anew
 	$(PY) data/make_sample.py

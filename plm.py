@@ -1471,8 +1471,9 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
                     failed[sha], in_a_row = value, in_a_row + 1
                 if kind == "stop" or in_a_row == GIVE_UP:
                     raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
-    check(not failed, f"{len(failed)} of {len(todo)} requests failed, as {[*failed.values()][:1]}: "
-          f"nothing is scored; answers are kept in {path}, and the same command asks for the rest")
+    for sha, why in failed.items():
+        raise BadInput(f"{len(failed)} of {len(todo)} requests failed, as row {shas.index(sha)}: "
+                       f"{why}; answers are kept in {path}, the same command asks for the rest")
     counts = {name: sum(answered[sha][name] for sha in {*shas}) for name in TOKENS}
     counts |= dict(requests=count["sent"], retries=count["sent"] - len(todo))
     return [answered[sha]["answer"] for sha in shas], counts

@@ -29,9 +29,9 @@ def fits(value, like):
 
 
 METRICS = dict(  # the form of what tables and the report read of metrics.json
-    method="", model="", data="", data_sha="", seed=0, labels=[""], rows=dict(train=0, val=0, test=0),
-    f1_macro=0.0, spread=0.0, per_label=[0.0], f1_macro_ci=[0.0],
-    listens=dict(model=0.0, people=0.0), f1_per_user=dict(users={}))
+    method="", model="", data="", data_sha="", seed=0, labels=[""], f1_macro=0.0,
+    f1_macro_ci=[0.0], per_label=[0.0], f1_per_user=dict(users={}), spread=0.0,
+    rows=dict(train=0, val=0, test=0), listens=dict(model=0.0, people=0.0))
 
 
 def finished_runs(out):
