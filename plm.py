@@ -56,7 +56,7 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # else a busy machine is ten times slower
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # how long idle threads spin: by default too long
 
 import numpy as np
 import requests
@@ -101,12 +101,13 @@ def write_file(path, content):
 
 @contextmanager
 def reading(what, advice="--fresh starts the run over"):
-    """Turns any error into a BadInput that names what was read, which may come from anywhere."""
+    """Turns any error into a BadInput that names what was read: such a file may hold anything."""
     try:
         yield
-    except (BadInput, MemoryError):
-        raise
     except Exception as e:
+        known = isinstance(e, (BadInput, MemoryError, BrokenPipeError))
+        if known or re.search("(out of|allocate) memory", str(e)):
+            raise
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise BadInput(f"{what}: cannot be used ({why}); {advice}") from None
 
@@ -130,7 +131,7 @@ RECIPES = {
         epochs=3,                     # the epoch with the lowest validation loss is kept
         warmup=0.05, clip=1.0,        # share of all steps; largest norm of the gradient
         batch=32, micro_batch=32)}    # annotations a step; of these computed at once
-RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10, micro_batch=8)
+RECIPES["paper"] = RECIPES["ours"] | dict(ids="number", r=2, lr=1e-4, epochs=10)  # [1]
 
 MODELS = {  # name -> hub id or folder, and what differs from the recipe; [1] has the last five
     "tiny": dict(id=f"{HERE}/data/models/tiny", lr=3e-3, head_lr=3, epochs=4),
@@ -209,7 +210,7 @@ def user_id(cell):
 def csv_rows(path, needed=()):
     """list of (row number, dict of the row) of a CSV file; the one below the header is row 1."""
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
-    with reading(path, "a CSV in UTF-8"), open(path, newline="", encoding="utf-8-sig") as f:
+    with reading(path, "a CSV in UTF-8 can"), open(path, newline="", encoding="utf-8-sig") as f:
         first = f.readline()
         delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
         f.seek(0)
@@ -217,7 +218,7 @@ def csv_rows(path, needed=()):
         columns = reader.fieldnames or []
         for number, row in enumerate(reader, 1):
             whole, line = None not in row and None not in row.values(), reader.line_num
-            check(whole, f"{path}: row {number} (line {line}) has not {len(columns)} columns")
+            check(whole, f"{path}: row {number} (line {line}): not the {len(columns)} columns")
             rows.append((number, row))
     check(rows, f"{path}: no annotations in it")
     for c in (*columns, *needed):
@@ -253,8 +254,7 @@ def choices(path, column, values):
     return labels, names, ordered
 
 def read_annotations(path, form, skip_missing=False):
-    """(list of (Annotation, its split or None), dict of what a Dataset says of labels, notes).
-    `form` names the columns: text, user, split, and labels (several) or label."""
+    """(list of (Annotation, its split or None), dict(labels, single, ordered), notes) of a CSV."""
     labels, two_valued = [form["label"]] if form.get("label") else form.get("labels") or [], []
     cells, split_col = [*form["text"].split(","), form["user"]], form.get("split")
     rows = csv_rows(path, [*cells, *labels, *[split_col] * bool(split_col)])
@@ -264,7 +264,7 @@ def read_annotations(path, form, skip_missing=False):
     cells += labels
     missing = {n: c for n, row in rows for c in cells if row[c].strip().lower() in MISSING}
     for n, c in missing.items():
-        check(skip_missing, f"{path}: row {n}: {c!r} is missing (--skip-missing leaves it out)")
+        check(skip_missing, f"{path}: row {n}: no {c!r} (empty, NA; --skip-missing leaves it out)")
     notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
              "columns taken as labels": ", ".join(labels),
              "two-valued columns not taken": ", ".join(two_valued),
@@ -280,7 +280,7 @@ def read_annotations(path, form, skip_missing=False):
         odd = [f"{c!r} is {row[c][:40]!r}" for c, y in zip(labels, chosen) if y is None]
         check(not odd, f"{path}: row {n}: label {', '.join(odd)}, not 0 or 1 (see --labels)")
         split = SPLITS.get(row[split_col].strip().lower(), "?") if split_col else None
-        check(split != "?", f"{path}: row {n}: {split_col!r} is not train, val or test")
+        check(split != "?", f"{path}: row {n}: {row.get(split_col)!r} is not train, val or test")
         text = "\n".join(row[c] for c in form["text"].split(","))
         found.append((Annotation(text, user_id(row[form["user"]]), tuple(chosen)), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
@@ -312,7 +312,8 @@ def some_texts(rows, n):
 def load_data(name, max_eval=0, skip_missing=False, **columns):
     """The Dataset of a row of DATASETS or of a CSV file; `columns` (text, user, ...) overrule."""
     path = f"{HERE}/data/{name}/annotations.csv" if name in DATASETS else name
-    check(os.path.isfile(path), f"--data {name}: no file {path} (make data: {', '.join(DATASETS)})")
+    there, known = os.path.isfile(path), ", ".join(DATASETS)
+    check(there, f"--data {name}: no file {path} (known: {known}; make data DATA=NAME)")
     check(not (columns.get("labels") and columns.get("label")), "--labels or --label-col, not both")
     form = dict(text="text", user="user") | DATASETS.get(name, {})
     form |= {key: value for key, value in columns.items() if value}
@@ -355,9 +356,8 @@ def print_data(data):
 #     ### User ID: 17                   (or the user's token: see user_namer and embed)
 #     ### Response:                     and the LM goes on: " funny, hostile"
 
-QUESTION = {  # personalized?
-    False: "Which of the labels fit the text?",
-    True: "Which of the labels would this user choose for the text?"}
+QUESTION = {False: "Which of the labels fit the text?",
+            True: "Which of the labels would this user choose for the text?"}
 SEE = {False: " First see how other people answered.",
        True: " First see how this user answered before."}
 ANSWER_WITH = {  # single choice?, may nothing be chosen?
@@ -392,14 +392,13 @@ def check_labels(data, head):
         fits = "\n" not in label and label.strip() and (data.single or "," not in label)
         check(fits, f"label {label!r}: a comma-separated answer cannot hold it")
     for a, *b in words.values() if head in ("lm", "ask") else ():
-        check(not b, f"labels {a!r} and {b}: an answer cannot tell them apart (cls and cls_p can)")
+        check(not b, f"labels {[a, *b]}: an answer cannot tell them apart (cls and cls_p can)")
 
 def choose_examples(method, train):
     """A function: annotation -> up to `shots` training rows of other texts, the user's if told."""
     by_user = defaultdict(list)
     for a in train:
         by_user[a.user].append(a)
-
     def choose(asked):
         if not method.shots:
             return []
@@ -435,10 +434,9 @@ def frame(tokenizer, chat):
         around = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return [tuple(tokenizer(s, add_special_tokens=False).input_ids) for s in around.split("\0")]
     alone, framed = (tokenizer("a", add_special_tokens=x).input_ids for x in (False, True))
-    n = len(alone)
-    starts = [i for i in range(len(framed)) if framed[i:i + n] == alone]
+    starts = [i for i in range(len(framed)) if framed[i:i + len(alone)] == alone]
     check(starts, "the tokenizer changes a text between its begin and end tokens")
-    return tuple(framed[:starts[0]]), tuple(framed[starts[0] + n:])
+    return tuple(framed[:starts[0]]), tuple(framed[starts[0] + len(alone):])
 
 def user_words(tokenizer, users):
     """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
@@ -471,7 +469,6 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
     """(list of Row, Counter of texts_cut, too_few_examples). `user_ids`: see user_namer."""
     known, rows, cut, few, choose = {}, [], set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
-
     def ids(pieces, texts=(), first=False):
         for piece in pieces:
             if piece not in known:
@@ -506,13 +503,14 @@ NF4 = torch.tensor([float(x) for x in """
 
 @functools.cache
 def tables(device):
-    """(NF4, values of each byte's two indices (256, 2), dynamic map (256): ascending, signed, in
-    seven powers of ten, twice as fine with each one up [5]), copied to a device once."""
+    """(NF4, values of each byte's two indices, dynamic map (256) [5]), copied to a device once."""
     edges = [torch.linspace(0.1, 1, 2 ** i + 1) for i in range(7)]
     positive = torch.cat([10.0 ** (i - 6) * (e[:-1] + e[1:]) / 2 for i, e in enumerate(edges)])
     dynamic = torch.cat([-positive, positive, torch.tensor([0.0, 1.0])]).sort().values
-    pairs = torch.cartesian_prod(NF4, NF4).view(torch.int64)  # two floats are moved as one word
-    return NF4.to(device), pairs.view(-1).to(device), dynamic.to(device)
+    pairs = torch.cartesian_prod(NF4, NF4)
+    if device.type == "cpu":  # two floats are moved as one word, which a GPU's compiler cannot fuse
+        pairs = pairs.view(torch.int64).view(-1)
+    return NF4.to(device), pairs.to(device), dynamic.to(device)
 
 def nearest(values, code):
     """The place of the nearest value of an ascending code."""
@@ -548,7 +546,7 @@ def quantize_absmax(absmax):
 
 def rounded(packed, absmax, pairs, dtype):
     """The weights of some blocks: products in float32, cast last."""
-    values = pairs.index_select(0, packed.int()).view(torch.float32)
+    values = pairs.index_select(0, packed.int()).view(torch.float32).view(-1)
     return (in_blocks(values, 64) * absmax[:, None]).view(-1).to(dtype)
 
 if torch.cuda.is_available():  # one kernel, which moves a tenth of the bytes; the plain way if it
@@ -593,7 +591,8 @@ class NF4Linear(nn.Module):
             return self.dense
         size, pairs = CHUNK[self.packed.device.type], tables(self.packed.device)[1]
         parts = zip(self.packed.split(size // 2), self.absmax().split(size // 64))
-        weight = torch.cat([rounded(*part, pairs, self.dtype) for part in parts])
+        parts = [rounded(*part, pairs, self.dtype) for part in parts]
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]  # a GPU has one: no second copy
         return weight[:self.N * self.K].view(self.N, self.K)
 
     def forward(self, x):
@@ -619,20 +618,20 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
 
     def train(self, mode=True):
-        """Casts A and scaling * B to what the layer computes in, once a step."""
+        """Casts A and scaling * B to what the layer computes in: once a step, as they change."""
         self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
         scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
-        self.A = self.lora_A.to(dtype)
-        self.B = torch.add(zero, self.lora_B, alpha=scaling).to(dtype)  # backward keeps nothing
+        # In a tuple: an A of float32 would be registered again. Backward through add keeps nothing.
+        self.factors = self.lora_A.to(dtype), torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
         return self
 
     def forward(self, x):
-        dropped = x
+        dropped, (A, B) = x, self.factors
         if self.training and self.dropout:
             # From a random place, a multiple of 16 for the vector units.
             start = 16 * int(torch.randint((len(self.masks) - x.numel()) // 16 + 1, ()))
             dropped = x * self.masks[start:start + x.numel()].view(x.shape)
-        return self.base(x) + F.linear(F.linear(dropped, self.A), self.B)
+        return self.base(x) + F.linear(F.linear(dropped, A), B)
 
 def draw_dropout(model, positions):
     """Draws the zeros and ones of a forward pass of at most that many positions. Layers read their
@@ -698,7 +697,7 @@ def additive_mask(sees, dtype):
     return torch.zeros_like(sees, dtype=dtype).masked_fill_(~sees, -math.inf)[None, None]
 
 def attend(q, k, v, mask, causal, scaling):
-    """(1, H, n, E): attention of q (1, H, n, E) to k, v (1, H', m, E) under a mask (1, 1, n, m)."""
+    """Attention of q (1, H, n, E) to k, v (1, H', m, E); is the mask (1, 1, n, m) causal?"""
     (_, H, n, E), (_, few, m, _) = q.shape, k.shape
     if q.device.type == "cuda":  # its kernel wants as many heads of keys as of queries
         k, v = (t.repeat_interleave(H // few, 1) for t in (k, v))
@@ -738,7 +737,7 @@ def load_pretrained(name):
     source = MODELS.get(name, {}).get("id", name)
     there = os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source)
     check(there, f"--model {name}: no folder, Hugging Face id or name ({', '.join(MODELS)})")
-    with reading(f"--model {name}", "take another"):
+    with reading(f"--model {name}", "a folder or Hugging Face id of a decoder or T5 can"):
         config = transformers.AutoConfig.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         for key in ("quantization_config", "num_local_experts", "num_experts"):
@@ -967,7 +966,7 @@ def check_forward(model):
     ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
     rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
     model.train(False)
-    with reading(type(lm).__name__, "is not supported: take another"):
+    with reading(type(lm).__name__, "take another --model"):
         batch = make_batch(model, rows, head="lm")
         ours = model.token_logits(model.hidden(batch)).index_select(0, batch["of"])
         lm.set_attn_implementation("sdpa")
@@ -980,7 +979,7 @@ def check_forward(model):
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
     off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
     check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
-          f"{type(lm).__name__} is not supported: its forward pass is {off:.1%} off: take another")
+          f"{type(lm).__name__} is not supported: its forward pass is {off:.1%} off")
 
 def load_model(name, head, n_labels, device, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer), checked and ready to be trained or asked."""
@@ -1062,12 +1061,13 @@ def tuned_thresholds(gold, scores):
 def user_bias(gold, scores, users, single, ridge=1.0):
     """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
     names, of = np.unique(users, return_inverse=True)
-    gold, bias = np.asarray(gold, float), np.zeros((len(names), scores.shape[1]))
+    order = np.argsort(of, kind="stable")  # user by user
+    gold, scores, of = np.asarray(gold, float)[order], scores[order], of[order]
+    starts, bias = np.flatnonzero(np.diff(of, prepend=-1)), np.zeros((len(names), scores.shape[1]))
     for _ in range(100):
-        p, up, down = probabilities(scores + bias[of], single), -ridge * bias, 0 * bias + ridge
-        np.add.at(up, of, gold - p)
-        np.add.at(down, of, p * (1 - p))
-        bias += 0.7 * up / down
+        p = probabilities(scores + bias[of], single)
+        up = np.add.reduceat(gold - p, starts) - ridge * bias
+        bias += 0.7 * up / (np.add.reduceat(p * (1 - p), starts) + ridge)
     return dict(zip(names.tolist(), bias))
 
 def predict_rates(data, personalized, rows, strength=5):
@@ -1216,7 +1216,6 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
     steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     dtype, log = str(model.lm.dtype).removeprefix("torch."), open(f"{folder}/log.jsonl", "a", 1)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
-    check(state["dtype"] in ("", dtype), f"{folder} was begun in {state['dtype']}: --fresh")
     stream = step_batches(model, rows, settings, seed, state["step"], max_steps)
     ahead = next(stream, None)
     with log, progress(None, "train", "steps", steps, state["step"]) as bar:
@@ -1280,13 +1279,12 @@ def grow_answers(model, rows, ends, limit):
     ends = torch.tensor(sorted(ends), device=model.device)
     answers = torch.empty(n, 0, dtype=torch.long, device=model.device)
     while True:
-        new = model.token_logits(hidden).argmax(1, keepdim=True)
-        answers = torch.cat([answers, new], 1)
+        answers = torch.cat([answers, model.token_logits(hidden).argmax(1, keepdim=True)], 1)
         if answers.shape[1] == limit or torch.isin(answers, ends).any(1).all():
             return answers[batch["of"]].tolist()
         sees = torch.cat([sees, own], 1)
         tree = dict(S=0, cache=cache, blocks=[(0, None, additive_mask(sees, model.lm.dtype))])
-        inputs = dict(input_ids=new.T, position_ids=position[None], tree=tree)
+        inputs = dict(input_ids=answers[:, -1:].T, position_ids=position[None], tree=tree)
         hidden, position = model.hidden(dict(inputs=inputs, at=at)), position + 1
 
 def write_answers(model, rows, ends, limit):
@@ -1305,7 +1303,6 @@ def written_answers(model, tokenizer, rows, limit, size=64):
     also = getattr(model.lm.generation_config, "eos_token_id", None) or []
     ends = {tokenizer.eos_token_id, *(also if isinstance(also, list) else [also])}
     write = write_answers if model.seq2seq else grow_answers
-
     def answers(part):
         ids = [list(takewhile(lambda i: i not in ends, x)) for x in write(model, part, ends, limit)]
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -1376,8 +1373,7 @@ def parse_reply(said):
         return "answered", dict(answer=text, **{k: int(usage.get(k) or 0) for k in TOKENS})
 
 def ask_once(session, url, key, body, names, events):
-    """("answered", reply), ("failed", why) or ("stop", why), with one budget for all failures.
-    `names`, parameter -> its name on this server or None if refused, is what all workers learn."""
+    """("answered", reply), ("failed", why) or ("stop", why); `names`: what this server calls it."""
     until, wait, why = time.monotonic() + DEADLINE, 0, ""
     for attempt in range(1 + RETRIES):
         if time.monotonic() + wait > until:
@@ -1395,8 +1391,7 @@ def ask_once(session, url, key, body, names, events):
                 names.update((k, k) for k in body if k in sent)  # a later 400 is about its row
                 return event
             if status in (401, 403, 404) or 300 <= status < 400:
-                wrong = "OPENAI_API_KEY" if status in (401, 403) else "OPENAI_BASE_URL (.../v1)"
-                return "stop", f"HTTP {status}: correct {wrong} or --model {body['model']}"
+                return "stop", f"HTTP {status}: wrong OPENAI_API_KEY, OPENAI_BASE_URL or --model"
             wait = max(wait, urllib3.Retry().get_retry_after(response.raw) or 0)
             named = status in (400, 422) and re.search(r"\b(max_tokens|temperature|seed)\b", said)
             if named and named[1] in sent and names.get(named[1]) != named[1]:
@@ -1414,11 +1409,10 @@ def start_workers(bodies, concurrency):
     not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     base = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
-    check(re.fullmatch("[!-~]+", key), "OPENAI_API_KEY has to be one word: your key, or any")
+    check(re.fullmatch("[!-~]+", key), "OPENAI_API_KEY: one word, your key or any")
     valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", base, re.I)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     todo, events, names, url = queue.SimpleQueue(), queue.Queue(1), {}, f"{base}/chat/completions"
-
     def work():
         session = requests.Session()
         session.headers["Authorization"] = f"Bearer {key}"
@@ -1472,8 +1466,8 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
                 if kind == "stop" or in_a_row == GIVE_UP:
                     raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
     for sha, why in failed.items():
-        raise BadInput(f"{len(failed)} of {len(todo)} requests failed, as row {shas.index(sha)}: "
-                       f"{why}; answers are kept in {path}, the same command asks for the rest")
+        raise BadInput(f"{len(failed)} of {len(todo)} requests failed, as test row "
+                       f"{shas.index(sha) + 1}: {why}; the same command asks for the rest ({path})")
     counts = {name: sum(answered[sha][name] for sha in {*shas}) for name in TOKENS}
     counts |= dict(requests=count["sent"], retries=count["sent"] - len(todo))
     return [answered[sha]["answer"] for sha in shas], counts
@@ -1502,7 +1496,7 @@ def run_folder(folder, config, fresh):
         there = read_json(f"{folder}/run.json") or config
         odd = [key for key in there | config if there.get(key) != config.get(key)]
         odd = ", ".join(f"{key} {there.get(key)} there, {config.get(key)} here" for key in odd[:3])
-        check(not odd, f"{folder} holds another run ({odd}): --fresh or --out DIR")
+        check(not odd, f"{folder} holds another run ({odd}): --fresh, or --out DIR to keep it")
         write_file(f"{folder}/run.json", config)
         yield read_json(f"{folder}/metrics.json")
 
@@ -1528,7 +1522,8 @@ def peak_memory_mb():
 
 def settings_of(args):
     """The recipe, overruled by the model's row (ours only), overruled by flags."""
-    row = MODELS.get(args.model, {}) if args.recipe == "ours" else {}
+    row, ours = MODELS.get(args.model, {}), args.recipe == "ours"
+    row = {key: value for key, value in row.items() if ours or key == "micro_batch"}
     flags = {key: value for key, value in vars(args).items() if value is not None}
     return {key: (RECIPES[args.recipe] | row | flags)[key] for key in RECIPES["ours"]}
 
@@ -1537,7 +1532,7 @@ def check_length(name, config, longest):
     window = getattr(config, "use_sliding_window", True) and getattr(config, "sliding_window", None)
     room = min(getattr(config, "max_position_embeddings", None) or math.inf, window or math.inf)
     fits = config.is_encoder_decoder or longest <= room  # a T5 knows distances, not places
-    check(fits, f"--model {name} reads {room} tokens, a prompt needs {longest}: --max-text")
+    check(fits, f"--model {name} reads {room} tokens, a prompt needs {longest}: lower --max-text")
 
 def describe(model, dense, quant):
     """dict of what is said of a model before it is trained; it is printed, too."""
@@ -1557,7 +1552,10 @@ def run_local(method, args, config, data, folder):
     """(function: annotations -> what `predict` returns, facts for the metrics), after training."""
     trained = method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
-    dtype = args.dtype and getattr(torch, args.dtype)
+    dtype, state = args.dtype and getattr(torch, args.dtype), f"{folder}/{STATE}"
+    if os.path.exists(state):  # a stopped run goes on in the dtype that it began in
+        with reading(state), safe_open(state, "pt") as f:
+            dtype = getattr(torch, json.loads(f.metadata()["state"])["dtype"])
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(
         args.model, method.head, len(data.labels), find_device(), dtype, config, users)
@@ -1569,6 +1567,8 @@ def run_local(method, args, config, data, folder):
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
     facts = describe(model, not args.no_dense and keep_dense(model), config["quant"]) | cut
+    if cut["texts_cut"]:
+        print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
         names = *data.labels, *[NONE] * data.none
         ids = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
@@ -1698,9 +1698,8 @@ def print_summary(m, folder):
     for key, what in SUMMARY.items():
         if m.get(key) is not None and (m[key] or key.startswith("f1")):
             print(f"  {key:20} {short(m[key])}  {what}".rstrip())
-    width = max(map(len, m["labels"]))
     for label, f1 in zip(m["labels"], m["per_label"]):
-        print(f"    {label:{width}}  {f1:.4f}  {'#' * round(40 * f1)}".rstrip())
+        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}".rstrip())
     if m["spread"] < 0.01 and m["method"] != "majority":
         print("  COLLAPSED: every row gets the same scores; try a lower --lr")
     elif METHODS[m["method"]].personalized and m["listens"]["model"] < 0.02:
@@ -1708,7 +1707,6 @@ def print_summary(m, folder):
     print(f"  files: {folder}{os.sep}")
 
 # 14. A trained run reads new sentences ------------------------------------------------------------
-
 
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
@@ -1718,7 +1716,7 @@ def load_run(folder):
         config = read_json(f"{folder}/run.json") | dict(dtype=m["dtype"])
         check(m | config == m, f"{folder}: metrics.json does not fit run.json")
         with safe_open(path, "pt") as f:
-            users = [user + "" for user in json.loads(f.metadata()["users"])]
+            users = [user + "" for user in json.loads(f.metadata()["users"])]  # of strings
             tensors = {name: f.get_tensor(name) for name in f.keys()}
         dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[m["dtype"]]
         head, n, device = METHODS[m["method"]].head, len(m["labels"]), find_device()
@@ -1743,23 +1741,24 @@ def predict_run(args):
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
     unknown = sorted({a.user for a in asked} - {*users})
     if unknown and method.personalized:
-        print(f"unknown to training, so no token of their own: {', '.join(unknown[:20])}")
+        mean = " (read with the mean of all user tokens)" * (m["ids"] == "token")
+        print(f"unknown to training{mean}: {', '.join(unknown[:20])}{' ...' * (len(unknown) > 20)}")
     data = Dataset(*(m.get(key, []) for key in Dataset._fields))  # no rows, but all of the labels
     result = predict(model, tokenizer, method, data, m, users, asked)
+    if result["texts_cut"]:
+        print(f"{result['texts_cut']} texts are cut to {m['max_text']} tokens")
     if args.csv:
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
         return print(f"files       {path}")
-    shown = result["predicted"]
-    if "scores" in result:
-        shown = probabilities(result["scores"], data.single)
+    scores, shown = result.get("scores"), result["predicted"]
+    shown = shown if scores is None else probabilities(scores, data.single)
     print(f"{'user':12}", *(f"{label:>8}" for label in m["labels"]), sep="  ")
     for a, line in zip(asked, shown):
         cells = (f"{p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"]))
         print(f"{a.user[:12]:12}", *cells, sep="  ")
 
 # 15. The command line -----------------------------------------------------------------------------
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
