@@ -163,7 +163,7 @@ def test_a_missing_cell_is_named_or_on_demand_left_out_and_counted(tmp_path, col
     rows = [list(row) for row in some_rows()]
     rows[1][column] = cell
     path, name = write_csv(tmp_path / "a.csv", rows), ("text", "user", "calm", "angry")[column]
-    with pytest.raises(plm.BadInput, match=f"row 2: {name!r} .*--skip-missing"):
+    with pytest.raises(plm.BadInput, match=f"row 2: no {name!r} .*--skip-missing"):
         plm.load_data(path)
     data = plm.load_data(path, skip_missing=True)
     assert data.notes["left out: a cell is missing"] == 60 - sum(map(len, data[5:8])) == 1
