@@ -1811,11 +1811,11 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
 
 def make_parser():
     """The argparse parser."""
-    rows = f"methods: {', '.join(METHODS)} (_p: told the user ID)\nmodels: {', '.join(MODELS)}\n"
+    rows = f"commands: {', '.join(METHODS)}, predict RUN\nmodels:   {', '.join(MODELS)}\n"
     p = Parser("plm.py", description="Personalized Large Language Models: from annotations to F1.",
                epilog=f"{rows}datasets: {', '.join(DATASETS)}", allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("command", choices=[*METHODS, "predict"], help="a method, or predict RUN")
+    p.add_argument("command", metavar="COMMAND", choices=[*METHODS, "predict"], help="see below")
     p.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
     for flag, what in FLAGS:
         p.add_argument(flag, **what)
