@@ -367,7 +367,7 @@ ANSWER_WITH = {  # single choice?, may nothing be chosen?
 NONE = "none"  # the answer where no label is chosen
 
 def prompt_parts(method, data, text, user, examples=()):
-    """The prompt as (shared, text, user) parts, lists of pieces, each tokenized by itself."""
+    """(shared, text, user): lists of pieces, each tokenized by itself; `user` begins at the ID."""
     told = method.personalized
     question = QUESTION[told] + SEE[told] * bool(method.shots) + ANSWER_WITH[data.single, data.none]
     shared = [f"{question}\n### Labels: {', '.join(data.labels)}\n### Text:"]
@@ -465,8 +465,8 @@ class Row(NamedTuple):
     def prompt(self):
         return self.shared + self.text + self.user
 
-def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
-    """(list of Row, Counter of texts_cut, too_few_examples). `user_ids`: see user_namer."""
+def encode(tokenizer, method, data, annotations, name_of, max_text=384):
+    """(list of Row, Counter of texts_cut, too_few_examples). `name_of`: see user_namer."""
     known, rows, cut, few, choose = {}, [], set(), 0, choose_examples(method, data.train)
     before, after = frame(tokenizer, chat=method.head == "ask")
     def ids(pieces, texts=(), first=False):
@@ -482,7 +482,7 @@ def encode(tokenizer, method, data, annotations, user_ids, max_text=384):
         few += len(examples) < method.shots
         shared, body, user = prompt_parts(method, data, a.text, a.user, examples)
         texts = {f" {x.text}" for x in (a, *examples)}
-        who = user_ids(a.user) + ids(user[1:]) if user_ids and method.personalized else ids(user)
+        who = name_of(a.user) + ids(user[1:]) if name_of and method.personalized else ids(user)
         prompt = before + ids(shared, first=True), ids(body, texts), who + after
         answer = ids([answer_text(data.labels, a.labels)]) + (tokenizer.eos_token_id,)
         rows.append(Row(*prompt, answer, a.labels, a))
@@ -621,7 +621,7 @@ class LoRALinear(nn.Module):
         """Casts A and scaling * B to what the layer computes in: once a step, as they change."""
         self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
         scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
-        # In a tuple: an A of float32 would be registered again. Backward through add keeps nothing.
+        # A tuple, lest nn.Module register a float32 A twice; add, for it saves nothing for backward.
         self.factors = self.lora_A.to(dtype), torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
         return self
 
@@ -653,11 +653,11 @@ def add_lora(model, r, alpha, dropout):
 
 # 6. The prompt tree -------------------------------------------------------------------------------
 # The prompts of a batch begin alike: all with the shared prefix, those of one text with that text,
-# and in training answers that begin alike. In a decoder the hidden state of a token depends on the
-# tokens before it alone, so each distinct prefix is computed once, and loss and gradients stay the
-# same numbers [6]. A batch is one flat sequence of nodes without padding: the shared prefix, then
-# text by text, branch by branch. Only attention mixes tokens: there a node sees what its parent
-# sees, and itself. A token's position counts along its branch.
+# and in training those of one user with what their answers begin with. In a decoder the hidden state
+# of a token depends on the tokens before it alone, so each distinct prefix is computed once, and,
+# dropout aside, loss and gradients stay the same numbers [6]. A batch is one flat sequence of nodes
+# without padding: the shared prefix, then text by text, branch by branch. Only attention mixes
+# tokens: there a node sees what its parent sees, and itself. Positions count along a branch.
 
 def prompt_tree(paths, S):
     """(ids, position, parent, group: lists over nodes; nodes: those of each path, in order) of
@@ -756,7 +756,7 @@ def load_pretrained(name):
     return lm, tokenizer
 
 def quantize(lm, device, dtype, quant=True):
-    """The model, frozen, computing in `dtype`, linear layers in NF4 or (not `quant`) as stored."""
+    """The model, frozen, in `dtype`, linear layers in NF4, with dense ones beside if not `quant`."""
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings()}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
@@ -882,9 +882,9 @@ def user_namer(model, tokenizer, ids, users):
 
 # 8. Batches ---------------------------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `inputs` of the backbone; `at` (P), the positions that are read; `of`, which of these each target
-# belongs to (the readers of one text share one where their ID is not told); `target`, labels (R, L)
-# or the ids of all answers. `tokens` counts what is computed.
+# `inputs` of the backbone; `at` (P), the positions that are read; `of`, for each target its place in
+# `at` (the readers of one text share one where their ID is not told); `target`, labels (R, L) or the
+# ids of all answers. `tokens` counts what is computed.
 
 def tree_batch(model, rows, head):
     """The parts of a batch for a decoder; without `share` every row computes its whole prompt."""
@@ -1211,7 +1211,7 @@ def load_state(path, params, optimizer):
         return {key: type(value)(found[key]) for key, value in state.items()}, best
 
 def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
-    """The state at the end of training, which the one in `folder` begins; best epoch kept."""
+    """Trains on from the state in `folder`, if any; keeps the best epoch, returns the state."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
     steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
     dtype, log = str(model.lm.dtype).removeprefix("torch."), open(f"{folder}/log.jsonl", "a", 1)
