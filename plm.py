@@ -621,7 +621,7 @@ class LoRALinear(nn.Module):
         """Casts A and scaling * B to what the layer computes in: once a step, as they change."""
         self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
         scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
-        # A tuple, lest nn.Module register a float32 A twice; add, for it saves nothing for backward.
+        # A tuple, lest nn.Module register a float32 A twice; add, as backward needs nothing saved.
         self.factors = self.lora_A.to(dtype), torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
         return self
 
@@ -653,11 +653,11 @@ def add_lora(model, r, alpha, dropout):
 
 # 6. The prompt tree -------------------------------------------------------------------------------
 # The prompts of a batch begin alike: all with the shared prefix, those of one text with that text,
-# and in training those of one user with what their answers begin with. In a decoder the hidden state
-# of a token depends on the tokens before it alone, so each distinct prefix is computed once, and,
-# dropout aside, loss and gradients stay the same numbers [6]. A batch is one flat sequence of nodes
-# without padding: the shared prefix, then text by text, branch by branch. Only attention mixes
-# tokens: there a node sees what its parent sees, and itself. Positions count along a branch.
+# and in training those of one user with what their answers begin with. In a decoder the hidden
+# state of a token depends on the tokens before it alone, so each distinct prefix is computed once,
+# and, dropout aside, loss and gradients stay the same numbers [6]. A batch is one flat sequence of
+# nodes without padding: the shared prefix, then text by text, branch by branch. Only attention
+# mixes tokens: there a node sees what its parent sees, and itself. Positions count along a branch.
 
 def prompt_tree(paths, S):
     """(ids, position, parent, group: lists over nodes; nodes: those of each path, in order) of
@@ -756,7 +756,7 @@ def load_pretrained(name):
     return lm, tokenizer
 
 def quantize(lm, device, dtype, quant=True):
-    """The model, frozen, in `dtype`, linear layers in NF4, with dense ones beside if not `quant`."""
+    """The model, frozen, in `dtype`; layers in NF4, with dense ones beside unless `quant`."""
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings()}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
@@ -882,9 +882,9 @@ def user_namer(model, tokenizer, ids, users):
 
 # 8. Batches ---------------------------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `inputs` of the backbone; `at` (P), the positions that are read; `of`, for each target its place in
-# `at` (the readers of one text share one where their ID is not told); `target`, labels (R, L) or the
-# ids of all answers. `tokens` counts what is computed.
+# `inputs` of the backbone; `at` (P), the positions that are read; `of`, for each target its place
+# in `at` (the readers of one text share one where their ID is not told); `target`, labels (R, L) or
+# the ids of all answers. `tokens` counts what is computed.
 
 def tree_batch(model, rows, head):
     """The parts of a batch for a decoder; without `share` every row computes its whole prompt."""
