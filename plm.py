@@ -85,9 +85,8 @@ def check(ok, message):
 
 def progress(items, what, unit, total=None, initial=0):
     """A tqdm bar over items, shown once two seconds have passed; in a file, a line every 10 s."""
-    show = dict(unit=" " + unit, total=total, initial=initial, delay=2, leave=False)
-    often = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(items, what, dynamic_ncols=True, mininterval=often, **show)
+    return tqdm(items, what, unit=" " + unit, total=total, initial=initial, delay=2, leave=False,
+                dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
 
 def write_file(path, content):
     """Writes bytes, or a value as JSON; at any moment the file is the old one or the new one."""
@@ -181,7 +180,7 @@ class Dataset(NamedTuple):
     notes: dict    # what became of the rows, in words -> number
     sha: str       # of the file
 
-MISSING = {"", "na", "n/a", "<na>", "nan", "null"}  # in upper or lower case
+MISSING = {"", "na", "n/a", "<na>", "nan", "-nan", "null"}  # in upper or lower case
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
 ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
@@ -249,7 +248,7 @@ def choices(path, column, values):
     except ValueError:
         names, ordered = {value: value for value in values}, False
     labels = sorted({*names.values()}, key=float if ordered else None)
-    few = len(labels) <= 100 and not {"inf", "-inf"} & {*labels}
+    few = len(labels) <= 100 and all(abs(float(x)) < 1e99 for x in labels if ordered)  # no nan
     check(few, f"{path}: column {column!r} has {len(labels):,} values: not a choice of one")
     return labels, names, ordered
 
@@ -1184,6 +1183,7 @@ def validate(model, rows, single, label_ids, size=64):
     return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
 
 STATE, SAVE_EVERY = "state.safetensors", 120  # seconds; and after every epoch
+DTYPES = dict(float32=torch.float32, bfloat16=torch.bfloat16)
 
 def save_state(path, state, params, optimizer, best):
     """Writes what a run needs to go on: trained parameters, those of the best epoch, AdamW's."""
@@ -1201,12 +1201,12 @@ def load_state(path, params, optimizer):
         return state, {}
     with reading(path), safe_open(path, "pt") as f:
         found = json.loads(f.metadata()["state"])
-        best = {name: f.get_tensor(f"best.{name}").to(p.device) for name, p in params.items()
+        best = {name: f.get_tensor(f"best.{name}").to(p).view_as(p) for name, p in params.items()
                 if f"best.{name}" in f.keys()}
         for name, p in params.items():
-            p.data.copy_(f.get_tensor(f"param.{name}"))
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                optimizer.state[p][key] = f.get_tensor(f"{key}.{name}").to(p.device)
+            p.data.copy_(f.get_tensor(f"param.{name}").view_as(p))
+            for key, like in dict(step=torch.zeros(()), exp_avg=p, exp_avg_sq=p).items():
+                optimizer.state[p][key] = f.get_tensor(f"{key}.{name}").to(p).view_as(like)
         print(f"resuming at step {found['step']}, in {found['dtype']}", flush=True)
         return {key: type(value)(found[key]) for key, value in state.items()}, best
 
@@ -1436,9 +1436,9 @@ def finished_answers(path):
         *lines, half = f.read().split(b"\n")
         f.truncate(f.tell() - len(half))
         for line in lines:
-            with suppress(ValueError, KeyError, TypeError):  # no answer: it is asked for again
-                line = json.loads(line)
-                finished[line["sha"]] = {name: line[name] for name in ("answer", *TOKENS)}
+            with suppress(Exception):  # no answer: it is asked for again
+                x = json.loads(line)
+                finished[x["sha"]] = dict({k: int(x[k]) for k in TOKENS}, answer=x["answer"] + "")
     return finished
 
 def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
@@ -1552,10 +1552,10 @@ def run_local(method, args, config, data, folder):
     """(function: annotations -> what `predict` returns, facts for the metrics), after training."""
     trained = method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
-    dtype, state = args.dtype and getattr(torch, args.dtype), f"{folder}/{STATE}"
+    dtype, state = DTYPES.get(args.dtype), f"{folder}/{STATE}"
     if os.path.exists(state):  # a stopped run goes on in the dtype that it began in
         with reading(state), safe_open(state, "pt") as f:
-            dtype = getattr(torch, json.loads(f.metadata()["state"])["dtype"])
+            dtype = DTYPES[json.loads(f.metadata()["state"])["dtype"]]
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(
         args.model, method.head, len(data.labels), find_device(), dtype, config, users)
@@ -1576,7 +1576,7 @@ def run_local(method, args, config, data, folder):
         label_ids = place, [x[place] for x in ids]
         done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
                      args.seed, args.max_steps)
-        facts |= dict(steps=done["step"], rows_per_second=round(done["rows"] / done["seconds"], 2))
+        facts |= dict(steps=done["step"], rows_per_second=done["rows"] / (done["seconds"] or 1))
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
         users_of = {"users": json.dumps(users)}
         write_file(f"{folder}/adapter.safetensors", safetensors_bytes(tensors, users_of))
@@ -1699,7 +1699,7 @@ def print_summary(m, folder):
         if m.get(key) is not None and (m[key] or key.startswith("f1")):
             print(f"  {key:20} {short(m[key])}  {what}".rstrip())
     for label, f1 in zip(m["labels"], m["per_label"]):
-        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}".rstrip())
+        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * min(f1, 1))}".rstrip())
     if m["spread"] < 0.01 and m["method"] != "majority":
         print("  COLLAPSED: every row gets the same scores; try a lower --lr")
     elif METHODS[m["method"]].personalized and m["listens"]["model"] < 0.02:
@@ -1718,8 +1718,8 @@ def load_run(folder):
         with safe_open(path, "pt") as f:
             users = [user + "" for user in json.loads(f.metadata()["users"])]  # of strings
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-        dtype = dict(float32=torch.float32, bfloat16=torch.bfloat16)[m["dtype"]]
-        head, n, device = METHODS[m["method"]].head, len(m["labels"]), find_device()
+        dtype, device = DTYPES[m["dtype"]], find_device()
+        head, n = METHODS[m["method"]].head, len(m["labels"])
         model, tokenizer = load_model(m["model"], head, n, device, dtype, m, users)
     shapes, there = ({n: t.shape for n, t in x.items()} for x in (model.trainable(), tensors))
     sound = all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
@@ -1802,7 +1802,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
     ("--max-text", dict(type=COUNT, default=384, help="tokens of a text (384)")),
-    ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
+    ("--dtype", dict(choices=[*DTYPES], help="compute in it (the faster one)")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
     ("--text", dict(help="predict: this sentence")),

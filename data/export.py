@@ -47,6 +47,6 @@ if __name__ == "__main__":
         if len(sys.argv) != 2:
             raise plm.BadInput("one argument: the folder of a finished run")
         export(sys.argv[1])
-    except plm.BadInput as e:
+    except (plm.BadInput, OSError) as e:
         print(f"export.py: {e}", file=sys.stderr)
         sys.exit(2)

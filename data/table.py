@@ -43,7 +43,8 @@ def finished_runs(out):
             odd = [key for key, form in METRICS.items() if not fits(m.get(key), form)]
             plm.check(not odd and m["method"] in plm.METHODS, f"metrics.json: damaged {odd[:3]}")
             low, high = m["f1_macro_ci"]
-            plm.check(low <= high and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"], "no F1")
+            plm.check(0 <= low <= high <= 1 and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"]
+                      and fits(m.get("max_eval", 0), 0) and fits(m.get("split") or "", ""), "no F1")
             yield folder, m
         except (OSError, plm.BadInput, ValueError) as e:
             print(f"table.py: {folder} is left out ({e})", file=sys.stderr)
