@@ -1409,7 +1409,7 @@ def start_workers(bodies, concurrency):
     not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     base = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
-    check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY to your key (any word if none is needed)")
+    check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY to your key; any word if it needs none")
     valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", base, re.I)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     todo, events, names, url = queue.SimpleQueue(), queue.Queue(1), {}, f"{base}/chat/completions"
