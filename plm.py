@@ -980,10 +980,10 @@ def check_forward(model):
     check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
           f"{type(lm).__name__} is not supported: its forward pass is {off:.1%} off")
 
-def load_model(name, head, n_labels, device, dtype, settings, users=()):
+def load_model(name, head, n_labels, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer), checked and ready to be trained or asked."""
     lm, tokenizer = load_pretrained(name)
-    trained, user_rows = head != "ask", None
+    trained, user_rows, device = head != "ask", None, find_device()
     if trained and settings["tune"] == "full":  # for comparison, in float32; not the LM's head
         lm = lm.to(device).float().eval()
         lm.get_output_embeddings().requires_grad_(False)
@@ -1087,9 +1087,8 @@ def score(data, rows, result):
     found["f1_macro_ci"] = np.percentile(bootstrap_f1(gold, predicted, texts), [2.5, 97.5]).tolist()
     f1 = {user: f1_scores(gold[users == user], predicted[users == user])["f1_macro"]
           for user in sorted(set(users))}
-    low, median = np.percentile([*f1.values()], [10, 50]).tolist()
-    about = dict(mean=sum(f1.values()) / len(f1), median=median, percentile_10=low)
-    found["f1_per_user"] = about | dict(users=f1)
+    about = dict(zip(("percentile_10", "median"), np.percentile([*f1.values()], [10, 50])))
+    found["f1_per_user"] = about | dict(mean=sum(f1.values()) / len(f1), users=f1)
     answers = Counter(text for text, _ in {(text_id(a.text), a.labels) for a in rows})
     apart = np.array([answers[text] > 1 for text in texts])
     if apart.any():
@@ -1178,7 +1177,7 @@ def validate(model, rows, single, label_ids, size=64):
             p = out[batch["of"][starts + label_ids[0]]].softmax(1)[:, label_ids[1]]
         else:
             p = out[batch["of"]].softmax(1) if single else out[batch["of"]].sigmoid()
-        found += zip(p.cpu().numpy(), (row.source.text for row in part))
+        found += zip(p.cpu().numpy(), (text_id(row.source.text) for row in part))
     heard, spread = listens(*zip(*found))
     return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
 
@@ -1260,9 +1259,8 @@ MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, whi
 def for_each_batch(model, rows, function, size=64):
     """List of what function(`size` rows) returns for each row, in the order of the rows."""
     model.train(False)
-    found = {}
-    for part in progress(in_batches(rows, size), "predict", "batches"):
-        found.update(zip(map(id, part), function(part)))
+    batches = progress(in_batches(rows, size), "predict", "batches")
+    found = {id(row): x for part in batches for row, x in zip(part, function(part))}
     return [found[id(row)] for row in rows]
 
 def grow_answers(model, rows, ends, limit):
@@ -1493,7 +1491,8 @@ def run_folder(folder, config, fresh):
         for name in os.listdir(folder) if fresh else ():
             if os.path.isfile(f"{folder}/{name}") and name not in ("lock", "answers.jsonl"):
                 os.remove(f"{folder}/{name}")  # not the answers: they were paid for
-        there = read_json(f"{folder}/run.json") or config
+        begun = any(os.path.exists(f"{folder}/{name}") for name in ("metrics.json", STATE))
+        there = begun and read_json(f"{folder}/run.json") or config
         odd = [key for key in there | config if there.get(key) != config.get(key)]
         odd = ", ".join(f"{key} {there.get(key)} there, {config.get(key)} here" for key in odd[:3])
         check(not odd, f"{folder} holds another run ({odd}): --fresh, or --out DIR to keep it")
@@ -1552,13 +1551,12 @@ def run_local(method, args, config, data, folder):
     """(function: annotations -> what `predict` returns, facts for the metrics), after training."""
     trained = method.head != "ask"
     users = sorted({a.user for a in data.train}) if method.personalized else []
-    dtype, state = DTYPES.get(args.dtype), f"{folder}/{STATE}"
+    dtype, state, n = DTYPES.get(args.dtype), f"{folder}/{STATE}", len(data.labels)
     if os.path.exists(state):  # a stopped run goes on in the dtype that it began in
         with reading(state), safe_open(state, "pt") as f:
             dtype = DTYPES[json.loads(f.metadata()["state"])["dtype"]]
     torch.manual_seed(args.seed)
-    model, tokenizer = load_model(
-        args.model, method.head, len(data.labels), find_device(), dtype, config, users)
+    model, tokenizer = load_model(args.model, method.head, n, dtype, config, users)
     name_of, rows, cut = user_namer(model, tokenizer, config["ids"], users), {}, Counter()
     for part in ("train", "val", "test") if trained else ("test",):
         some = getattr(data, part)
@@ -1707,6 +1705,7 @@ def print_summary(m, folder):
     print(f"  files: {folder}{os.sep}")
 
 # 14. A trained run reads new sentences ------------------------------------------------------------
+# ... with the very model that it ended with: the scores of its own test rows are the same bits.
 
 def load_run(folder):
     """(metrics, PersonalizedLM, tokenizer, users) of a finished run, as it was when it ended."""
@@ -1718,9 +1717,8 @@ def load_run(folder):
         with safe_open(path, "pt") as f:
             users = [user + "" for user in json.loads(f.metadata()["users"])]  # of strings
             tensors = {name: f.get_tensor(name) for name in f.keys()}
-        dtype, device = DTYPES[m["dtype"]], find_device()
-        head, n = METHODS[m["method"]].head, len(m["labels"])
-        model, tokenizer = load_model(m["model"], head, n, device, dtype, m, users)
+        head, n, dtype = METHODS[m["method"]].head, len(m["labels"]), DTYPES[m["dtype"]]
+        model, tokenizer = load_model(m["model"], head, n, dtype, m, users)
     shapes, there = ({n: t.shape for n, t in x.items()} for x in (model.trainable(), tensors))
     sound = all(t.dtype == torch.float32 and t.isfinite().all() for t in tensors.values())
     check(sound and shapes == there, f"{path}: damaged, or of another model than {m['model']}")
@@ -1736,8 +1734,9 @@ def predict_run(args):
     check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
     asked = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
     if args.csv:
-        rows = csv_rows(args.csv, ["text"] + ["user"] * method.personalized)
-        asked = [(row["text"], row.get("user", "")) for _, row in rows]
+        text, user = (getattr(args, key) or m[key] or key[:4] for key in ("text_col", "user_col"))
+        rows = csv_rows(args.csv, [*text.split(","), *[user] * method.personalized])
+        asked = [("\n".join(row[c] for c in text.split(",")), row.get(user, "")) for _, row in rows]
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
     unknown = sorted({a.user for a in asked} - {*users})
     if unknown and method.personalized:
@@ -1759,6 +1758,7 @@ def predict_run(args):
         print(f"{a.user[:12]:12}", *cells, sep="  ")
 
 # 15. The command line -----------------------------------------------------------------------------
+# What a user can say, and what a user is told if it cannot be done: one line, and status 2.
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
@@ -1807,7 +1807,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--no-share", dict(action="store_true", help="compute every prompt by itself")),
     ("--text", dict(help="predict: this sentence")),
     ("--users", dict(type=LIST, metavar="A,B", help="predict: as these people read it")),
-    ("--csv", dict(metavar="FILE", help="predict: a CSV with text and user"))]
+    ("--csv", dict(metavar="FILE", help="predict: a CSV with texts and users"))]
 
 def make_parser():
     """The argparse parser."""

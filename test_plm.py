@@ -516,7 +516,7 @@ def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(tm
     says = dict(stablelm="StableLm", gpt_oss="num_local_experts", mixtral="num_local_experts")
     says = says.get(name, type(lm).__name__)
     with contextlib.nullcontext() if name in SUPPORTED else pytest.raises(plm.BadInput, match=says):
-        plm.load_model(path, "ask", 3, CPU, torch.float32, plm.RECIPES["ours"])
+        plm.load_model(path, "ask", 3, torch.float32, plm.RECIPES["ours"])
 
 # ---------------------------------------------------------------------------------------- training
 
@@ -564,7 +564,7 @@ def test_a_user_token_is_its_own_row_and_a_stranger_the_mean(tmp_path, name):
 
 def test_a_prompt_names_a_user_by_token_word_or_number():
     users, how = ["a7", "b8"], plm.RECIPES["ours"]
-    model, tokenizer = plm.load_model("tiny", "cls", 2, CPU, torch.float32, how, users)
+    model, tokenizer = plm.load_model("tiny", "cls", 2, torch.float32, how, users)
     asked, told = [plm.Annotation("hi", user, (0, 1)) for user in (*users, "new")], {}
     for ids in ("token", "word", "number"):
         name = plm.user_namer(model, tokenizer, ids, users)
@@ -636,7 +636,7 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     asked, found, end = [plm.Annotation("What a day.", "u", (0, 1))], [], None
     for name in "abc":
         folder = tiny_copy(tmp_path / name, "generation_config.json", eos_token_id=end)
-        model, tokenizer = plm.load_model(folder, "ask", 2, CPU, torch.float32, plm.RECIPES["ours"])
+        model, tokenizer = plm.load_model(folder, "ask", 2, torch.float32, plm.RECIPES["ours"])
         rows, _ = plm.encode(tokenizer, plm.METHODS["lm"], dataset(), asked, None)
         found += plm.written_answers(model, tokenizer, rows, 6)
         first = tokenizer(" " + found[0], add_special_tokens=False).input_ids[0]
@@ -829,7 +829,8 @@ def test_a_finished_run_is_shown_another_refused_and_fresh_starts_over(tmp_path,
     (folder / "answers.jsonl").write_text("paid for")
     assert "lower --lr" in refused(capsys, f"cls {run} --fresh --lr 1e18")
     assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl", "answers.jsonl"}
-    assert go(f"cls {run} --fresh --lr 0.1") == 0 and content(folder, "metrics.json")["lr"] == 0.1
+    # As nothing is there to lose, the advice can be followed without --fresh.
+    assert go(f"cls {run} --lr 0.1") == 0 and content(folder, "metrics.json")["lr"] == 0.1
     assert (folder / "answers.jsonl").read_text() == "paid for"  # and kept
 
 DRIVER = """import sys, time, plm
@@ -914,8 +915,9 @@ def test_predict_gives_the_runs_own_scores(tmp_path, monkeypatch, capsys, method
         expected = plm.probabilities(seen[0]["scores"][:1], False)[0]
         assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
         assert re.search("unknown to training.*nobody", out)
-        write_csv(path, [("a", "b")], "txt user")
+        write_csv(path, [("a", "b")], "txt reader")
         assert "no column 'text'" in refused(capsys, f"predict {folder} --csv {path}")
+        assert go(f"predict {folder} --csv {path} --text-col txt --user-col reader") == 0
         export.export(str(folder))  # what PEFT has no place for stands beside
         with safetensors.safe_open(folder / "peft" / "beside.safetensors", "pt") as f:
             assert json.loads(f.metadata()["users"]) == ["u0", "u1", "u2"]
@@ -1329,7 +1331,8 @@ def tried_on(device, folder, head):
     """(losses of two steps and of validation, scores, answers) of a model in bfloat16."""
     torch.manual_seed(0)
     users, settings, losses = [f"u{i}" for i in range(4)], plm.RECIPES["ours"], []
-    model, tokenizer = plm.load_model(folder, head, 3, device, torch.bfloat16, settings, users)
+    plm.find_device = lambda: device
+    model, tokenizer = plm.load_model(folder, head, 3, torch.bfloat16, settings, users)
     name_of = plm.user_namer(model, tokenizer, "token", users)
     rows = [row._replace(user=name_of(f"u{i % 5}") + row.user, source=plm.Annotation("", "", ()))
             for i, row in enumerate(random_rows())]
@@ -1433,7 +1436,7 @@ def test_batches_of_any_size_hold_the_same_annotations():
     timed = [sorted(row.source for row in sum(timed_batches(a)[-1][1:], [])) for a in args]
     assert timed[0] == timed[1] == timed[2] and len(timed[0]) == 256
 
-def peft_model(source, head, n_labels, device, dtype, settings):
+def peft_model(source, head, n_labels, dtype, settings):
     """As plm.load_model; NF4 of bitsandbytes, LoRA of PEFT, padded prompts."""
     def hidden(self, batch):
         flat = batch["inputs"]["input_ids"][0].tolist()
@@ -1442,6 +1445,7 @@ def peft_model(source, head, n_labels, device, dtype, settings):
         return out[mask.bool()].index_select(0, batch["at"])
 
     from peft import LoraConfig
+    device = plm.find_device()
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     nf4 = transformers.BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **nf4)
     lm = transformers.AutoModelForCausalLM.from_pretrained(
@@ -1467,7 +1471,7 @@ def measure(args, peer):
     head, device, steps = plm.METHODS[args.command].head, plm.find_device(), []
     load = peft_model if peer and head != "ask" else plm.load_model
     dtype = getattr(torch, args.dtype or "", None)
-    model, _ = load(tokenizer.name_or_path, head, len(data.labels), device, dtype, settings)
+    model, _ = load(tokenizer.name_or_path, head, len(data.labels), dtype, settings)
     args.no_dense or plm.keep_dense(model)
     model.share &= not args.no_share
     if head == "ask":
