@@ -70,7 +70,7 @@ table: $(VENV)/ready  ## F1 of every finished run, and what each personalized on
 	$(PY) data/table.py $(ARGS)
 
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b: one sentence, read by some people
-	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users $(USERS)) $(ARGS)
+	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users "$(USERS)") $(ARGS)
 
 export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one
 	$(PY) data/export.py $(RUN)
@@ -101,7 +101,7 @@ COUNTS ?= 2 4 7
 KNOWN ?= 0 5 15
 FULL_LR ?= 3e-4
 TIME ?= time
-COLS ?=
+COLS ?=   # flags of data/vary.py for a CSV of yours: --text-col comment --user-col worker
 
 NAME = $(basename $(notdir $(DATA)))
 VARY = $(PY) data/vary.py $(DATA)

@@ -21,7 +21,7 @@ Letters in the shapes below:
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
     T tokens computed            S tokens of the prefix that all prompts share       U users
     N, K out- and inputs of a linear layer               r rank of LoRA
-    H, H' heads of queries, of keys and values           E their width
+    H, H' heads of queries, of keys and values           E their width; n, m how many of each
     P positions that a head reads                        B prompts of an encoder-decoder
 
 References
@@ -107,8 +107,8 @@ def reading(what, advice="--fresh starts the run over"):
         known = isinstance(e, (BadInput, MemoryError, BrokenPipeError))
         if known or re.search("(out of|allocate) memory", str(e)):
             raise
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"{what}: cannot be used ({why}); {advice}") from None
+        why = (getattr(e, "strerror", None) or f"{type(e).__name__}: {e}").split()
+        raise BadInput(f"{what}: cannot be used ({' '.join(why)[:200]}); {advice}") from None
 
 def read_json(path):
     """The dict in a JSON file of a run; empty if there is no such file."""
@@ -118,8 +118,8 @@ def read_json(path):
         return {**json.load(f)}
 
 # 1. What can be run -------------------------------------------------------------------------------
-# A model, a dataset or a method is a row of a table. What a model's row does not say is as in the
-# recipe, and a flag overrules both.
+# A model, a dataset or a method is a row of a table. A model's row overrules our recipe (of the
+# paper's only micro_batch), and a flag overrules both.
 RECIPES = {
     "ours": dict(
         ids="token",                  # how the prompt names the user: see section 3
@@ -142,7 +142,7 @@ MODELS = {  # name -> hub id or folder, and what differs from the recipe; [1] ha
     "phi2": dict(id="microsoft/phi-2", lr=1e-4, micro_batch=8),
     "stablelm": dict(id="stabilityai/stablelm-tuned-alpha-3b", lr=1e-4, micro_batch=8),
     "mistral": dict(id="mistralai/Mistral-7B-Instruct-v0.2", lr=1e-4, micro_batch=8),
-    "chatgpt": dict(chat="gpt-3.5-turbo")}  # over HTTP; of 2023
+    "chatgpt": dict(chat="gpt-3.5-turbo")}  # over HTTP; [1] asked it in 2023
 
 # A dataset is data/NAME/annotations.csv; `make data DATA=NAME` makes those that are not there.
 DATASETS = {  # name -> columns with other names than text, user and split
@@ -163,8 +163,8 @@ METHODS = {
 # 2. Annotations and splits ------------------------------------------------------------------------
 # One row of a CSV is one person's judgement of one text: several 0/1 columns of labels, or one
 # column that names the single choice (words, or a rating in numbers). A `split` column is followed
-# to the letter. Without one, a hash splits the texts, and validation and test keep the users that
-# training knows: the model has met the reader, never the text [1].
+# to the letter. Without one, a hash splits the texts, and validation and test keep only users
+# that training knows: the model has met the reader, never the text [1].
 
 Annotation = namedtuple("Annotation", "text user labels")  # labels: (L) of 0 and 1
 
@@ -184,11 +184,11 @@ MISSING = {"", "na", "n/a", "<na>", "nan", "-nan", "null"}  # in upper or lower 
 SPELLINGS = {"0/1": {"0": 0, "1": 1, "0.0": 0, "1.0": 1}, "true/false": {"false": 0, "true": 1},
              "yes/no": {"no": 0, "yes": 1}}
 ZERO_ONE = {word: value for words in SPELLINGS.values() for word, value in words.items()}
-SPLITS = {"": None, "train": "train", "training": "train", "val": "val", "dev": "val",
+SPLITS = {"": "", "train": "train", "training": "train", "val": "val", "dev": "val",
           "valid": "val", "validation": "val", "test": "test"}
 
 def words_of(text):
-    """The words of a text without case and punctuation. A combining mark belongs to its word."""
+    """The words of a text without case and punctuation; -1 is "minus 1", combining marks stay."""
     text = re.sub(r"(?<!\w)-(?=\d)", "minus ", unicodedata.normalize("NFC", text).lower())
     return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
 
@@ -214,25 +214,27 @@ def csv_rows(path, needed=()):
         delimiter = max(",;\t", key=lambda d: len(next(csv.reader([first], delimiter=d), [])))
         f.seek(0)
         reader, rows = csv.DictReader(f, delimiter=delimiter), []
-        columns = reader.fieldnames or []
+        columns = reader.fieldnames = [c.strip() for c in reader.fieldnames or ()]
         for number, row in enumerate(reader, 1):
             whole, line = None not in row and None not in row.values(), reader.line_num
             check(whole, f"{path}: row {number} (line {line}): not the {len(columns)} columns")
             rows.append((number, row))
     check(rows, f"{path}: no annotations in it")
     for c in (*columns, *needed):
-        n, there = columns.count(c), ", ".join(columns)
+        n, there = columns.count(c), ", ".join(columns) + " (see --text-col, --user-col)"
         check(n == 1, f"{path}: {n or 'no'} column{'s' * (n > 1)} {c!r}; there are: {there}")
     return rows
 
 def label_columns(path, rows, others):
     """(columns that are mostly 0/1 and all spelled alike, other columns of two values)"""
-    found, n = defaultdict(list), len(rows)
+    found, two_valued, n = defaultdict(list), [], len(rows)
     for column in (c for c in rows[0][1] if c not in others):
         values = Counter(row[column].strip().lower() for _, row in rows)
         mostly = [s for s, words in SPELLINGS.items() if sum(values[w] for w in words) > n / 2]
-        found["".join(mostly) or len(values) == 2].append(column)
-    two_valued, _ = found.pop(True, []), found.pop(False, [])
+        if mostly:
+            found[mostly[0]].append(column)
+        elif len(values) == 2:
+            two_valued.append(column)
     there = [f"{', '.join(names)} ({spelling})" for spelling, names in found.items()]
     there = "; ".join(there) or "no column of 0 and 1"
     check(len(found) == 1, f"{path}: {there}: say --labels A,B or, for one choice, --label-col C")
@@ -254,16 +256,15 @@ def choices(path, column, values):
 
 def read_annotations(path, form, skip_missing=False):
     """(list of (Annotation, its split or None), dict(labels, single, ordered), notes) of a CSV."""
-    labels, two_valued = [form["label"]] if form.get("label") else form.get("labels") or [], []
+    labels = form.get("labels") or ([form["label"]] if form.get("label") else [])
     cells, split_col = [*form["text"].split(","), form["user"]], form.get("split")
     rows = csv_rows(path, [*cells, *labels, *[split_col] * bool(split_col)])
     split_col = split_col or ("split" if "split" in rows[0][1] else None)
-    if not labels:
-        labels, two_valued = label_columns(path, rows, [*cells, split_col])
+    labels, two_valued = (labels, []) if labels else label_columns(path, rows, [*cells, split_col])
     cells += labels
     missing = {n: c for n, row in rows for c in cells if row[c].strip().lower() in MISSING}
     for n, c in missing.items():
-        check(skip_missing, f"{path}: row {n}: no {c!r} (empty, NA; --skip-missing leaves it out)")
+        check(skip_missing, f"{path}: row {n}: no {c!r} (--skip-missing: {len(missing)} rows less)")
     notes = {"rows read": len(rows), "left out: a cell is missing": len(missing),
              "columns taken as labels": ", ".join(labels),
              "two-valued columns not taken": ", ".join(two_valued),
@@ -278,15 +279,15 @@ def read_annotations(path, form, skip_missing=False):
             chosen = [int(name == said[row[labels[0]].strip()]) for name in names]
         odd = [f"{c!r} is {row[c][:40]!r}" for c, y in zip(labels, chosen) if y is None]
         check(not odd, f"{path}: row {n}: label {', '.join(odd)}, not 0 or 1 (see --labels)")
-        split = SPLITS.get(row[split_col].strip().lower(), "?") if split_col else None
+        split = SPLITS.get(row[split_col].strip().lower(), "?") if split_col else None  # by hash
         check(split != "?", f"{path}: row {n}: {row.get(split_col)!r} is not train, val or test")
         text = "\n".join(row[c] for c in form["text"].split(","))
         found.append((Annotation(text, user_id(row[form["user"]]), tuple(chosen)), split))
     return found, dict(labels=names, single=single, ordered=ordered), notes
 
-def split_annotations(found, by_hash, notes):
+def split_annotations(found, notes):
     """dict(train, val, test) of lists of Annotation; what is left out goes into `notes`."""
-    split = {"train": [], "val": [], "test": []}
+    split, by_hash = dict(train=[], val=[], test=[]), any(part is None for _, part in found)
     for a, part in found:
         if part := split_of(a.text) if by_hash else part:
             split[part].append(a)
@@ -317,11 +318,12 @@ def load_data(name, max_eval=0, skip_missing=False, **columns):
     form = dict(text="text", user="user") | DATASETS.get(name, {})
     form |= {key: value for key, value in columns.items() if value}
     found, what, notes = read_annotations(path, form, skip_missing)
-    split = split_annotations(found, notes["split by"] == "a hash of the text", notes)
+    split = split_annotations(found, notes)
     for part, rows in split.items():
-        check(rows, f"--data {name}: no annotation is left for {part}; more texts are needed")
+        out = notes.get(f"left out: {part}, user unknown to training", 0)
+        check(rows, f"--data {name}: no row left for {part} ({out} of users unknown to training)")
     for label, rate in zip(what["labels"], np.mean([a.labels for a in split["train"]], 0)):
-        check(0 < rate < 1, f"--data {name}: label {label!r} never varies in training ({rate:.0%})")
+        check(0 < rate < 1, f"--data {name}: {label!r} never varies ({rate:.0%}; see --labels)")
     split |= {part: some_texts(split[part], max_eval) for part in ("val", "test") if max_eval}
     with open(path, "rb") as f:
         sha = hashlib.file_digest(f, "sha256").hexdigest()[:16]
@@ -372,8 +374,7 @@ def prompt_parts(method, data, text, user, examples=()):
     shared = [f"{question}\n### Labels: {', '.join(data.labels)}\n### Text:"]
     body = []
     for x in examples:
-        answer = answer_text(data.labels, x.labels)
-        body += [f" {x.text}", "\n### Response:", answer, "\n### Text:"]
+        body += [f" {x.text}", "\n### Response:", answer_text(data.labels, x.labels), "\n### Text:"]
     body.append(f" {text}")
     if told:
         return shared, body + ["\n### User ID:"], [f" {user}", "\n### Response:"]
@@ -384,14 +385,14 @@ def answer_text(labels, chosen):
     return " " + (", ".join(label for label, y in zip(labels, chosen) if y) or NONE)
 
 def check_labels(data, head):
-    """BadInput if labels cannot be told apart: in a list of them, or in an LM's answer in words."""
+    """BadInput if a label breaks a list of labels, or if an LM's answer in words could mean two."""
     words = defaultdict(list)
     for label in [*data.labels, *[NONE] * data.none]:
         words[tuple(words_of(label)) or label].append(label)
         fits = "\n" not in label and label.strip() and (data.single or "," not in label)
         check(fits, f"label {label!r}: a comma-separated answer cannot hold it")
-    for a, *b in words.values() if head in ("lm", "ask") else ():
-        check(not b, f"labels {[a, *b]}: an answer cannot tell them apart (cls and cls_p can)")
+    alike = [x for x in words.values() if len(x) > 1] if head in ("lm", "ask") else []
+    check(not alike, f"labels {alike}: an answer cannot tell them apart (cls and cls_p can)")
 
 def choose_examples(method, train):
     """A function: annotation -> up to `shots` training rows of other texts, the user's if told."""
@@ -402,8 +403,8 @@ def choose_examples(method, train):
         if not method.shots:
             return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
-        rows = by_user[asked.user] if method.personalized else rng.choices(train, k=100)
-        rows = [a for a in rows if (a.user == asked.user) == method.personalized]
+        rows = by_user[asked.user] if method.personalized else [
+            a for a in rng.choices(train, k=100) if a.user != asked.user]
         fit = dict.fromkeys(a for a in rows if text_id(a.text) != text_id(asked.text))
         return rng.sample([*fit], min(method.shots, len(fit)))
 
@@ -411,7 +412,7 @@ def choose_examples(method, train):
 
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
-    goes before it and is cut off again: a SentencePiece tokenizer would else mark the piece as the
+    goes before it and is cut off again: a SentencePiece tokenizer would otherwise mark it as the
     beginning of a text. Special tokens written inside a piece are read as letters."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
@@ -548,8 +549,8 @@ def rounded(packed, absmax, pairs, dtype):
     values = pairs.index_select(0, packed.int()).view(torch.float32).view(-1)
     return (in_blocks(values, 64) * absmax[:, None]).view(-1).to(dtype)
 
-if torch.cuda.is_available():  # one kernel, which moves a tenth of the bytes; the plain way if it
-    torch._dynamo.config.suppress_errors = True  # cannot be compiled
+if torch.cuda.is_available():  # one kernel, which moves a tenth of the bytes
+    torch._dynamo.config.suppress_errors = True  # the plain way if it cannot be compiled
     rounded = torch.compile(rounded, dynamic=True)
 
 class NF4Matmul(torch.autograd.Function):
@@ -620,7 +621,7 @@ class LoRALinear(nn.Module):
         """Casts A and scaling * B to what the layer computes in: once a step, as they change."""
         self.training, dtype, zero = mode, self.base.dtype, torch.zeros(())
         scaling = self.scaling / (1 - self.dropout * mode)  # so that the expectation stays
-        # A tuple, lest nn.Module register a float32 A twice; add, as backward needs nothing saved.
+        # A tuple, lest nn.Module register A twice; add, as mul cannot go backward a second time.
         self.factors = self.lora_A.to(dtype), torch.add(zero, self.lora_B, alpha=scaling).to(dtype)
         return self
 
@@ -644,15 +645,15 @@ def draw_dropout(model, positions):
             layer.masks = masks
 
 def add_lora(model, r, alpha, dropout):
-    """Wraps every NF4Linear of a model in a LoRALinear, in place; returns how many."""
+    """Wraps every NF4Linear of a model in a LoRALinear, in place."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, NF4Linear)}
-    for path in layers:
-        model.set_submodule(path, LoRALinear(layers[path], r, alpha, dropout))
-    return len(layers)
+    check(layers, f"{type(model).__name__} has no linear layer for LoRA")
+    for path, layer in layers.items():
+        model.set_submodule(path, LoRALinear(layer, r, alpha, dropout))
 
 # 6. The prompt tree -------------------------------------------------------------------------------
 # The prompts of a batch begin alike: all with the shared prefix, those of one text with that text,
-# and in training those of one user with what their answers begin with. In a decoder the hidden
+# and in training equal prompts with what their answers begin with. In a decoder the hidden
 # state of a token depends on the tokens before it alone, so each distinct prefix is computed once,
 # and, dropout aside, loss and gradients stay the same numbers [6]. A batch is one flat sequence of
 # nodes without padding: the shared prefix, then text by text, branch by branch. Only attention
@@ -665,13 +666,13 @@ def prompt_tree(paths, S):
     groups, nodes, branch, last_group, last = [-1] * S, [], list(range(S)), None, ()
     for group, path in paths:
         known = len(os.path.commonprefix([path, last])) if group == last_group else S
-        new = range(len(ids), len(ids) + len(path) - known)
-        parent += [branch[known - 1] if known else -1, *new][:len(new)]
-        branch, last_group, last = branch[:known] + [*new], group, path
+        branch = branch[:known] + [*range(len(ids), len(ids) + len(path) - known)]
+        parent += [-1, *branch][known:-1]  # of each new node, the one before it on the branch
         ids += path[known:]
         position += range(known, len(path))
-        groups += [group] * len(new)
+        groups += [group] * (len(path) - known)
         nodes.append(branch)
+        last_group, last = group, path
     return ids, position, parent, groups, nodes
 
 def attention_blocks(parent, groups, S, size, dtype):
@@ -736,7 +737,7 @@ def load_pretrained(name):
     source = MODELS.get(name, {}).get("id", name)
     there = os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source)
     check(there, f"--model {name}: no folder, Hugging Face id or name ({', '.join(MODELS)})")
-    with reading(f"--model {name}", "a folder or Hugging Face id of a decoder or T5 can"):
+    with reading(f"--model {name}", "a folder of a decoder or T5, or online a hub id, can"):
         config = transformers.AutoConfig.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
         for key in ("quantization_config", "num_local_experts", "num_experts"):
@@ -748,9 +749,9 @@ def load_pretrained(name):
         lm, info = auto.from_pretrained(source, attn_implementation=attention, dtype="auto",
                                         output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integers
+    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integer weights
     wrong += [path for path, m in lm.named_modules()
-              if isinstance(m, nn.Linear) and not (m.weight[:16] % 1).any()]  # integers
+              if isinstance(m, nn.Linear) and not (m.weight[:16] % 1).any()]  # whole numbers
     check(not wrong, f"--model {name}: missing, of another shape or quantized: {wrong[:1]}")
     return lm, tokenizer
 
@@ -830,12 +831,13 @@ class PersonalizedLM(nn.Module):
         return self.lm.get_output_embeddings()(hidden).float()
 
     def forward(self, batch):
-        """(P, L) scores of the labels, or (P, V) logits of the next token; float32."""
+        """For each target (L) scores of the labels, or (V) logits of the next token; float32."""
         hidden = self.hidden(batch)
-        return self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
+        out = self.score(hidden.float()) if self.head == "cls" else self.token_logits(hidden)
+        return out.index_select(0, batch["of"])
 
 def find_device():
-    """The GPU if there is one, else the CPU; no CPU in silence where a GPU does not start."""
+    """The GPU if there is one, else the CPU; BadInput if there is one that does not start."""
     if torch.cuda.is_available():
         # cuDNN's attention plans every new shape anew, and shapes change every step here.
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -850,11 +852,11 @@ def compute_dtype(device, width):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
+        def seconds(a, b):
+            return min(timeit.repeat(lambda: a @ b, number=1))  # the best of five
+
         a, b = torch.ones(512, width), torch.ones(width, width)
-        full = min(timeit.repeat("a @ b", globals=dict(a=a, b=b), number=1))  # of five
-        a, b = a.bfloat16(), b.bfloat16()
-        half = min(timeit.repeat("a @ b", globals=dict(a=a, b=b), number=1))
-        fast = width >= 256 and half < full / 1.5
+        fast = width >= 256 and seconds(a.bfloat16(), b.bfloat16()) < seconds(a, b) / 1.5
     return torch.bfloat16 if fast else torch.float32
 
 def keep_dense(model):
@@ -862,7 +864,7 @@ def keep_dense(model):
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     room = torch.cuda.mem_get_info()[1] if model.device.type == "cuda" else \
         os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    fits = 4 * sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
+    fits = 0 < 4 * sum(m.N * m.K * m.dtype.itemsize for m in layers) < room
     for layer in layers if fits else ():
         layer.dense = layer.dequantize()
     return fits
@@ -879,11 +881,11 @@ def user_namer(model, tokenizer, ids, users):
     stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
     return lambda user: (known[user] if user in known else stranger(user),)
 
-# 8. Batches ---------------------------------------------------------------------------------------
+# 8. Batches, and loading a model ------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
 # `inputs` of the backbone; `at` (P), the positions that are read; `of`, for each target its place
 # in `at` (the readers of one text share one where their ID is not told); `target`, labels (R, L) or
-# the ids of all answers. `tokens` counts what is computed.
+# the ids of all answers. `tokens` counts what is computed. A first batch checks a new model.
 
 def tree_batch(model, rows, head):
     """The parts of a batch for a decoder; without `share` every row computes its whole prompt."""
@@ -905,11 +907,11 @@ def tree_batch(model, rows, head):
     return inputs, at, of, target, dict(tokens=len(ids), branches=nodes)
 
 def pair_batch(model, rows, head):
-    """The parts of one for an encoder-decoder, which reads both ways: only equal prompts share."""
+    """As tree_batch, for an encoder-decoder; it reads both ways, so only equal prompts share."""
     prompts, pairs, at, of, target = {}, {}, {}, [], []
     start = model.lm.config.decoder_start_token_id
     for i, row in enumerate(rows):
-        prompt = prompts.setdefault((row.prompt, model.share or i), len(prompts))
+        prompt = prompts.setdefault((row.prompt, 0 if model.share else i), len(prompts))
         answer = row.answer if head == "lm" else (None,)  # CLS reads the state at the start token
         pair = pairs.setdefault((prompt, (start, *answer[:-1])), len(pairs))
         of += [at.setdefault((pair, j), len(at)) for j in range(len(answer))]
@@ -941,7 +943,7 @@ def make_batch(model, rows, head=None):
     return to_device(dict(inputs=inputs, at=at, of=of, target=target), model.device) | facts
 
 def in_batches(rows, size, rng=None):
-    """Lists of `size` rows, texts of a length together; with `rng` within 16 batches only."""
+    """Lists of `size` rows sorted by length; with `rng` shuffled, then sorted within 16 batches."""
     by_text, windows, count = defaultdict(list), defaultdict(list), 0
     for row in rows:
         by_text[row.text].append(row)
@@ -978,7 +980,7 @@ def check_forward(model):
         lm.set_attn_implementation("sdpa" if model.seq2seq else "tree")
     off = float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
     check(off < (1e-3 if lm.dtype == torch.float32 else 0.05),
-          f"{type(lm).__name__} is not supported: its forward pass is {off:.1%} off")
+          f"{type(lm).__name__} is not supported: our forward pass is {off:.1%} off")
 
 def load_model(name, head, n_labels, dtype, settings, users=()):
     """(PersonalizedLM, tokenizer), checked and ready to be trained or asked."""
@@ -990,8 +992,8 @@ def load_model(name, head, n_labels, dtype, settings, users=()):
     else:
         dtype = dtype or compute_dtype(device, lm.config.hidden_size)
         lm = quantize(lm, device, dtype, settings["quant"])
-        lora = not trained or add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
-        check(lora, f"--model {name}: {type(lm).__name__} has no linear layer for LoRA")
+        if trained:
+            add_lora(lm, settings["r"], settings["alpha"], settings["dropout"])
     if trained and settings["ids"] == "token" and users:
         words = list(user_words(tokenizer, users).values())
         user_rows = lm.get_input_embeddings().weight.detach()[words]
@@ -1070,7 +1072,7 @@ def user_bias(gold, scores, users, single, ridge=1.0):
     return dict(zip(names.tolist(), bias))
 
 def predict_rates(data, personalized, rows, strength=5):
-    """As `predict`, by log odds of labels in training; a user's are shrunk to everybody's."""
+    """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
     overall, own = np.mean([a.labels for a in data.train], 0), defaultdict(list)
     for a in data.train if personalized else ():
         own[a.user].append(a.labels)
@@ -1110,8 +1112,8 @@ def score(data, rows, result):
 # and step alone, so a run that is taken up again needs no random state.
 
 def summed_loss(out, batch, head, single):
-    """() the loss of a batch, summed over its targets. out: (P, L) scores or (P, V) logits."""
-    out, target = out.index_select(0, batch["of"]), batch["target"]
+    """() the loss of a batch, summed over its targets. out: what the model returned for them."""
+    target = batch["target"]
     if head == "cls" and not single:
         return F.binary_cross_entropy_with_logits(out, target.float(), reduction="sum")
     if head == "cls":  # times L: a row counts as L targets, as it does with binary cross-entropy
@@ -1129,23 +1131,21 @@ def make_optimizer(model, settings):
     rows = model.lm.get_input_embeddings().weight
     # A step of AdamW is as long as its rate; T5's embeddings are 100 times as long as SmolLM2's.
     size = torch.linalg.vector_norm(rows, dtype=torch.float32).item() / math.sqrt(rows.numel())
-    times, groups = dict(score=settings["head_lr"], user_embedding=settings["user_lr"] * size), {}
+    rates, by_rate = dict(score=settings["head_lr"], user_embedding=settings["user_lr"] * size), {}
     for name, p in model.trainable().items():
-        groups.setdefault(times.get(name.partition(".")[0], 1), []).append(p)
-    groups = [dict(params=params, times=times) for times, params in groups.items()]
+        by_rate.setdefault(rates.get(name.partition(".")[0], 1), []).append(p)
+    groups = [dict(params=params, times=times) for times, params in by_rate.items()]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
-
-def micro_batches(model, rows, size):
-    """The batches of a step's rows, `size` rows each: neighbours have most in common."""
-    return [make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
 
 def step_batches(model, rows, settings, seed, first, max_steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
     order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
         rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
+    size = settings["micro_batch"]  # neighbours have most in common
     for step, (epoch, part) in enumerate(order[first:], first + 1):
         last = step == len(order) or order[step][0] > epoch
-        yield step, epoch, last, part, micro_batches(model, part, settings["micro_batch"])
+        batches = [make_batch(model, part[i:i + size]) for i in range(0, len(part), size)]
+        yield step, epoch, last, part, batches
 
 def train_step(model, batches, optimizer, lr, clip, single=False):
     """() the loss of one optimizer step: the mean over the targets of all its batches."""
@@ -1170,13 +1170,14 @@ def validate(model, rows, single, label_ids, size=64):
     total, targets, found = torch.zeros((), device=model.device), 0, []
     for part in progress(in_batches(rows, size), "validate", "batches"):
         batch = make_batch(model, part)
-        out, targets = model(batch), targets + batch["target"].numel()
+        out = model(batch)
         total += summed_loss(out, batch, model.head, single)
+        targets += batch["target"].numel()
         if model.head == "lm":
             starts = np.cumsum([0] + [len(row.answer) for row in part[:-1]])
-            p = out[batch["of"][starts + label_ids[0]]].softmax(1)[:, label_ids[1]]
+            p = out[starts + label_ids[0]].softmax(1)[:, label_ids[1]]
         else:
-            p = out[batch["of"]].softmax(1) if single else out[batch["of"]].sigmoid()
+            p = out.softmax(1) if single else out.sigmoid()
         found += zip(p.cpu().numpy(), (text_id(row.source.text) for row in part))
     heard, spread = listens(*zip(*found))
     return dict(val_loss=total.item() / targets, listens=round(heard, 4), spread=round(spread, 4))
@@ -1188,8 +1189,7 @@ def save_state(path, state, params, optimizer, best):
     """Writes what a run needs to go on: trained parameters, those of the best epoch, AdamW's."""
     tensors = {f"param.{name}": p.detach() for name, p in params.items()}
     tensors |= {f"best.{name}": p for name, p in best.items()}
-    for name, p in params.items():
-        tensors |= {f"{key}.{name}": value for key, value in optimizer.state[p].items()}
+    tensors |= {f"{key}.{n}": x for n, p in params.items() for key, x in optimizer.state[p].items()}
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
     write_file(path, safetensors_bytes(tensors, {"state": json.dumps(state)}))
 
@@ -1228,10 +1228,9 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
             loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
             line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
             print(json.dumps(line), file=log)
-            texts = {text_id(row.source.text) for row in part}
-            check(math.isfinite(loss), f"loss {loss} at step {step} (texts {texts}): lower --lr")
-            now = dict(rows=len(part), seconds=time.perf_counter() - start)
-            state |= {key: state[key] + n for key, n in now.items()} | dict(step=step)
+            check(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
+            state |= dict(step=step, rows=state["rows"] + len(part),
+                          seconds=state["seconds"] + time.perf_counter() - start)
             bar.set_postfix(dict(epoch=epoch, loss=loss, listens=state["listens"]), False)
             bar.update()
             if last:
@@ -1334,17 +1333,17 @@ def read_answers(answers, data):
                 unreadable=len(said) - sum(said))
 
 def predict(model, tokenizer, method, data, config, users, annotations):
-    """dict(predicted (R, L), scores (R, L), texts_cut), or with what read_answers returns."""
+    """dict(predicted (R, L), texts_cut, ...); CLS adds scores (R, L), LM what read_answers has."""
     name_of = user_namer(model, tokenizer, config["ids"], users)
     rows, counts = encode(tokenizer, method, data, annotations, name_of, config["max_text"])
     size = 2 * config["micro_batch"]
     if model.head == "cls":
-        scores = np.array(for_each_batch(model, rows, lambda part: model(
-            b := make_batch(model, part))[b["of"]].cpu().numpy(), size))
+        scores = np.array(for_each_batch(
+            model, rows, lambda part: model(make_batch(model, part)).cpu().numpy(), size))
         return dict(counts, predicted=chosen_labels(scores, data.single), scores=scores)
     limit = len(tokenize(tokenizer, answer_text(data.labels, [1] * len(data.labels)))) + 1
     answers = written_answers(model, tokenizer, rows, min(limit, MAX_ANSWER), size)
-    return counts | read_answers(answers, data)
+    return dict(counts, **read_answers(answers, data))
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
 # A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
@@ -1355,11 +1354,11 @@ OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another ser
 TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
 CONNECT, READ, DEADLINE = 10, 120, 600  # seconds to connect, of silence, for new attempts
 RETRIES = 8   # where a third of all attempts fail, 9 in a row do for one request in 20,000
-BACKOFF = 1   # seconds before the second attempt; each wait is twice the last, up to 20 s
+BACKOFF = 1   # seconds to the second attempt, then 2, 4, ... 20; at random down to half of that
 GIVE_UP = 20  # requests that fail one after the other: it is not the rows then; the run stops
 
 def parse_reply(said):
-    """("answered", reply), as by a model that declines, or ("failed", why), or None, of a body."""
+    """("answered", reply) or ("failed", why); None of an odd body. A refusal is an empty answer."""
     with suppress(Exception):  # a body may be anything
         reply = json.loads(said)
         choice, usage = reply["choices"][0], reply.get("usage") or {}  # not every server counts
@@ -1371,7 +1370,7 @@ def parse_reply(said):
         return "answered", dict(answer=text, **{k: int(usage.get(k) or 0) for k in TOKENS})
 
 def ask_once(session, url, key, body, names, events):
-    """("answered", reply), ("failed", why) or ("stop", why); `names`: what this server calls it."""
+    """("answered", reply), ("failed", why), ("stop", why). `names`: field -> this server's name."""
     until, wait, why = time.monotonic() + DEADLINE, 0, ""
     for attempt in range(1 + RETRIES):
         if time.monotonic() + wait > until:
@@ -1407,7 +1406,7 @@ def start_workers(bodies, concurrency):
     not heard does not send, so none gets ahead of the disk or goes on when the run has stopped."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     base = (os.environ.get("OPENAI_BASE_URL") or OPENAI).strip().rstrip("/")
-    check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY to your key; any word if it needs none")
+    check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY (to any word if the server needs none)")
     valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", base, re.I)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     todo, events, names, url = queue.SimpleQueue(), queue.Queue(1), {}, f"{base}/chat/completions"
@@ -1424,7 +1423,7 @@ def start_workers(bodies, concurrency):
     for item in (*bodies.items(), *[None] * concurrency):
         todo.put(item)
     for _ in range(concurrency):
-        threading.Thread(target=work, daemon=True).start()  # so none keeps the process
+        threading.Thread(target=work, daemon=True).start()  # and none outlives the run
     return events
 
 def finished_answers(path):
@@ -1463,20 +1462,20 @@ def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
                     failed[sha], in_a_row = value, in_a_row + 1
                 if kind == "stop" or in_a_row == GIVE_UP:
                     raise BadInput(f"{value} ({len(failed)} failed; the answers are in {path})")
-    for sha, why in failed.items():
-        raise BadInput(f"{len(failed)} of {len(todo)} requests failed, as test row "
-                       f"{shas.index(sha) + 1}: {why}; the same command asks for the rest ({path})")
+    example = next((f"test row {shas.index(sha) + 1}: {why}" for sha, why in failed.items()), "")
+    check(not failed, f"{len(failed)} of {len(todo)} requests failed, as {example}; "
+                      f"the same command asks for the rest ({path})")
     counts = {name: sum(answered[sha][name] for sha in {*shas}) for name in TOKENS}
     counts |= dict(requests=count["sent"], retries=count["sent"] - len(todo))
     return [answered[sha]["answer"] for sha in shas], counts
 
 # 13. One experiment from end to end ---------------------------------------------------------------
 # A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
-# (run.json) and to one process at a time. The same command takes up a stopped run, and prints the
+# (run.json) and to one process at a time. The same command resumes a stopped run, and prints the
 # summary of a finished one again. metrics.json comes last.
 
 def model_name(model):
-    """What a model is called in folders and tables: a name of MODELS, else the last part of it."""
+    """What a model is called in folders and tables: its name, else the last part of its path."""
     return os.path.basename(os.path.abspath(model)).replace(":", "_")
 
 @contextmanager
@@ -1487,13 +1486,13 @@ def run_folder(folder, config, fresh):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BadInput(f"{folder}: another process is at this run; wait, or --out") from None
+            raise BadInput(f"{folder}: another process runs this; wait, or use --out") from None
         for name in os.listdir(folder) if fresh else ():
             if os.path.isfile(f"{folder}/{name}") and name not in ("lock", "answers.jsonl"):
                 os.remove(f"{folder}/{name}")  # not the answers: they were paid for
         begun = any(os.path.exists(f"{folder}/{name}") for name in ("metrics.json", STATE))
-        there = begun and read_json(f"{folder}/run.json") or config
-        odd = [key for key in there | config if there.get(key) != config.get(key)]
+        there = read_json(f"{folder}/run.json") if begun else {}
+        odd = [key for key in there | config if there and there.get(key) != config.get(key)]
         odd = ", ".join(f"{key} {there.get(key)} there, {config.get(key)} here" for key in odd[:3])
         check(not odd, f"{folder} holds another run ({odd}): --fresh, or --out DIR to keep it")
         write_file(f"{folder}/run.json", config)
@@ -1520,7 +1519,7 @@ def peak_memory_mb():
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))
 
 def settings_of(args):
-    """The recipe, overruled by the model's row (ours only), overruled by flags."""
+    """The recipe, overruled by the model's row (the paper's: micro_batch only), then by flags."""
     row, ours = MODELS.get(args.model, {}), args.recipe == "ours"
     row = {key: value for key, value in row.items() if ours or key == "micro_batch"}
     flags = {key: value for key, value in vars(args).items() if value is not None}
@@ -1534,13 +1533,13 @@ def check_length(name, config, longest):
     check(fits, f"--model {name} reads {room} tokens, a prompt needs {longest}: lower --max-text")
 
 def describe(model, dense, quant):
-    """dict of what is said of a model before it is trained; it is printed, too."""
+    """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     trained = sum(p.numel() for p in model.trainable().values())
     quantized = sum(m.N * m.K for m in layers)
     total = quantized + sum(p.numel() for p in model.parameters())
-    name = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    name = torch.cuda.get_device_name() if model.device.type == "cuda" else f"a CPU with {name}"
+    cpu = f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if model.device.type == "cuda" else cpu
     dtype = str(model.lm.dtype).removeprefix("torch.")
     also = " and a dense copy" * dense + ", computing with the weights as they were" * (not quant)
     print(f"{type(model.lm).__name__} on {name}, computing in {dtype}: {quantized:,} of {total:,} "
@@ -1565,11 +1564,10 @@ def run_local(method, args, config, data, folder):
     longest = max(len(row.prompt) for part in rows.values() for row in part)
     check_length(args.model, model.lm.config, longest + MAX_ANSWER * (method.head != "cls"))
     facts = describe(model, not args.no_dense and keep_dense(model), config["quant"]) | cut
-    if cut["texts_cut"]:
-        print(f"{cut['texts_cut']} texts are cut to {args.max_text} tokens", flush=True)
     if trained:
-        names = *data.labels, *[NONE] * data.none
+        names = [*data.labels, *[NONE] * data.none] if method.head == "lm" else []
         ids = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
+        check(len({*ids}) == len(ids), f"--model {args.model} has the same tokens for two labels")
         place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
         label_ids = place, [x[place] for x in ids]
         done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
@@ -1581,7 +1579,7 @@ def run_local(method, args, config, data, folder):
     return functools.partial(predict, model, tokenizer, method, data, config, users), facts
 
 def run_chat(chat, method, args, data, folder):
-    """As run_local, of a model behind HTTP."""
+    """As run_local, for a model behind HTTP; the function knows the test rows only."""
     choose, prompts, few, most = choose_examples(method, data.train), [], 0, 4 * args.max_text
     for a in data.test:
         examples = [x._replace(text=x.text[:most]) for x in choose(a)]  # a token: 4 characters
@@ -1591,15 +1589,15 @@ def run_chat(chat, method, args, data, folder):
     n, tokens = len({*prompts}), sum(map(len, {*prompts})) // 4
     print(f"{chat}: {n:,} requests for {len(prompts):,} rows (equal prompts are sent once), about "
           f"{tokens:,} tokens of prompts, at most {n * MAX_ANSWER:,} of answers", flush=True)
-    path, cut = os.path.join(folder, "answers.jsonl"), sum(len(a.text) > most for a in data.test)
+    path, cut = f"{folder}/answers.jsonl", {a.text for a in data.test if len(a.text) > most}
     answers, counts = ask_chatgpt(prompts, path, chat, args.seed, MAX_ANSWER)
     result = read_answers(answers, data)
-    return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=cut)
+    return lambda test: result, dict(chat=counts, too_few_examples=few, texts_cut=len(cut))
 
 def chat_model(args, method):
     """What a server calls the model that --model names, None if it runs here."""
-    own, name = args.model.startswith("openai:"), args.model
-    chat = name[len("openai:"):] if own else MODELS.get(name, {}).get("chat")
+    name, chat = args.model, MODELS.get(args.model, {}).get("chat")
+    chat = name.removeprefix("openai:") if name.startswith("openai:") else chat
     check(chat != "", "--model openai: needs a name behind it, as in openai:gpt-4o-mini")
     check(method.head == "ask" or not chat, f"--model {name} can only be asked: q_0s, q_1s_p, ...")
     return chat
@@ -1689,17 +1687,17 @@ def print_summary(m, folder):
     def short(x):
         if isinstance(x, dict):
             return ", ".join(f"{key} {short(value)}" for key, value in x.items())
-        return " to ".join(map(short, x)) if isinstance(x, list) else f"{x:,.4g}"
+        return " to ".join(map(short, x)) if isinstance(x, list) else f"{round(x, 6):,.4g}"
 
     n = m["rows"]["test"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
-        if m.get(key) is not None and (m[key] or key.startswith("f1")):
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing, a score does
             print(f"  {key:20} {short(m[key])}  {what}".rstrip())
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * min(f1, 1))}".rstrip())
-    if m["spread"] < 0.01 and m["method"] != "majority":
-        print("  COLLAPSED: every row gets the same scores; try a lower --lr")
+    if m["spread"] < 0.01 and METHODS[m["method"]].head in ("cls", "lm"):
+        print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
     elif METHODS[m["method"]].personalized and m["listens"]["model"] < 0.02:
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
@@ -1728,20 +1726,22 @@ def load_run(folder):
 
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    check(bool(args.csv) != bool(args.text), "predict needs --text T (--users A,B) or --csv FILE")
+    fits = not (args.text or args.users) if args.csv else args.text
+    check(fits, "predict needs --text T (--users A,B) or --csv FILE")
     m, model, tokenizer, users = load_run(args.run)
     method, nothing = METHODS[m["method"]], (0,) * len(m["labels"])
     check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
     asked = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
     if args.csv:
-        text, user = (getattr(args, key) or m[key] or key[:4] for key in ("text_col", "user_col"))
+        text = args.text_col or m["text_col"] or "text"
+        user = args.user_col or m["user_col"] or "user"
         rows = csv_rows(args.csv, [*text.split(","), *[user] * method.personalized])
         asked = [("\n".join(row[c] for c in text.split(",")), row.get(user, "")) for _, row in rows]
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
     unknown = sorted({a.user for a in asked} - {*users})
     if unknown and method.personalized:
         mean = " (read with the mean of all user tokens)" * (m["ids"] == "token")
-        print(f"unknown to training{mean}: {', '.join(unknown[:20])}{' ...' * (len(unknown) > 20)}")
+        print(f"unknown to training{mean}: {unknown[:20]}{' ...' * (len(unknown) > 20)}")
     data = Dataset(*(m.get(key, []) for key in Dataset._fields))  # no rows, but all of the labels
     result = predict(model, tokenizer, method, data, m, users, asked)
     if result["texts_cut"]:
@@ -1765,18 +1765,18 @@ class Parser(argparse.ArgumentParser):
         flags = " ".join(flag for action in self._actions for flag in action.option_strings[-1:])
         raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
 
-def number(kind, least, most=2 ** 62):
+def number(kind, least, most=10 ** 18):
     """An argparse type: a number of that kind, from `least` to `most`."""
     def parse(text):
         value = kind(text)
         if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most:,}")
+            raise argparse.ArgumentTypeError(f"{text} is not a number from {least} to {most:,.10g}")
         return value
 
     parse.__name__ = kind.__name__
     return parse
 
-COUNT, LIST = number(int, 1), lambda text: [*dict.fromkeys(text.split(","))]
+COUNT, LIST = number(int, 1), lambda s: [*dict.fromkeys(filter(None, map(str.strip, s.split(","))))]
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
     ("--model", dict(default="tiny", help="a name below, a folder, a hub id, openai:NAME (tiny)")),
     ("--data", dict(default="sample", help="a name below or a CSV (sample)")),
@@ -1823,12 +1823,12 @@ def make_parser():
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
-    args, said = None, sys.argv[1:] if argv is None else argv
-    try:  # bytes that are no UTF-8 become question marks
+    said = sys.argv[1:] if argv is None else argv
+    try:  # bytes that are no UTF-8 become U+FFFD
         said = [x.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for x in said]
         args = make_parser().parse_args(said)
-        fits = (args.command == "predict") == bool(args.run)
-        check(fits, "predict needs the folder of a run, and nothing else takes one")
+        fits = args.run if args.command == "predict" else not (args.run or args.text or args.csv)
+        check(fits, "predict needs the folder of a run; --text and --csv are for predict alone")
         (predict_run if args.command == "predict" else run)(args)
         return 0
     except BadInput as e:

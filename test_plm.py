@@ -442,6 +442,9 @@ def rounded_reference(model, lm):
     return reference.eval()
 
 @torch.no_grad()
+def micro_batches(model, rows, size):
+    return [plm.make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
+
 def their_logits(lm, row):
     """The logits of transformers' own model, on a row by itself, for the tokens of the answer."""
     answer = row.answer[:-1]
@@ -461,7 +464,7 @@ def test_the_loaded_model_is_transformers_own_with_rounded_weights(model_dir):
     rows[3] = rows[3]._replace(text=(2, 2, 9, 2))
     reference, batch = rounded_reference(model, lm), plm.make_batch(model, rows)
     theirs = torch.cat([their_logits(reference, row) for row in rows])
-    assert torch.allclose(model(batch)[batch["of"]], theirs, atol=2e-5)
+    assert torch.allclose(model(batch), theirs, atol=2e-5)
     write = plm.write_answers if model.seq2seq else plm.grow_answers
     with torch.no_grad():
         ours, model.share = write(model, rows, {2}, 9), False
@@ -483,7 +486,7 @@ def test_a_step_is_the_same_with_and_without_sharing_whole_or_in_pieces(model_di
         model.share = share
         before = {n: t.clone() for n, t in (*model.named_parameters(), *model.named_buffers())}
         optimizer = torch.optim.SGD(model.trainable().values(), lr=1.0)
-        batches = plm.micro_batches(model, rows, micro)
+        batches = micro_batches(model, rows, micro)
         assert len(batches) == math.ceil(len(rows) / micro)
         loss = plm.train_step(model, batches, optimizer, 1.0, clip=1e9)
         now = dict((*model.named_parameters(), *model.named_buffers()))
@@ -528,7 +531,7 @@ def test_learning_rate_climbs_then_falls_to_nearly_nothing():
 @torch.no_grad()
 def scores(model, rows):
     batch = plm.make_batch(model.train(False), rows)
-    return model(batch)[batch["of"]].cpu().numpy()
+    return model(batch).cpu().numpy()
 
 @pytest.mark.parametrize("head, single", [("cls", False), ("cls", True), ("lm", False)])
 @pytest.mark.parametrize("told", [True, False])
@@ -539,7 +542,7 @@ def test_the_paper_in_miniature(tmp_path, head, single, told):
                     (user, 1 - user), None) for i in range(8) for user in (0, 1)]
     optimizer = torch.optim.AdamW(model.trainable().values(), lr=1e-2, weight_decay=0.0)
     for _ in range(40):
-        batches = plm.micro_batches(model, rows, 32)
+        batches = micro_batches(model, rows, 32)
         plm.train_step(model, batches, optimizer, 1e-2, 1.0, single)
     if head == "cls":
         predicted = plm.chosen_labels(scores(model, rows), single)
@@ -779,7 +782,7 @@ def content(folder, name):
 @pytest.mark.parametrize("args, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--model --data"),
     ("cls --data nosuch", "sample, goemotions"), ("predict", "needs the folder"),
-    ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "nothing else takes one"),
+    ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "for predict alone"),
     ("cls --model ./nosuch", "./nosuch: no "), ("predict nosuch --text x", "no finished run"),
     (f"cls --model {HERE}", "config.json"), ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --labels funny,nosuch", "no column 'nosuch'; there are: text, user"),
@@ -939,7 +942,7 @@ def test_peft_computes_the_same_with_the_exported_adapter(tmp_path, small_csv, n
     for row in plm.encode(tokenizer, plm.METHODS[method], data, data.test[:5], None)[0]:
         row = row._replace(answer=(2,)) if method == "cls" else row
         batch = plm.make_batch(model.train(False), [row])
-        ours = model(batch)[batch["of"]]
+        ours = model(batch)
         off = (their_logits(theirs, row) - ours).abs().max()
         assert off <= 1e-4 * ours.abs().max()
 
@@ -1344,7 +1347,7 @@ def tried_on(device, folder, head):
         if losses:  # the run was stopped, and is taken up again
             plm.load_state(f"{folder}/state", params, optimizer)
         WAITS.clear()
-        batches = plm.micro_batches(model, rows, 6)
+        batches = micro_batches(model, rows, 6)
         result = plm.train_step(model, batches, optimizer, 0.01, 1.0)
         assert not losses or not WAITS, f"a step waits: {dict(WAITS)}"  # the first makes constants
         losses.append(result.item())
@@ -1483,7 +1486,7 @@ def measure(args, peer):
     optimizer, D = plm.make_optimizer(model, settings), model.lm.config.hidden_size
     micro = min(8 if peer and device.type == "cpu" else 999, settings["micro_batch"])
     for rows in batches:
-        parts = plm.micro_batches(model, rows, micro)
+        parts = micro_batches(model, rows, micro)
         start = time.perf_counter()
         loss = plm.train_step(model, parts, optimizer, 1e-4, settings["clip"], data.single).item()
         seconds, tokens = time.perf_counter() - start, sum(x["tokens"] for x in parts)

@@ -317,7 +317,7 @@ def download_all(name, folder):
 def main(argv=None):
     """Runs the command; returns the exit status."""
     def refuse(message):
-        raise BadInput(message)
+        raise BadInput(f"{message}; make data DATA={'|'.join(DATASETS)}")
     p = argparse.ArgumentParser("prepare.py", description=__doc__.splitlines()[0])
     p.error = refuse
     p.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))

@@ -23,7 +23,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import plm  # noqa: E402
-from table import fits, finished_runs, read_predictions, table_cell  # noqa: E402
+from table import fits, finished_runs, read_predictions, table_cell, table_of  # noqa: E402
 
 W = 340  # every chart is as wide as a phone, so that its letters are not scaled down there
 COLORS = """body{{color:{0};background:{1}}}text{{fill:{0}}}.soft{{fill:{2}}}.rule{{stroke:{3}}}
@@ -253,7 +253,7 @@ def dataset(name, cells):
     html = "".join(f'<figure><figcaption>{title}.</figcaption><svg role="img" viewBox="0 0 {W} '
                    f'{height}">{svg}</svg></figure>' for title, height, svg in charts)
     sizes = ", ".join(f"{n:,} rows for {safe(part)}" for part, n in m["rows"].items())
-    return (f"<section><h2>{safe(name[0])}{f' (--max-eval {safe(name[1])})' * bool(name[1])}</h2>"
+    return (f"<section><h2>{safe(''.join(name), 99)}</h2>"
             f"<p>{sizes}; {len(m['f1_per_user']['users'])} users in the test; {len(m['labels'])} "
             f"labels: {', '.join(map(safe, m['labels']))}.</p>{main_table(cells)}{html}"
             f"{controls_table(cells)}{readers(cells)}</section>")
@@ -288,10 +288,10 @@ def main(argv=None):
     try:
         runs = [run for run in finished_runs(args.out) if run[1]["method"] in order]
         for folder, m in sorted(runs, key=lambda run: order[run[1]["method"]]):
-            cells = found[m["data"], m.get("max_eval", 0)]
+            cells = found[table_of(m)]
             cells[plm.model_name(m["model"]), m["method"]][m["split"], m["seed"]] = folder, m
         found = {name: dict(sorted(found[name].items(), key=lambda cell: cell[0][0]))
-                 for name in sorted(found, key=str)}
+                 for name in sorted(found)}
         if not found:
             raise plm.BadInput(f"{args.out}: no finished run in it; make one: python plm.py cls_p")
         html = (f"<p>{date.today():%d %B %Y}. {len(runs)} finished runs were read from "

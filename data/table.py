@@ -28,6 +28,7 @@ def fits(value, like):
     return isinstance(value, (int, float) if type(like) in (int, float) else type(like))
 
 
+TRIAL = "max_eval", "max_steps"  # a run with one of them is not set beside whole ones
 METRICS = dict(  # the form of what tables and the report read of metrics.json
     method="", model="", data="", data_sha="", seed=0, labels=[""], f1_macro=0.0,
     f1_macro_ci=[0.0], per_label=[0.0], f1_per_user=dict(users={}), spread=0.0,
@@ -44,10 +45,17 @@ def finished_runs(out):
             plm.check(not odd and m["method"] in plm.METHODS, f"metrics.json: damaged {odd[:3]}")
             low, high = m["f1_macro_ci"]
             plm.check(0 <= low <= high <= 1 and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"]
-                      and fits(m.get("max_eval", 0), 0) and fits(m.get("split") or "", ""), "no F1")
+                      and all(fits(m.get(key, 0), 0) for key in TRIAL)
+                      and fits(m.get("split") or "", ""), "no F1")
             yield folder, m
         except (OSError, plm.BadInput, ValueError) as e:
             print(f"table.py: {folder} is left out ({e})", file=sys.stderr)
+
+
+def table_of(m):
+    """(dataset of a run, the flags that made it a trial): what stands in one table."""
+    flags = [f"--{key.replace('_', '-')} {m[key]}" for key in TRIAL if m.get(key)]
+    return m["data"], f" ({' '.join(flags)})" if flags else ""
 
 
 def read_predictions(folder, labels):
@@ -98,13 +106,13 @@ def table_cell(runs, twins):
 
 def print_table(*outs):
     """F1-macro of every finished run: methods in rows, models in columns (of several folders: each
-    with its folder), a table a dataset (and --max-eval). Runs of several seeds and splits are
+    with its folder), a table a dataset, one for its trials. Runs of several seeds and splits are
     averaged; gains are paired by both."""
     cells = defaultdict(dict)
     for out in outs:
         for folder, m in finished_runs(out):
             column = plm.model_name(m["model"]) + f" {os.path.basename(out)}" * (len(outs) > 1)
-            key = (m["data"], m.get("max_eval", 0)), m["method"], column
+            key = table_of(m), m["method"], column
             cells[key][m.get("split"), m.get("seed")] = folder, m
     plm.check(cells, f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
     for data in sorted({data for data, *_ in cells}):
@@ -115,8 +123,8 @@ def print_table(*outs):
                 twin = method.removesuffix("_p") if method.endswith("_p") else None
                 text[method, model] = table_cell(runs, cells.get((d, twin, model), {}))
         width = max(map(len, [*text.values(), *models])) + 2
-        print(f"\n{data[0]}{f' (--max-eval {data[1]})' * bool(data[1])}: F1-macro [95 %], gain "
-              "over the plain twin, * where it is more than chance")
+        print(f"\n{''.join(data)}: F1-macro [95 %], gain over the plain twin, * where it is more "
+              "than chance")
         for method in ("", *plm.METHODS):
             cell = {model: text.get((method, model), "" if method else model) for model in models}
             if any(cell.values()):
