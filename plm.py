@@ -56,6 +56,8 @@ from contextlib import contextmanager, suppress
 from itertools import takewhile
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C before main runs, while torch is loaded, needs no traceback
+    sys.excepthook = lambda kind, *e: kind is KeyboardInterrupt or sys.__excepthook__(kind, *e)
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # how long idle threads spin: by default too long
 
 import numpy as np
@@ -118,8 +120,8 @@ def read_json(path):
         return {**json.load(f)}
 
 # 1. What can be run -------------------------------------------------------------------------------
-# A model, a dataset or a method is a row of a table. A model's row overrules our recipe (of the
-# paper's only micro_batch), and a flag overrules both.
+# A model, a dataset or a method is a row of a table. A model's row overrules our recipe (but in the
+# paper's micro_batch alone), and a flag overrules both.
 RECIPES = {
     "ours": dict(
         ids="token",                  # how the prompt names the user: see section 3
@@ -177,7 +179,7 @@ class Dataset(NamedTuple):
     train: list    # of Annotation, as are val and test
     val: list
     test: list
-    notes: dict    # what became of the rows, in words -> number
+    notes: dict    # what was read and what was left out, in words -> a number or names
     sha: str       # of the file
 
 MISSING = {"", "na", "n/a", "<na>", "nan", "-nan", "null"}  # in upper or lower case
@@ -192,6 +194,7 @@ def words_of(text):
     text = re.sub(r"(?<!\w)-(?=\d)", "minus ", unicodedata.normalize("NFC", text).lower())
     return "".join(c if unicodedata.category(c)[0] in "LNM" else " " for c in text).split()
 
+@functools.cache
 def text_id(text):
     """16 hex digits that stand for a text in files; case and white space make no difference."""
     words = " ".join(text.lower().split())
@@ -235,8 +238,7 @@ def label_columns(path, rows, others):
             found[mostly[0]].append(column)
         elif len(values) == 2:
             two_valued.append(column)
-    there = [f"{', '.join(names)} ({spelling})" for spelling, names in found.items()]
-    there = "; ".join(there) or "no column of 0 and 1"
+    there = "; ".join(f"{', '.join(c)} ({s})" for s, c in found.items()) or "no column of 0 and 1"
     check(len(found) == 1, f"{path}: {there}: say --labels A,B or, for one choice, --label-col C")
     return found.popitem()[1], two_valued
 
@@ -273,6 +275,7 @@ def read_annotations(path, form, skip_missing=False):
     names, single, ordered, found = labels, len(labels) == 1, False, []
     if single:
         names, said, ordered = choices(path, labels[0], {r[labels[0]].strip() for _, r in rows})
+        notes["columns taken as labels"] += " (ratings)" * ordered
     for n, row in rows:
         chosen = [ZERO_ONE.get(row[label].strip().lower()) for label in labels]
         if single:
@@ -395,7 +398,7 @@ def check_labels(data, head):
     check(not alike, f"labels {alike}: an answer cannot tell them apart (cls and cls_p can)")
 
 def choose_examples(method, train):
-    """A function: annotation -> up to `shots` training rows of other texts, the user's if told."""
+    """A function: a row -> up to `shots` rows of other texts, the user's if told, or others'."""
     by_user = defaultdict(list)
     for a in train:
         by_user[a.user].append(a)
@@ -413,7 +416,7 @@ def choose_examples(method, train):
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
     goes before it and is cut off again: a SentencePiece tokenizer would otherwise mark it as the
-    beginning of a text. Special tokens written inside a piece are read as letters."""
+    beginning of a text. Special tokens written inside a piece are read as letters or left out."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
@@ -428,7 +431,7 @@ def tokenize(tokenizer, piece, first=False):
     return [i for i in ids if i not in special or i == tokenizer.unk_token_id]
 
 def frame(tokenizer, chat):
-    """(ids before, ids after) a prompt: <s> or </s> or, to be asked, the model's chat template."""
+    """(ids before, ids after) a prompt: its <s> or </s>; if `chat`, the model's chat template."""
     if chat and tokenizer.chat_template:
         asked = [{"role": "user", "content": "\0"}]
         around = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -540,7 +543,7 @@ def quantize_absmax(absmax):
     blocks = in_blocks(absmax - offset, 256)
     scale = blocks.abs().amax(1)
     scaled = blocks * (1 / scale.clamp(min=1e-38))[:, None]
-    step = (((scaled + 1) * 0.5) * 65535 + 0.5).floor()  # [4] first rounds to 65,536 even steps
+    step = ((scaled + 1) * 0.5 * 65535 + 0.5).floor()  # [4] first rounds to 65,536 even steps
     code = nearest(step.view(-1) / 65535 * 2 - 1, tables(absmax.device)[2])
     return code[:absmax.numel()].to(torch.uint8), scale, offset
 
@@ -749,9 +752,9 @@ def load_pretrained(name):
         lm, info = auto.from_pretrained(source, attn_implementation=attention, dtype="auto",
                                         output_loading_info=True, ignore_mismatched_sizes=True)
     wrong = [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integer weights
+    wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of integers
     wrong += [path for path, m in lm.named_modules()
-              if isinstance(m, nn.Linear) and not (m.weight[:16] % 1).any()]  # whole numbers
+              if isinstance(m, nn.Linear) and m.weight[:16].any() and not (m.weight[:16] % 1).any()]
     check(not wrong, f"--model {name}: missing, of another shape or quantized: {wrong[:1]}")
     return lm, tokenizer
 
@@ -769,7 +772,7 @@ def quantize(lm, device, dtype, quant=True):
     return lm.requires_grad_(False).to(device).eval()
 
 class PersonalizedLM(nn.Module):
-    """A backbone with one of the heads; `user_rows` (U, D) are the first embeddings of users."""
+    """A backbone with one of the heads; `user_rows` (U, D): what users' embeddings start as."""
     def __init__(self, lm, head, n_labels, user_rows=None):
         super().__init__()
         self.lm, self.head, self.seq2seq = lm, head, lm.config.is_encoder_decoder
@@ -797,7 +800,8 @@ class PersonalizedLM(nn.Module):
         if self.user_embedding is None:
             return words(input_ids)
         V = words.weight.shape[0]
-        rows = torch.cat([self.user_embedding, self.user_embedding.mean(0, keepdim=True)])
+        users = self.user_embedding * getattr(words, "embed_scale", 1)  # Gemma 3 scales words so
+        rows = torch.cat([users, users.mean(0, keepdim=True)])
         rows = F.embedding((input_ids - V).clamp(min=0), rows).to(words.weight.dtype)
         return torch.where((input_ids < V)[..., None], words(input_ids.clamp(max=V - 1)), rows)
 
@@ -810,12 +814,12 @@ class PersonalizedLM(nn.Module):
             draw_dropout(self, input_ids.numel())
             out = self.lm.base_model(inputs_embeds=self.embed(input_ids), use_cache=False, **inputs)
             return out.last_hidden_state[0].index_select(0, batch["at"])
-        start, pair = inputs["start"], inputs["pair"]
-        draw_dropout(self, len(pair) * max(input_ids.shape[1], start.shape[1]))
+        answers, pair = inputs["decoder_input_ids"], inputs["pair"]
+        draw_dropout(self, len(pair) * max(input_ids.shape[1], answers.shape[1]))
         mask = inputs["attention_mask"][:, None, None].bool()  # transformers leaves 4-D as it is
         memory = self.encode(input_ids, mask).index_select(0, pair)
         out = self.lm.get_decoder()(
-            input_ids=start, encoder_hidden_states=memory, use_cache=False,
+            input_ids=answers, encoder_hidden_states=memory, use_cache=False,
             encoder_attention_mask=mask.index_select(0, pair))
         return out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"])
 
@@ -871,14 +875,14 @@ def keep_dense(model):
 
 def user_namer(model, tokenizer, ids, users):
     """A function: user -> the token ids that name the user in a prompt; None for "number"."""
-    if ids == "number" or ids == "token" and model.user_embedding is None:
+    if ids == "number":
         return None
     V = model.lm.get_input_embeddings().weight.shape[0]
     if ids == "token":
         known = {user: V + i for i, user in enumerate(users)}
         return lambda user: (known.get(user, V + len(users)),)
     known = user_words(tokenizer, users)
-    stranger = functools.cache(lambda user: user_words(tokenizer, [user])[user])
+    stranger = functools.cache(lambda user: user_words(tokenizer, [*users, user])[user])
     return lambda user: (known[user] if user in known else stranger(user),)
 
 # 8. Batches, and loading a model ------------------------------------------------------------------
@@ -918,7 +922,7 @@ def pair_batch(model, rows, head):
         target += [row.labels] if head == "cls" else answer
     input_ids, mask = padded([ids for ids, _ in prompts])
     decoder_input_ids, _ = padded([ids for _, ids in pairs])
-    inputs = dict(input_ids=input_ids, attention_mask=mask, start=decoder_input_ids,
+    inputs = dict(input_ids=input_ids, attention_mask=mask, decoder_input_ids=decoder_input_ids,
                   pair=torch.tensor([prompt for prompt, _ in pairs]))
     at = [pair * decoder_input_ids.shape[1] + j for pair, j in at]
     tokens = sum(len(ids) for ids, _ in prompts) + sum(len(ids) for _, ids in pairs)
@@ -1225,9 +1229,8 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
             torch.manual_seed(1000003 * seed + 1009 * (step - 1))
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
-            loss, tokens = loss.item(), sum(batch["tokens"] for batch in batches)
-            line = dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
-            print(json.dumps(line), file=log)
+            loss, n = loss.item(), sum(batch["tokens"] for batch in batches)
+            print(json.dumps(dict(step=step, epoch=epoch, loss=loss, lr=lr, tokens=n)), file=log)
             check(math.isfinite(loss), f"loss {loss} at step {step}: lower --lr")
             state |= dict(step=step, rows=state["rows"] + len(part),
                           seconds=state["seconds"] + time.perf_counter() - start)
@@ -1623,8 +1626,8 @@ def evaluate(method, data, read):
     found |= {key: result[key] for key in ("unknown_words", "unreadable") if key in result}
     return result, found
 
-CONFIG = ("model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
-          "max_steps", "max_eval", "dtype", "no_share")  # flags that make another run
+CONFIG = """model seed recipe text_col user_col skip_missing max_text max_steps max_eval dtype
+            no_share""".split()  # flags that make another run
 
 def run(args):
     """One row of the paper's table for one model and dataset: trains, predicts, scores, reports."""
@@ -1733,8 +1736,8 @@ def predict_run(args):
     check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
     asked = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
     if args.csv:
-        text = args.text_col or m["text_col"] or "text"
-        user = args.user_col or m["user_col"] or "user"
+        text, user = (getattr(args, key) or m[key] for key in ("text_col", "user_col"))
+        text, user = text or "text", user or "user"
         rows = csv_rows(args.csv, [*text.split(","), *[user] * method.personalized])
         asked = [("\n".join(row[c] for c in text.split(",")), row.get(user, "")) for _, row in rows]
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
@@ -1759,11 +1762,6 @@ def predict_run(args):
 
 # 15. The command line -----------------------------------------------------------------------------
 # What a user can say, and what a user is told if it cannot be done: one line, and status 2.
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        flags = " ".join(flag for action in self._actions for flag in action.option_strings[-1:])
-        raise BadInput(f"{message} (flags: {flags})" if "unrecognized" in message else message)
 
 def number(kind, least, most=10 ** 18):
     """An argparse type: a number of that kind, from `least` to `most`."""
@@ -1812,9 +1810,11 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
 def make_parser():
     """The argparse parser."""
     rows = f"commands: {', '.join(METHODS)}, predict RUN\nmodels:   {', '.join(MODELS)}\n"
-    p = Parser("plm.py", description="Personalized Large Language Models: from annotations to F1.",
-               epilog=f"{rows}datasets: {', '.join(DATASETS)}", allow_abbrev=False,
-               formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        "plm.py", description="Personalized Large Language Models: from annotations to F1.",
+        epilog=f"{rows}datasets: {', '.join(DATASETS)}", allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: check(False, f"{message} (see --help)")
     p.add_argument("command", metavar="COMMAND", choices=[*METHODS, "predict"], help="see below")
     p.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
     for flag, what in FLAGS:

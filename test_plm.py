@@ -686,6 +686,25 @@ def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says)
         plm.check_labels(dataset(labels, none=none), "lm")
     plm.check_labels(dataset(["a,b", "c", "none"], single=True), "ask")  # clear when said alone
 
+def test_labels_that_a_tokenizer_cannot_tell_apart_are_refused(tmp_path, capsys):
+    folder, _ = random_model_folder(tmp_path / "m", "t5", 2048)
+    marked_tokenizer("t5").save_pretrained(folder)  # both labels are unknown to it
+    rows = [(text, user, "\u597d\u574f"[calm]) for text, user, calm, _ in some_rows()]
+    path = write_csv(tmp_path / "a.csv", rows, "text user how")
+    run = f"--model {folder} --data {path} --label-col how --max-steps 1 --out {tmp_path}"
+    assert "the same tokens for two labels" in refused(capsys, f"lm {run}")
+    assert go(f"cls {run}") == 0
+
+def test_all_weights_can_be_trained_and_none_is_quantized_then(tmp_path, small_csv):
+    folder = finished(tmp_path, f"cls --data {small_csv} --max-steps 1 --tune full")
+    m = content(folder, "metrics.json")
+    assert m["dense_copy"] is False and m["weights_trained"] > m["weights"] / 2
+
+def test_readers_whom_training_does_not_know_are_counted_when_nobody_is_left(tmp_path):
+    rows = [(text, f"{user}{i}", a, b) for i, (text, user, a, b) in enumerate(some_rows())]
+    with pytest.raises(plm.BadInput, match=r"no row left for val \([1-9]\d* of users unknown"):
+        plm.load_data(write_csv(tmp_path / "a.csv", rows))
+
 def test_f1_by_hand_and_as_scikit_learn_has_it():
     # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
     scores = plm.f1_scores([(1, 1, 0), (1, 1, 0), (0, 1, 0)], [(1, 1, 0), (0, 1, 0), (1, 0, 0)])
@@ -780,9 +799,10 @@ def content(folder, name):
     return json.loads(value) if name.endswith(".json") else value
 
 @pytest.mark.parametrize("args, says", [
-    ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--model --data"),
+    ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
     ("cls --data nosuch", "sample, goemotions"), ("predict", "needs the folder"),
     ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "for predict alone"),
+    ("cls --csv x.csv", "for predict alone"), ("lm --labels funny,,oh", "no column 'oh'"),
     ("cls --model ./nosuch", "./nosuch: no "), ("predict nosuch --text x", "no finished run"),
     (f"cls --model {HERE}", "config.json"), ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --labels funny,nosuch", "no column 'nosuch'; there are: text, user"),
@@ -960,10 +980,10 @@ def fake_run(out, method, rows, predicted, seed=42, labels=MOODS, **more):
     return folder, m
 
 def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_path, capsys):
-    def run(out, method, right, seed=42, texts=range(40)):
+    def run(out, method, right, seed=42, texts=range(40), **more):
         rows = [plm.Annotation(str(x), "u", (i % 2, 1 - i % 2)) for i, x in enumerate(texts)]
         said = [a.labels[::1 if i < right else -1] for i, a in enumerate(rows)]
-        return fake_run(tmp_path / out, method, rows, np.array(said), seed)[0]
+        return fake_run(tmp_path / out, method, rows, np.array(said), seed, **more)[0]
 
     for method, right in dict(cls=20, cls_p=40, lm=20, q_0s=20, q_0s_p=21, q_1s=9, q_2s=0,
                               q_2s_p=9).items():
@@ -972,11 +992,13 @@ def test_the_table_shows_gains_on_the_same_rows_only_and_names_damaged_runs(tmp_
     for seed, text in enumerate(["{", "[]", '{"data": "d"}', "text_id,us"], 39):
         file = "predictions.csv" if seed == 42 else "metrics.json"
         (run("a", "q_1s_p", 30, seed) / file).write_text(text)
+    run("a", "prior", 20, max_steps=3)  # a trial has a table of its own
     for seed, right in ((1, 20), (2, 30)):
         run("b", "cls", right, seed), run("b", "cls_p", 40, seed)
     a, b = (table.main(["--out", str(tmp_path / x)]) or capsys.readouterr() for x in "ab")
     line = {text.split()[0]: text for text in a.out.split("\n") if text.split()}
     assert "0.500" in line["cls"] and "1.000 [1.000 1.000] +100 %*" in line["cls_p"]
+    assert "d (--max-steps 3): F1" in a.out and "[" in line["lm"] and "prior" in line
     assert "1.000" in line["lm_p"] and "%" not in line["lm_p"]
     assert "+5 %" in line["q_0s_p"] and "*" not in line["q_0s_p"]  # one row in 40 is chance
     assert "%" not in line["q_2s_p"]  # of nothing there is no per cent
@@ -1013,7 +1035,8 @@ def test_predict_says_what_it_does_not_do(tmp_path, capsys, small_csv):
     folder = finished(tmp_path, f"cls --data {small_csv} --max-steps 1 --max-text 3")
     path = write_csv(tmp_path / "new.csv", [("one",), (" ",)], "text")
     for flags, says in {"": "needs --text", f"--text x --csv {path}": "predict needs",
-                        "--csv nosuch.csv": "nosuch.csv: ", "--text x --users a": "knows no users",
+                        "--csv nosuch.csv": "No such file", "--text x --users a": "knows no users",
+                        f"--csv {path} --users a": "predict needs",
                         }.items():
         assert says in refused(capsys, f"predict {folder} {flags}")
     assert go(f"predict {folder} --csv {path}") == 0  # an empty text is one, too

@@ -188,8 +188,9 @@ def quarters(path):
 
 def main(argv=None):
     """Runs the command; returns the exit status."""
-    p = plm.Parser("vary.py", description=__doc__, allow_abbrev=False,
-                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser("vary.py", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.error = lambda message: plm.check(False, message)
     p.add_argument("data", metavar="DATA")
     p.add_argument("out", metavar="OUT.csv", nargs="?", default="")
     one = p.add_mutually_exclusive_group(required=True)
