@@ -577,6 +577,8 @@ def test_a_prompt_names_a_user_by_token_word_or_number():
     assert [ids[0] - len(tokenizer) for ids in told["token"]] == [0, 1, 2]
     assert [tokenizer.decode(x).split()[0] for x in told["number"]] == ["a7", "b8", "new"]
     assert all(re.match(" [a-z]{4,9}\n### Response:$", tokenizer.decode(x)) for x in told["word"])
+    name = plm.user_namer(model, tokenizer, "word", known := [f"u{i}" for i in range(300)])
+    assert len({name(user) for user in known} | {name("s1"), name("s2")}) > 300  # not a user's word
     words = [ids[0] for ids in told["word"][:2]]  # which is what a token begins as
     assert torch.equal(model.user_embedding, model.lm.get_input_embeddings().weight[words])
 
