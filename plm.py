@@ -966,7 +966,7 @@ def in_batches(rows, size, rng=None):
 
 @torch.no_grad()
 def check_forward(model):
-    """BadInput if ours is not transformers' own forward pass, on the weights as they stand."""
+    """BadInput if our forward pass differs from transformers' own, on the very same weights."""
     lm, V, theirs = model.lm, model.lm.get_input_embeddings().weight.shape[0], []
     ids = [tuple((7 + 13 * n + 29 * j) % min(V, 997) for j in range(n)) for n in (9, 6, 3)]
     rows = [Row(ids[0], text, user, (5, 6), (), None) for text in ids[1:] for user in ids[1:]]
@@ -1069,10 +1069,10 @@ def user_bias(gold, scores, users, single, ridge=1.0):
     order = np.argsort(of, kind="stable")  # user by user
     gold, scores, of = np.asarray(gold, float)[order], scores[order], of[order]
     starts, bias = np.flatnonzero(np.diff(of, prepend=-1)), np.zeros((len(names), scores.shape[1]))
-    for _ in range(100):
+    for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
         p = probabilities(scores + bias[of], single)
         up = np.add.reduceat(gold - p, starts) - ridge * bias
-        bias += 0.7 * up / (np.add.reduceat(p * (1 - p), starts) + ridge)
+        bias += np.clip(0.7 * up / (np.add.reduceat(p * (1 - p), starts) + ridge), -1, 1)
     return dict(zip(names.tolist(), bias))
 
 def predict_rates(data, personalized, rows, strength=5):
@@ -1141,13 +1141,14 @@ def make_optimizer(model, settings):
     groups = [dict(params=params, times=times) for times, params in by_rate.items()]
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=model.device.type == "cuda")
 
-def step_batches(model, rows, settings, seed, first, max_steps):
+def step_batches(model, rows, settings, first, steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
-    order = [(epoch, part) for epoch in range(1, settings["epochs"] + 1) for part in in_batches(
-        rows, settings["batch"], random.Random(f"{seed} {epoch - 1}"))][:max_steps or None]
-    size = settings["micro_batch"]  # neighbours have most in common
-    for step, (epoch, part) in enumerate(order[first:], first + 1):
-        last = step == len(order) or order[step][0] > epoch
+    size, order = settings["micro_batch"], []  # neighbours have most in common
+    for epoch in range(1, settings["epochs"] + 1):
+        rng = random.Random(f"{settings['seed']} {epoch - 1}")
+        order += [(epoch, part) for part in in_batches(rows, settings["batch"], rng)]
+    for step, (epoch, part) in enumerate(order[first:steps], first + 1):
+        last = step == steps or order[step][0] > epoch
         batches = [make_batch(model, part[i:i + size]) for i in range(0, len(part), size)]
         yield step, epoch, last, part, batches
 
@@ -1213,20 +1214,21 @@ def load_state(path, params, optimizer):
         print(f"resuming at step {found['step']}, in {found['dtype']}", flush=True)
         return {key: type(value)(found[key]) for key, value in state.items()}, best
 
-def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, max_steps=0):
+def train(model, rows, val_rows, single, settings, folder, label_ids):
     """Trains on from the state in `folder`, if any; keeps the best epoch, returns the state."""
     params, optimizer, saved = model.trainable(), make_optimizer(model, settings), time.time()
-    steps = min(settings["epochs"] * math.ceil(len(rows) / settings["batch"]), max_steps or 2 ** 62)
+    steps = settings["epochs"] * math.ceil(len(rows) / settings["batch"])
+    steps = min(steps, settings["max_steps"] or steps)
     dtype, log = str(model.lm.dtype).removeprefix("torch."), open(f"{folder}/log.jsonl", "a", 1)
     state, best = load_state(f"{folder}/{STATE}", params, optimizer)
-    stream = step_batches(model, rows, settings, seed, state["step"], max_steps)
+    stream = step_batches(model, rows, settings, state["step"], steps)
     ahead = next(stream, None)
     with log, progress(None, "train", "steps", steps, state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
         while ahead:
             start, (step, epoch, last, part, batches) = time.perf_counter(), ahead
             lr = learning_rate(step - 1, steps, settings["lr"], settings["warmup"])
-            torch.manual_seed(1000003 * seed + 1009 * (step - 1))
+            torch.manual_seed(1000003 * settings["seed"] + 1009 * (step - 1))
             loss = train_step(model, batches, optimizer, lr, settings["clip"], single)
             ahead = next(stream, None)  # built while a GPU computes
             loss, n = loss.item(), sum(batch["tokens"] for batch in batches)
@@ -1252,13 +1254,13 @@ def train(model, rows, val_rows, single, settings, folder, label_ids, seed=42, m
     return state
 
 # 11. Prediction -----------------------------------------------------------------------------------
-# CLS ticks a label where its score is above 0, or of a single choice the highest one. LM writes:
-# greedy decoding, in which the prompts of a batch are a tree as before and every answer grows on at
-# its leaf; the answer is read back into labels.
+# CLS ticks the labels whose scores are above 0; if only one can be chosen, that of the highest. LM
+# writes, by greedy decoding: the prompts of a batch are a tree as before, and every answer grows on
+# at its leaf; the answer is read back into labels.
 MAX_ANSWER = 48  # tokens; the authors allow as many as all labels together, which nobody ticks
 
 @torch.no_grad()
-def for_each_batch(model, rows, function, size=64):
+def for_each_batch(model, rows, function, size):
     """List of what function(`size` rows) returns for each row, in the order of the rows."""
     model.train(False)
     batches = progress(in_batches(rows, size), "predict", "batches")
@@ -1314,24 +1316,22 @@ def parse_answer(answer, labels, single=False):
     longest is meant, of a single choice the first. An unfinished thought is no answer."""
     answer = re.split("</think>", answer, flags=re.I)[-1]
     answer = "" if "<think>" in answer.lower() else answer
-    found, said = [], {}  # said: the words of a label -> the label
-    for label in sorted(labels, key=len, reverse=True):
-        if words := words_of(label):
-            said[" ".join(words)] = label
-        elif label in answer:  # a label of symbols alone
-            found.append(label)
-            answer = answer.replace(label, " ")
+    said = {}  # the words of a label -> the label
+    for i, label in enumerate(sorted(labels, key=len, reverse=True)):
+        name = " ".join(words_of(label)) or f"symbol{i}"  # a word for a label of symbols alone
+        answer = answer if words_of(label) else answer.replace(label, f" {name} ")
+        said[name] = label
     names, words = "|".join(sorted(said, key=len, reverse=True)), " ".join(words_of(answer))
-    whole = rf"(?<!\S)(?:{names or '(?!)'})(?!\S)"  # words are letters and digits: none to escape
-    found += [said[name] for name in re.findall(whole, words)]
+    whole = rf"(?<!\S)(?:{names})(?!\S)"  # words are letters and digits: none to escape
+    found = [said[name] for name in re.findall(whole, words)][:1 if single else None]
     unknown = sum(word != NONE for word in re.sub(whole, "", words).split())
-    found = found[:1] if single else found
     return tuple(int(label in found) for label in labels), unknown
 
 def read_answers(answers, data):
     """dict(predicted (R, L), answers, unknown_words, unreadable: answers that say nothing)"""
     predicted, unknown = zip(*(parse_answer(a, data.labels, data.single) for a in answers))
-    said = [any(p) or words_of(a) == [NONE] and not data.single for p, a in zip(predicted, answers)]
+    ends = [re.split("</think>", a, flags=re.I)[-1] for a in answers]
+    said = [any(p) or words_of(a) == [NONE] and not data.single for p, a in zip(predicted, ends)]
     return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
                 unreadable=len(said) - sum(said))
 
@@ -1441,7 +1441,7 @@ def finished_answers(path):
                 finished[x["sha"]] = dict({k: int(x[k]) for k in TOKENS}, answer=x["answer"] + "")
     return finished
 
-def ask_chatgpt(prompts, path, model, seed=42, limit=48, concurrency=8):
+def ask_chatgpt(prompts, path, model, seed=42, limit=MAX_ANSWER, concurrency=8):
     """(answers to the prompts, dict of counts); `path` keeps all answers. BadInput if one fails."""
     same = dict(model=model, temperature=0, seed=seed, max_tokens=limit)
     bodies = [same | dict(messages=[dict(role="user", content=prompt)]) for prompt in prompts]
@@ -1502,7 +1502,7 @@ def run_folder(folder, config, fresh):
         yield read_json(f"{folder}/metrics.json")
 
 def write_predictions(path, data, rows, result, gold=True):
-    """predictions.csv: a record a row, with what was chosen if that is known (`gold`)."""
+    """predictions.csv: one line a row, with what was really chosen if that is known (`gold`)."""
     lines = io.StringIO(newline="")
     writer, answers = csv.writer(lines), result.get("answers")
     more = ["answer"] if answers else [f"score:{label}" for label in data.labels]
@@ -1573,8 +1573,7 @@ def run_local(method, args, config, data, folder):
         check(len({*ids}) == len(ids), f"--model {args.model} has the same tokens for two labels")
         place = len(os.path.commonprefix(ids))  # " 1", " 2": for some tokenizers behind the space
         label_ids = place, [x[place] for x in ids]
-        done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids,
-                     args.seed, args.max_steps)
+        done = train(model, rows["train"], rows["val"], data.single, config, folder, label_ids)
         facts |= dict(steps=done["step"], rows_per_second=done["rows"] / (done["seconds"] or 1))
         tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
         users_of = {"users": json.dumps(users)}
@@ -1626,14 +1625,14 @@ def evaluate(method, data, read):
     found |= {key: result[key] for key in ("unknown_words", "unreadable") if key in result}
     return result, found
 
-CONFIG = """model seed recipe text_col user_col skip_missing max_text max_steps max_eval dtype
-            no_share""".split()  # flags that make another run
+CONFIG = ("model", "seed", "recipe", "text_col", "user_col", "skip_missing", "max_text",
+          "max_steps", "max_eval", "dtype", "no_share")  # flags that make another run
 
 def run(args):
     """One row of the paper's table for one model and dataset: trains, predicts, scores, reports."""
-    start, method, settings = time.perf_counter(), METHODS[args.command], settings_of(args)
-    chat = chat_model(args, method)
+    start, method = time.perf_counter(), METHODS[args.command]
     args.model = "baseline" if method.head == "rates" else args.model
+    chat, settings = chat_model(args, method), settings_of(args)
     columns = dict(text=args.text_col, user=args.user_col, split=args.split_col)
     columns |= dict(labels=args.labels, label=args.label_col)
     data = load_data(args.data, args.max_eval, args.skip_missing, **columns)
@@ -1736,8 +1735,8 @@ def predict_run(args):
     check(method.personalized or not args.users, f"{m['method']} knows no users: no --users")
     asked = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
     if args.csv:
-        text, user = (getattr(args, key) or m[key] for key in ("text_col", "user_col"))
-        text, user = text or "text", user or "user"
+        text = args.text_col or m["text_col"] or "text"
+        user = args.user_col or m["user_col"] or "user"
         rows = csv_rows(args.csv, [*text.split(","), *[user] * method.personalized])
         asked = [("\n".join(row[c] for c in text.split(",")), row.get(user, "")) for _, row in rows]
     asked = [Annotation(text, user_id(user), nothing) for text, user in asked]
@@ -1827,8 +1826,9 @@ def main(argv=None):
     try:  # bytes that are no UTF-8 become U+FFFD
         said = [x.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for x in said]
         args = make_parser().parse_args(said)
-        fits = args.run if args.command == "predict" else not (args.run or args.text or args.csv)
-        check(fits, "predict needs the folder of a run; --text and --csv are for predict alone")
+        its = args.run, args.text, args.csv, args.users
+        fits = args.run if args.command == "predict" else not any(its)
+        check(fits, "predict needs a run's folder; --text, --csv, --users are for predict alone")
         (predict_run if args.command == "predict" else run)(args)
         return 0
     except BadInput as e:

@@ -660,6 +660,13 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
     assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
 
+@pytest.mark.parametrize("answer, label", [
+    ("joy, not :)", "joy"), (":( :)", ":("), ("<think>:)</think>:( joy", ":(")])
+def test_of_a_single_choice_the_first_label_in_an_answer_is_taken(answer, label):
+    labels = ["joy", ":)", ":("]
+    assert plm.parse_answer(answer, labels, True)[0] == tuple(x == label for x in labels)
+    assert plm.read_answers(["<think>hm</think> none"], dataset())["unreadable"] == 0
+
 @pytest.mark.parametrize("labels", [
     ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
     ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
@@ -756,6 +763,11 @@ def test_a_users_bias_is_what_logistic_regression_finds(single):
         p = plm.probabilities(scores[users == user] + bias, single)
         assert (gold[users == user] - p).sum(0) == pytest.approx(2 * bias, abs=1e-4)
 
+def test_a_users_bias_is_found_where_the_scores_are_sure_of_themselves():
+    gold, scores = np.arange(1000)[:, None] % 10 < 3, np.full((1000, 1), -6.0)
+    (bias,) = plm.user_bias(gold, scores, np.full(1000, "u"), False)["u"]
+    assert abs((gold - plm.probabilities(scores + bias, False)).sum() - bias) < 1e-3
+
 def test_rates_are_everybodys_or_the_users_shrunk_to_them():
     rows = [plm.Annotation(f"t{i}", user, labels) for user, n, labels in (
         ("a", 5, (1, 0)), ("b", 3, (0, 1)), ("b", 2, (0, 0))) for i in range(n)]
@@ -802,7 +814,8 @@ def content(folder, name):
 
 @pytest.mark.parametrize("args, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
-    ("cls --data nosuch", "sample, goemotions"), ("predict", "needs the folder"),
+    ("cls --data nosuch", "sample, goemotions"), ("predict", "needs a run's folder"),
+    ("majority --users a", "for predict alone"),
     ("cls --data nosuch.csv", "nosuch.csv: no "), ("cls x", "for predict alone"),
     ("cls --csv x.csv", "for predict alone"), ("lm --labels funny,,oh", "no column 'oh'"),
     ("cls --model ./nosuch", "./nosuch: no "), ("predict nosuch --text x", "no finished run"),
