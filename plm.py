@@ -1143,7 +1143,7 @@ def make_optimizer(model, settings):
 
 def step_batches(model, rows, settings, first, steps):
     """Yields (step, epoch, is it the epoch's last?, rows, batches) of the steps after `first`."""
-    size, order = settings["micro_batch"], []  # neighbours have most in common
+    size, order = settings["micro_batch"], []  # of neighbours, which share most
     for epoch in range(1, settings["epochs"] + 1):
         rng = random.Random(f"{settings['seed']} {epoch - 1}")
         order += [(epoch, part) for part in in_batches(rows, settings["batch"], rng)]
@@ -1313,9 +1313,7 @@ def written_answers(model, tokenizer, rows, limit, size=64):
 
 def parse_answer(answer, labels, single=False):
     """((L) zeros and ones, number of words that belong to no label). Of labels that begin alike the
-    longest is meant, of a single choice the first. An unfinished thought is no answer."""
-    answer = re.split("</think>", answer, flags=re.I)[-1]
-    answer = "" if "<think>" in answer.lower() else answer
+    longest is meant, of a single choice the first."""
     said = {}  # the words of a label -> the label
     for i, label in enumerate(sorted(labels, key=len, reverse=True)):
         name = " ".join(words_of(label)) or f"symbol{i}"  # a word for a label of symbols alone
@@ -1329,8 +1327,9 @@ def parse_answer(answer, labels, single=False):
 
 def read_answers(answers, data):
     """dict(predicted (R, L), answers, unknown_words, unreadable: answers that say nothing)"""
-    predicted, unknown = zip(*(parse_answer(a, data.labels, data.single) for a in answers))
     ends = [re.split("</think>", a, flags=re.I)[-1] for a in answers]
+    ends = ["" if "<think>" in a.lower() else a for a in ends]  # a thought that did not end
+    predicted, unknown = zip(*(parse_answer(a, data.labels, data.single) for a in ends))
     said = [any(p) or words_of(a) == [NONE] and not data.single for p, a in zip(predicted, ends)]
     return dict(predicted=np.array(predicted), answers=answers, unknown_words=sum(unknown),
                 unreadable=len(said) - sum(said))
@@ -1752,8 +1751,9 @@ def predict_run(args):
         path = f"{os.path.splitext(args.csv)[0]}.predictions.csv"
         write_predictions(path, data, asked, result, gold=False)
         return print(f"files       {path}")
-    scores, shown = result.get("scores"), result["predicted"]
-    shown = shown if scores is None else probabilities(scores, data.single)
+    shown = result["predicted"]
+    if "scores" in result:
+        shown = probabilities(result["scores"], data.single)
     print(f"{'user':12}", *(f"{label:>8}" for label in m["labels"]), sep="  ")
     for a, line in zip(asked, shown):
         cells = (f"{p:>{max(len(label), 8)}.2f}" for p, label in zip(line, m["labels"]))
@@ -1826,8 +1826,8 @@ def main(argv=None):
     try:  # bytes that are no UTF-8 become U+FFFD
         said = [x.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for x in said]
         args = make_parser().parse_args(said)
-        its = args.run, args.text, args.csv, args.users
-        fits = args.run if args.command == "predict" else not any(its)
+        for_predict = args.run, args.text, args.csv, args.users
+        fits = args.run if args.command == "predict" else not any(for_predict)
         check(fits, "predict needs a run's folder; --text, --csv, --users are for predict alone")
         (predict_run if args.command == "predict" else run)(args)
         return 0

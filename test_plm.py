@@ -658,13 +658,15 @@ def test_an_end_token_of_the_generation_config_ends_answers(tmp_path):
     ("<THINK>a</think>calm<think>b", (0, 0, 0), 0),
     ("angry? No.</think> calm", (1, 0, 0), 0)])
 def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
-    assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
+    found = plm.read_answers([answer], dataset(["calm", "angry", "not_calm"]))
+    assert (*found["predicted"][0],) == chosen and found["unknown_words"] == unknown
 
 @pytest.mark.parametrize("answer, label", [
     ("joy, not :)", "joy"), (":( :)", ":("), ("<think>:)</think>:( joy", ":(")])
 def test_of_a_single_choice_the_first_label_in_an_answer_is_taken(answer, label):
     labels = ["joy", ":)", ":("]
-    assert plm.parse_answer(answer, labels, True)[0] == tuple(x == label for x in labels)
+    found = plm.read_answers([answer], dataset(labels, single=True))
+    assert found["predicted"].tolist() == [[x == label for x in labels]]
     assert plm.read_answers(["<think>hm</think> none"], dataset())["unreadable"] == 0
 
 @pytest.mark.parametrize("labels", [
