@@ -1273,7 +1273,7 @@ def test_a_server_that_answers_nobody_stops_the_run(web, monkeypatch):
     with pytest.raises(plm.BadInput, match=r"HTTP 400.* failed; .*answers"):
         web.ask(range(200))
     assert len(plm.finished_answers(web.path)) == 30
-    # Eight ask at once, and are heard in any order: a few failures on either side of the last answer.
+    # Eight ask at once, heard in any order: some failures on either side of the last answer.
     assert plm.GIVE_UP - 8 < len(web.seen) - 59 < 2 * plm.GIVE_UP
 
 def test_without_a_key_it_says_what_it_would_cost(tmp_path, capsys, monkeypatch):
