@@ -224,42 +224,24 @@ def split_of(text):
 
 def read_csv(path, *needed):
     """list of dicts, one a row, of a CSV in UTF-8 that has the needed columns."""
-    advice = f'make data FILE={path} ARGS="--text-col ... --user-col ..." may read it'
     csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, strict=True)
             rows = list(reader)
     except (csv.Error, UnicodeDecodeError) as e:
-        raise BadInput(f"{path}: no CSV in UTF-8 ({e}); {advice}") from None
-    check(rows, f"{path}: no annotations in it")
+        raise BadInput(f"no CSV in UTF-8: {e}") from None
+    check(rows, "no annotations in it")
     columns = reader.fieldnames
     for column in needed:
-        there = ", ".join(columns)[:200]
-        check(column in columns, f"{path}: no column {column!r}, there are: {there}; {advice}")
-    check(len(set(columns)) == len(columns), f"{path}: two columns have one name; {advice}")
+        check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
     for number, row in enumerate(rows, 1):
         whole = None not in row and None not in row.values()
-        check(whole, f"{path}: row {number} has not {len(columns)} cells; {advice}")
+        check(whole, f"row {number} has not {len(columns)} cells")
     return rows
 
 
-def split_columns(path, rows, split_col):
-    """(the column to split by or None, all columns that hold nothing but train, val, test)."""
-    found = []
-    for column in rows[0]:
-        values = {row[column] for row in rows}
-        if values <= {*PARTS, ""} and values & {*PARTS}:
-            found.append(column)
-    if split_col is None and "split" in found:
-        split_col = "split"
-    choices = ", ".join(found) or "none"
-    check(split_col or not found, f"{path}: several splits, say --split-col ({choices})")
-    check(split_col in (None, *found), f"{path}: no split {split_col!r} ({choices})")
-    return split_col, found
-
-
-def choice_labels(path, column, values):
+def choice_labels(column, values):
     """(label names, dict value -> its label, is it a rating?) of the values of a single choice."""
     if values <= {"0", "1"}:
         no = f"not {column}"
@@ -269,76 +251,57 @@ def choice_labels(path, column, values):
     except ValueError:
         ordered = False
     names = sorted(values, key=float if ordered else None)
-    check(len(names) <= 100, f"{path}: {column!r} has {len(names):,} values: no choice of one")
-    for name in names:
-        check(not LIST_LIKE.search(name),
-              f"{path}: {column!r} has lists in a cell, as {name[:40]!r}; make data FILE={path} "
-              'ARGS="--list-sep ..." splits them')
+    check(len(names) <= 100, f"{column!r} has {len(names):,} values: no choice of one")
+    lists = [name for name in names if LIST_LIKE.search(name)]
+    check(not lists, f"{column!r} has lists in a cell, as {lists[:1]} (--list-sep splits them)")
     return names, dict(zip(names, names)), ordered
 
 
-def read_annotations(path, split_col):
-    """(list of (Annotation, its part of the split), dict(labels, single, ordered), notes)"""
-    rows = read_csv(path, "text", "user")
-    split_col, splits = split_columns(path, rows, split_col)
-    columns = [c for c in rows[0] if c not in ("text", "user", "time", *splits)]
-    check(columns, f"{path}: no column of labels beside text and user")
-    for number, row in enumerate(rows, 1):
-        for column in ("text", "user", *columns):
-            check(row[column].strip(), f"{path}: row {number}: no {column!r}; make data FILE={path}"
-                                       ' ARGS="--skip-missing" leaves such rows out')
-        user = row["user"]
-        check(not SPREADSHEET.fullmatch(user), f"{path}: row {number}: a spreadsheet made {user} of"
-                                               " a user ID; take the file from before")
-    single = len(columns) == 1
-    if single:
-        column = columns[0]
+def read_annotations(rows, split_col):
+    """(list of (Annotation, its part of the split), dict(labels, single, ordered)) of CSV rows."""
+    columns = []  # of labels
+    for column in rows[0]:
         values = {row[column] for row in rows}
-        labels, label_of, ordered = choice_labels(path, column, values)
-    else:
-        labels, ordered = columns, False
+        if column not in ("text", "user", "time") and not values <= {*PARTS, ""}:
+            columns.append(column)
+    check(columns, "no column of labels beside text and user")
+    check(split_col in (None, *rows[0]), f"no column {split_col!r} to split by")
+    single = len(columns) == 1
+    labels = columns
+    ordered = False
+    if single:
+        labels, label_of, ordered = choice_labels(columns[0], {row[columns[0]] for row in rows})
     found = []
     for number, row in enumerate(rows, 1):
+        for column in ("text", "user", *columns):
+            check(row[column].strip(), f"row {number}: no {column!r} (--skip-missing)")
+        check(not SPREADSHEET.fullmatch(row["user"]),
+              f"row {number}: a spreadsheet made {row['user']} of a user ID")
         if single:
-            chosen = tuple(int(label == label_of[row[column]]) for label in labels)
+            chosen = [label == label_of[row[columns[0]]] for label in labels]
         else:
-            for label in labels:
-                check(row[label] in ("0", "1"),
-                      f"{path}: row {number}: label {label!r} is {row[label][:40]!r}, not 0 or 1; "
-                      f'make data FILE={path} ARGS="--labels A,B" (or --label-col C) chooses labels')
-            chosen = tuple(int(row[label]) for label in labels)
+            odd = [label for label in labels if row[label] not in ("0", "1")]
+            check(not odd, f"row {number}: label {odd[:1]} is not 0 or 1 (--labels A,B)")
+            chosen = [row[label] == "1" for label in labels]
         part = row[split_col] if split_col else split_of(row["text"])
-        found.append((Annotation(row["text"], row["user"], chosen), part))
-    notes = {"rows read": len(rows),
-             "columns taken as labels": ", ".join(columns) + (" (ratings)" if ordered else ""),
-             "split by": f"column {split_col}" if split_col else "a hash of the text"}
-    return found, dict(labels=labels, single=single, ordered=ordered), notes
+        check(part in (*PARTS, ""), f"row {number}: {part!r} is not train, val or test")
+        found.append((Annotation(row["text"], row["user"], tuple(map(int, chosen))), part))
+    return found, dict(labels=labels, single=single, ordered=ordered)
 
 
 def split_annotations(found, by_hash, notes):
-    """dict part -> list of Annotation; what is left out, or odd, goes into `notes`."""
+    """dict part -> list of Annotation; what is left out goes into `notes`."""
     parts = {part: [] for part in PARTS}
     for annotation, part in found:
         if part:
             parts[part].append(annotation)
-    notes["left out: in no split"] = len(found) - sum(map(len, parts.values()))
     known = {a.user for a in parts["train"]}
     for part in ("val", "test"):
-        kept = [a for a in parts[part] if a.user in known]
-        unknown = len(parts[part]) - len(kept)
+        strangers = [a for a in parts[part] if a.user not in known]
+        notes[f"{part} rows of users unknown to training"] = len(strangers)
         if by_hash:
-            parts[part] = kept
-            notes[f"left out: {part}, user unknown to training"] = unknown
-        else:
-            notes[f"kept: {part}, user unknown to training"] = unknown
-    parts_of = defaultdict(set)
-    readings = Counter()
-    for part, annotations in parts.items():
-        for a in annotations:
-            parts_of[text_id(a.text)].add(part)
-            readings[a.text, a.user] += 1
-    notes["texts in two splits"] = sum(len(where) > 1 for where in parts_of.values())
-    notes["rows that repeat a (text, user)"] = sum(readings.values()) - len(readings)
+            parts[part] = [a for a in parts[part] if a.user in known]
+    notes["rows left out"] = len(found) - sum(map(len, parts.values()))
     return parts
 
 
@@ -355,18 +318,19 @@ def load_data(name, split_col=None, max_eval=0):
     if not os.path.isfile(path):
         path = name
     check(os.path.isfile(path), f"--data {name}: neither a CSV nor data/{name}/annotations.csv; "
-                                f"make data DATA={name} makes known ones, as sample, goemotions")
-    found, what, notes = read_annotations(path, split_col)
-    by_hash = notes["split by"] == "a hash of the text"
-    parts = split_annotations(found, by_hash, notes)
+                                f"make data DATA={name} makes known ones, as goemotions")
+    try:
+        rows = read_csv(path, "text", "user")
+        if split_col is None and "split" in rows[0]:
+            split_col = "split"
+        found, what = read_annotations(rows, split_col)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" makes "
+                       "the form of nearly any file") from None
+    notes = {"rows read": len(rows), "split by": split_col or "a hash of the text"}
+    parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
-        unknown = notes.get(f"left out: {part}, user unknown to training", 0)
-        check(parts[part], f"--data {name}: no row for {part} ({unknown} of users unknown to "
-                           "training)")
-    rates = np.mean([a.labels for a in parts["train"]], axis=0)
-    check((rates * (1 - rates)).any(), f"--data {name}: no label varies in training")
-    names = [label for label, rate in zip(what["labels"], rates) if rate == 0]
-    notes["labels without a training row"] = ", ".join(names)
+        check(parts[part], f"--data {name}: no row for {part}; {notes}")
     if max_eval:
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
@@ -379,20 +343,17 @@ def load_data(name, split_col=None, max_eval=0):
 
 def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
-    said = []
-    for what, n in data.notes.items():
-        if n:
-            said.append(f"{what} {n:,}" if isinstance(n, int) else f"{what} {n}")
-    print("; ".join(said))
-    print(f"{'':8}{'rows':>8}{'texts':>8}{'users':>7}  how often each label is chosen")
+    print(", ".join(f"{what}: {n}" for what, n in data.notes.items() if n))
+    kind = "ratings" if data.ordered else "a single choice" if data.single else "any number"
+    print(f"{len(data.labels)} labels, {kind}; how often each is chosen:")
     for part, annotations in data.parts.items():
         chosen = np.array([a.labels for a in annotations])
         often = [f"{x} {rate:.1%}" for x, rate in zip(data.labels, chosen.mean(0))]
-        if data.none:
-            often.append(f"(nothing) {1 - chosen.any(1).mean():.1%}")
-        texts = {a.text for a in annotations}
-        users = {a.user for a in annotations}
-        print(f"{part:8}{len(annotations):8,}{len(texts):8,}{len(users):7,}  {', '.join(often)}")
+        texts = len({a.text for a in annotations})
+        users = len({a.user for a in annotations})
+        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users  "
+              f"{', '.join(often)}")
+
 
 # 3. Prompts ---------------------------------------------------------------------------------------
 # Ours asks about the text first and names the reader last, so that all readers of a text share what
@@ -414,9 +375,9 @@ def print_data(data):
 #     ### Text: well done, genius
 #     ### Response:
 #
-# `ids` says how a user is named: "number", as in the paper, by the CSV's own ID; "word" by an
-# everyday word, drawn by a hash of the ID; "token" by a token of the user's own, which starts out
-# as that word and whose embedding is trained [7]. One more token stands for nobody in particular.
+# `ids` says how a user is named: "number", as in the paper, by the CSV's own ID; "token" by a token
+# of the user's own, whose embedding is trained [7]. One more token stands for nobody in particular,
+# and strangers are read by it.
 
 QUESTION = "Which of the labels fit the text?"
 QUESTION_P = "Which of the labels would this user choose for the text?"
@@ -563,37 +524,12 @@ def frame(tokenizer, chat=False):
     raise BadInput("the tokenizer changes a text between its begin and end tokens")
 
 
-def user_words(tokenizer, users):
-    """dict user -> id of an everyday word, by a hash of the user: distinct while words last."""
-    everyday = re.compile("[\u0120\u2581][a-z]{4,9}")  # a mark where the word begins, and the word
-    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    words = [i for i, token in enumerate(tokens) if token and everyday.fullmatch(token)]
-    words = words or list(range(len(tokens)))
-    found = {}
-    taken = set()
-    for user in users:
-        place = int(hashlib.sha256(user.encode()).hexdigest()[:8], 16) % len(words)
-        while place in taken and len(taken) < len(words):
-            place = (place + 1) % len(words)
-        taken.add(place)
-        found[user] = words[place]
-    return found
-
-
-def name_users(tokenizer, config, users, strangers, V):
-    """dict user -> the ids that name the user; for numbers it is empty: they are tokenized. A
-    user's token has an id from V on. Strangers are nobody, or get words that no user has."""
+def name_users(config, users, V):
+    """dict user -> the id that stands for the user, from V on; the last is nobody's. It is empty
+    where users are named by their number."""
     if not config["personalized"] or config["ids"] == "number":
         return {}
-    if config["ids"] == "word":
-        return {user: (i,) for user, i in user_words(tokenizer, [*users, *strangers]).items()}
-    nobody = (V + len(users),)
-    names = {NOBODY: nobody}
-    for i, user in enumerate(users):
-        names[user] = (V + i,)
-    for user in strangers:
-        names[user] = nobody
-    return names
+    return {user: V + i for i, user in enumerate([*users, NOBODY])}
 
 
 class Row(NamedTuple):
@@ -627,7 +563,7 @@ def encode(tokenizer, config, annotations, train, names):
             if kind == "reader":
                 reader_at = len(prompt)
             if kind == "reader" and names:
-                ids_of[piece] = names[a.user]
+                ids_of[piece] = (names.get(a.user, names[NOBODY]),)
             elif piece not in ids_of:
                 ids = tuple(tokenize(tokenizer, string, first=prompt == before))
                 if kind == "text" and len(ids) > config["max_text"]:
@@ -638,7 +574,7 @@ def encode(tokenizer, config, annotations, train, names):
         prompt += after
         nobody = ()
         if NOBODY in names:
-            nobody = prompt[:reader_at] + names[NOBODY] + prompt[reader_at + 1:]
+            nobody = (*prompt[:reader_at], names[NOBODY], *prompt[reader_at + 1:])
         if reader_at is None:
             reader_at = len(prompt)
         answer = tuple(tokenize(tokenizer, answer_text(config["labels"], a.labels))) + end
@@ -1010,36 +946,36 @@ def load_pretrained(name, attention):
         auto = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             auto = transformers.AutoModelForSeq2SeqLM
-        for key in ("quantization_config", "num_local_experts", "num_experts"):
-            check(not getattr(config, key, None), f"--model {name} has {key}: not supported")
         lm, info = auto.from_pretrained(source, attn_implementation=attention, dtype="auto",
                                         output_loading_info=True, ignore_mismatched_sizes=True)
-    except BadInput:
-        raise
     except Exception as e:  # whatever a library says of a file that may hold anything
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         raise BadInput(f"--model {name} cannot be used ({why}); a folder of a decoder or T5, or "
                        "online a hub id, can") from None
-    wrong = list(info["missing_keys"])
-    wrong += [key for key, *_ in info["mismatched_keys"]]
+    wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of quantized weights
-    wrong += [path for path, p in lm.named_parameters() if not p.is_floating_point()]
-    check(not wrong, f"--model {name}: missing, of another shape or quantized: {wrong[:1]}")
-    check_tokenizer(name, lm, tokenizer)
-    # Of what a folder says about writing only its end tokens count: many chat models end a turn
-    # with another token than the tokenizer's.
-    ends = lm.generation_config.eos_token_id or []
-    ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
-    lm.generation_config = transformers.GenerationConfig(
-        eos_token_id=sorted(ends), decoder_start_token_id=getattr(lm.config, "decoder_start_token_id", None))
+    wrong += [key for key in REFUSED if getattr(config, key, None)]
+    check(not wrong, f"--model {name}: missing, of another shape or not supported: {wrong[:1]}")
     return lm, tokenizer
 
 
-def check_tokenizer(name, lm, tokenizer):
-    """BadInput if a tokenizer does not fit its model; an end token may come from the config."""
-    if tokenizer.eos_token_id is None and isinstance(lm.config.eos_token_id, int):
-        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(lm.config.eos_token_id)
-    check(tokenizer.eos_token_id is not None, f"--model {name}: no end token (eos_token)")
+REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
+
+
+def fit_tokenizer(name, lm, tokenizer):
+    """Gives a model its end tokens; BadInput if a tokenizer does not fit its model. Of what a folder
+    says about writing only its end tokens count: many chat models end a turn with another token
+    than the tokenizer's."""
+    ends = []
+    for end in (tokenizer.eos_token_id, lm.generation_config.eos_token_id, lm.config.eos_token_id):
+        ends += end if isinstance(end, list) else [end]
+    ends = sorted(set(ends) - {None})
+    check(ends, f"--model {name}: no end token (eos_token)")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
+    start = getattr(lm.config, "decoder_start_token_id", None)
+    lm.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends, decoder_start_token_id=start)
     V = lm.get_input_embeddings().weight.shape[0]
     last = max(tokenizer.get_vocab().values())
     check(last < V, f"--model {name}: its tokenizer has a token {last}, its embeddings end at "
@@ -1080,32 +1016,25 @@ def check_forward(model):
     """BadInput if our forward pass gives other numbers than transformers' own of each prompt, or
     the same numbers for all prompts. The model has to be in float32 for that."""
     lm = model.lm
+    name = type(lm).__name__
+    if model.seq2seq:  # its own encoder and decoder are called as they are
+        check(lm.config.model_type in ("t5", "mt5"), f"{name} is not supported: no T5")
+        return
     a, b, c, d, e = (model.V * i // 7 for i in range(1, 6))  # any five tokens
     prompts = [(a, b, c, d), (a, b, e, c, b), (a, b, e, c, d), (e, a, d)]
-    start = torch.tensor([[getattr(lm.config, "decoder_start_token_id", 0)]], device=model.device)
-    zero = torch.tensor([0], device=model.device)
     theirs = []
-    ours = []
     for ids in prompts:
-        inputs = dict(input_ids=torch.tensor([ids], device=model.device))
-        if model.seq2seq:
-            inputs["decoder_input_ids"] = start
-            mask = torch.ones_like(inputs["input_ids"])
-            ours.append(model.hidden(dict(inputs, mask=mask, prompt_of=zero, at=zero)))
-        theirs.append(lm(**inputs, use_cache=False).logits[0, -1:].float())
-    if not model.seq2seq:
-        input_ids, positions, parents, branches = prompt_tree(prompts)
-        sees = tree_mask(parents).to(model.device)
-        nodes = torch.tensor([input_ids, positions], device=model.device)
-        try:
-            states = model.decode(nodes[0], nodes[1], sees)
-        except ValueError as e:
-            raise BadInput(f"{type(lm).__name__} takes no mask of ours ({e})") from e
-        ours = [states[branch[-1:]] for branch in branches]
-    ours = model.token_logits(torch.cat(ours))
-    theirs = torch.cat(theirs)
+        inputs = torch.tensor([ids], device=model.device)
+        theirs.append(lm(inputs, use_cache=False).logits[0, -1].float())
+    theirs = torch.stack(theirs)
+    input_ids, positions, parents, branches = prompt_tree(prompts)
+    nodes = torch.tensor([input_ids, positions], device=model.device)
+    try:
+        states = model.decode(nodes[0], nodes[1], tree_mask(parents).to(model.device))
+    except ValueError as e:
+        raise BadInput(f"{name} takes no mask of ours ({e})") from e
+    ours = model.token_logits(states[[branch[-1] for branch in branches]])
     off = float((ours - theirs).norm() / theirs.norm())
-    name = type(lm).__name__
     check(off < 1e-4, f"{name} is not supported: our forward pass is {off:.2%} off")
     check((ours[1:] != ours[:-1]).any(1).all(), f"{name} is not supported: it reads no prompt")
 
@@ -1166,9 +1095,11 @@ def load_model(config, users=()):
     device = find_device()
     attention = "sdpa" if device.type == "cuda" else "eager"  # what each computes masks fastest by
     lm, tokenizer = load_pretrained(config["model"], attention)
+    fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
     trained = config["head"] != "ask"
-    if trained and config["tune"] == "full":  # for comparison, in float32; not the LM's head
+    whole = trained and config["tune"] == "full"  # for comparison, in float32; not the LM's head
+    if whole:
         lm = lm.to(device).float().eval()
         lm.get_output_embeddings().requires_grad_(False)
     else:
@@ -1178,20 +1109,20 @@ def load_model(config, users=()):
     user_rows = None
     if trained and users and config["ids"] == "token":
         words = lm.get_input_embeddings().weight.detach()
-        rows = words[list(user_words(tokenizer, users).values())]
-        user_rows = torch.cat([rows, rows.mean(0, keepdim=True)])  # the last is nobody's
-    tokens = None
-    if config["head"] == "lm":
-        tokens = label_tokens(tokenizer, config)
+        some = torch.randint(len(words), (len(users),)).to(device)  # begin as words do
+        user_rows = torch.cat([words[some], words.mean(0, keepdim=True)])
+    tokens = label_tokens(tokenizer, config) if config["head"] == "lm" else None
     head = "cls" if config["head"] == "cls" else "lm"
     model = PersonalizedLM(lm, head, len(config["labels"]), user_rows, tokens).train(False)
     model.share = config["share"]
     check_forward(model)
-    if not (trained and config["tune"] == "full"):
+    if not whole:
         cast(model, compute_dtype(device, lm.config.hidden_size, config["dtype"]))
         if config["quant"] and not config["no_dense"]:
             keep_dense(model)
     return model, tokenizer, base_sha
+
+
 
 
 # 8. Batches ---------------------------------------------------------------------------------------
@@ -1462,22 +1393,19 @@ def score(config, annotations, result):
     gold = gold_labels(annotations)
     predicted = np.asarray(result["predicted"])
     texts = np.array([text_id(a.text) for a in annotations])
-    users = np.array([a.user for a in annotations])
     found = f1_scores(gold, predicted)
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
     draws = bootstrap_f1(gold, predicted, texts)
     found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
-    of_user = {}
-    for user in sorted(set(users.tolist())):
-        own = users == user
-        of_user[user] = f1_scores(gold[own], predicted[own])["f1_macro"]
-    found["f1_per_user"] = dict(mean=float(np.mean(list(of_user.values()))),
-                                median=float(np.median(list(of_user.values()))), users=of_user)
+    rows_of = defaultdict(list)
     answers = defaultdict(set)
-    for text, a in zip(texts, annotations):
-        answers[text].add(a.labels)
-    apart = np.array([len(answers[text]) > 1 for text in texts])
-    if apart.any():
+    for i, a in enumerate(annotations):
+        rows_of[a.user].append(i)
+        answers[texts[i]].add(a.labels)
+    found["f1_per_user"] = {user: f1_scores(gold[own], predicted[own])["f1_macro"]
+                            for user, own in sorted(rows_of.items())}
+    apart = [len(answers[text]) > 1 for text in texts]
+    if any(apart):
         found["f1_disagreed"] = f1_scores(gold[apart], predicted[apart])["f1_macro"]
     shown = predicted
     if "scores" in result:
@@ -1725,13 +1653,12 @@ def train(model, rows, val_rows, config, facts, folder):
     plan = plan_steps(rows, config)
     path = f"{folder}/{STATE}"
     state, best = begin(path, model, optimizer, facts)
-    first = state["step"]
     saved = time.time()
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
-            progress(None, "train", "steps", len(plan), first) as bar:
+            progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step in range(first, len(plan)):
+        for step in range(state["step"], len(plan)):
             epoch, part, last = plan[step]
             start = time.perf_counter()
             batches = batches or prepare_step(model, part, config)
@@ -1911,6 +1838,16 @@ def predict_rates(data, config, annotations, strength=5):
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
 
+# 12. ChatGPT --------------------------------------------------------------------------------------
+
+def server_address():
+    raise BadInput("section 12 is being rewritten")
+
+
+def ask_chat(prompts, path, model, seed, limit):
+    raise BadInput("section 12 is being rewritten")
+
+
 # 13. One experiment from end to end ---------------------------------------------------------------
 # A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
 # (run.json) and to one process at a time. The same command resumes a stopped run, and prints the
@@ -2015,8 +1952,8 @@ def encode_parts(tokenizer, config, data, names):
 
 
 def check_length(config, lm_config, rows):
-    """BadInput if a prompt with its answer is longer than what the model reads at once."""
-    longest = max(len(row.prompt) for part in rows.values() for row in part)
+    """BadInput if a prompt with its answer is longer than what a decoder reads at once."""
+    longest = max(len(row.prompt) for row in rows)
     if config["head"] != "cls":
         longest += config["answer_room"]
     room = getattr(lm_config, "max_position_embeddings", None) or math.inf
@@ -2030,20 +1967,17 @@ def check_length(config, lm_config, rows):
 def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    trained = sum(p.numel() for p in model.trainable().values())
     quantized = sum(m.N * m.K for m in layers)
-    total = quantized + sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.trainable().values())
+    device = "a CPU"
     if model.device.type == "cuda":
         device = torch.cuda.get_device_name()
-    else:
-        device = (f"a CPU with {torch.backends.cpu.get_cpu_capability()}, "
-                  f"{torch.get_num_threads()} threads")
     dtype = str(model.lm.dtype).removeprefix("torch.")
     dense = any(m.dense is not None for m in layers)
-    print(f"{type(model.lm).__name__} on {device}, computing in {dtype}: {quantized:,} of {total:,} "
-          f"weights in NF4{' and a dense copy' if dense else ''}, {trained:,} trained", flush=True)
-    return dict(device=device, computed_in=dtype, dense_copy=dense, weights=total,
-                weights_trained=trained)
+    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing in "
+          f"{dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, {trained:,} "
+          "trained", flush=True)
+    return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
 def save_adapter(path, model, users, base_sha):
@@ -2089,13 +2023,11 @@ def run_model(config, data, folder):
     users = []
     if config["personalized"]:
         users = sorted({a.user for a in data.parts["train"]})
-    everybody = {a.user for annotations in data.parts.values() for a in annotations}
-    strangers = sorted(everybody - set(users))
     torch.manual_seed(config["seed"])
     model, tokenizer, base_sha = load_model(config, users)
-    names = name_users(tokenizer, config, users, strangers, model.V)
+    names = name_users(config, users, model.V)
     rows, counts = encode_parts(tokenizer, config, data, names)
-    check_length(config, model.lm.config, rows)
+    check_length(config, model.lm.config, sum(rows.values(), []))
     facts = dict(counts, base_sha=base_sha, **describe(model))
     if config["head"] != "ask":
         train(model, rows["train"], rows["val"], config, facts, folder)
@@ -2136,13 +2068,10 @@ def run_rates(config, data):
 
 
 def write_predictions(path, config, annotations, result, gold=True):
-    """predictions.csv: one line a row, with what was really chosen if that is known (`gold`)."""
+    """predictions.csv: one line a row, with what was really chosen and what is predicted."""
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    columns = ["text_id", "user"]
-    if gold:
-        columns.append("gold")
-    columns.append("predicted")
+    columns = ["text_id", "user", "gold", "predicted"] if gold else ["text_id", "user", "predicted"]
     if "answers" in result:
         columns.append("answer")
     if "scores" in result:
@@ -2150,9 +2079,8 @@ def write_predictions(path, config, annotations, result, gold=True):
     writer.writerow(columns)
     for i, a in enumerate(annotations):
         cells = [text_id(a.text), a.user]
-        if gold:
-            cells.append(answer_text(config["labels"], a.labels).strip())
-        cells.append(answer_text(config["labels"], result["predicted"][i]).strip())
+        for labels in (a.labels, result["predicted"][i]) if gold else (result["predicted"][i],):
+            cells.append(answer_text(config["labels"], labels).strip())
         if "answers" in result:
             cells.append(result["answers"][i])
         if "scores" in result:
@@ -2300,33 +2228,30 @@ def print_readings(config, annotations, result):
 
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    check(bool(args.text) != bool(args.csv) and not (args.csv and args.users),
-          "predict needs --text T (--users A,B) or --csv FILE")
+    check(bool(args.text) != bool(args.csv), "predict needs --text T (--users A,B) or --csv FILE")
     config, model, tokenizer, users = load_run(args.run)
-    check(config["personalized"] or not args.users,
-          f"{config['method']} knows no users: no --users")
+    check(config["personalized"] or not args.users, f"{config['method']} knows no users")
     nothing = (0,) * len(config["labels"])
     asked = []
     if args.csv:
-        for row in read_csv(args.csv, "text", *(["user"] if config["personalized"] else [])):
-            asked.append(Annotation(row["text"], row.get("user", "").strip(), nothing))
+        needed = ["text", "user"] if config["personalized"] else ["text"]
+        for row in read_csv(args.csv, *needed):
+            asked.append(Annotation(row["text"], row.get("user", ""), nothing))
     else:
         for user in args.users or users[:5] or ["(anybody)"]:
             asked.append(Annotation(args.text, user, nothing))
-    unknown = sorted({a.user for a in asked} - set(users)) if config["personalized"] else []
-    if unknown:
-        print(f"unknown to training{' (read for nobody)' if config['nobody'] else ''}: "
-              f"{', '.join(unknown[:20])}{' ...' if len(unknown) > 20 else ''}")
-    names = name_users(tokenizer, config, users, unknown, model.V)
-    rows, counts = encode(tokenizer, config, asked, [], names)
-    check_length(config, model.lm.config, dict(asked=rows))
-    result = predict(model, tokenizer, rows, config)
+    unknown = sorted({a.user for a in asked} - set(users))
+    if unknown and config["personalized"]:
+        print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
+    rows, counts = encode(tokenizer, config, asked, [], name_users(config, users, model.V))
+    check_length(config, model.lm.config, rows)
     if counts["texts_cut"]:
         print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
+    result = predict(model, tokenizer, rows, config)
     if args.tuned:
-        check("rule" in config and "scores" in result, f"{args.run} has no tuned rule")
-        result["predicted"] = chosen_labels(result["scores"] + np.array(config["rule"]),
-                                            config["single"])
+        check("scores" in result and "rule" in config, f"{args.run} has no tuned rule")
+        shifted = result["scores"] + np.array(config["rule"])
+        result["predicted"] = chosen_labels(shifted, config["single"])
     if args.csv:
         run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
         path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
@@ -2436,10 +2361,9 @@ def adapt_run(args):
     check(new, f"{args.csv}: no row to learn from")
     check(not known, f"{args.csv}: the run knows {', '.join(known[:5])} already")
     add_users(model, len(new))
-    everybody = {a.user for annotations in parts.values() for a in annotations}
-    names = name_users(tokenizer, config, users + new, everybody - set(users + new), model.V)
+    names = name_users(config, users + new, model.V)
     rows, _ = encode(tokenizer, config, parts["train"], [], names)
-    check_length(config, model.lm.config, dict(train=rows))
+    check_length(config, model.lm.config, rows)
     adapt(model, rows, config)
     seconds = time.perf_counter() - start
     print(f"{len(new)} new people by {len(rows):,} rows, in {seconds:.1f} s with loading")
