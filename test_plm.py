@@ -504,3 +504,665 @@ def test_labels_are_told_apart_at_the_first_token_that_differs(labels, place):
     assert found >= place
     assert tokens == [answer[found] for answer in answers]
     assert answers[0][:found] == answers[1][:found]
+
+
+# 4. NF4 and 5. LoRA -------------------------------------------------------------------------------
+
+def quantized(weight):
+    return plm.NF4Linear(SimpleNamespace(weight=weight, bias=None))
+
+
+def test_nf4_values_are_quantiles_of_the_normal_distribution():
+    # QLoRA, appendix E: 8 quantiles above 0 and 7 below, equally spaced in probability.
+    edge = 0.9677083
+    above = torch.special.ndtri(torch.tensor(np.linspace(edge, 0.5, 9)))
+    below = torch.special.ndtri(torch.tensor(np.linspace(edge, 0.5, 8)))
+    values = torch.cat([-below, above[:-1].flip(0)]) / above[0]
+    assert torch.allclose(values, plm.NF4.double(), atol=2e-7)
+
+
+def test_the_dynamic_map_has_256_values_in_order():
+    code = plm.dynamic_map()
+    assert len(code) == 256
+    assert torch.equal(code, code.unique())
+    assert code[127] == 0 and code[-1] == 1
+
+
+def test_bytes_are_those_of_bitsandbytes():
+    # Recorded from bitsandbytes 0.50.2: quantize_4bit(weight, blocksize=64, quant_type="nf4",
+    # compress_statistics=True). Blocks of three scales, one of zeros; two blocks of absmax.
+    i = torch.arange(48 * 344)
+    weight = (i * 7919 % 4001 - 2000).float() / 512 * (1 + i // 2000 % 3)
+    weight[640:704] = 0
+    layer = quantized(weight.view(48, 344))
+    recorded = {"91bd7823b50d": layer.packed, "4f1f920137ea": layer.absmax_code,
+                "7c7d88e2f2e5": layer.absmax_scale, "35ee6bb71a0e": layer.absmax_offset,
+                "24320ad4b8d4": layer.dequantize()}
+    for sha, stored in recorded.items():
+        assert hashlib.sha256(stored.numpy().tobytes()).hexdigest()[:12] == sha
+    assert layer.packed[:4].tolist() == [0x0F, 0xFF, 0xEE, 0xEE]  # first weight in the high half
+
+
+def normal_weight():
+    torch.manual_seed(0)
+    return torch.randn(1024, 1024)
+
+
+def test_the_mean_error_is_what_bitsandbytes_publishes():
+    # Its tests list, for blocks of 64 of N(0, 1): mean 0.072798, std 0.000074 over 200 samples.
+    weight = normal_weight()
+    error = (quantized(weight).dequantize() - weight).abs().mean()
+    assert abs(error - 0.0728) < 7 * 0.000074 + 0.0001  # double quantization adds 0.0001
+
+
+def test_no_weight_is_further_off_than_half_the_widest_gap():
+    weight = normal_weight()
+    layer = quantized(weight)
+    absmax = weight.view(-1, 64).abs().amax(1)
+    largest = (layer.dequantize() - weight).abs().view(-1, 64).amax(1)
+    assert (largest <= 0.152 * absmax + (layer.absmax() - absmax).abs()).all()
+
+
+def test_a_weight_takes_4_127_bits():
+    stored = sum(buffer.nbytes for buffer in quantized(normal_weight()).buffers())
+    assert 8 * stored / 1024 ** 2 == pytest.approx(4.127, abs=0.001)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (1, 64), (7, 129), (2, 131_072 + 64)])
+def test_odd_sizes_and_zeros(shape):
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    off = (quantized(weight).dequantize() - weight).abs().max()
+    assert off < 0.16 * weight.abs().max()
+    assert torch.equal(quantized(0 * weight).dequantize(), 0 * weight)
+
+
+def test_nf4_matmul_is_the_dense_one_with_its_gradient():
+    torch.manual_seed(0)
+    layer = quantized(torch.randn(96, 128))
+    x = torch.randn(5, 128, requires_grad=True)
+    y = layer(x)
+    dense = F.linear(x, layer.dequantize())
+    ours = torch.autograd.grad(y.square().sum(), x)[0]
+    theirs = torch.autograd.grad(dense.square().sum(), x)[0]
+    assert torch.equal(y, dense)
+    assert torch.allclose(ours, theirs)
+
+
+def test_nf4_matmul_keeps_no_dense_weight_for_the_backward_pass():
+    layer = quantized(torch.randn(96, 128))
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(torch.randn(5, 128, requires_grad=True))
+    assert not [t for t in saved if t.is_floating_point() and t.numel() >= 96 * 128]
+
+
+def test_a_dense_copy_is_of_the_rounded_weights():
+    layer = quantized(torch.randn(96, 128))
+    x = torch.randn(5, 128)
+    packed = layer(x)
+    layer.dense = layer.dequantize()
+    assert torch.equal(layer(x), packed)
+
+
+def small_lora(dropout):
+    """(layer of rank 2 whose B is not zero, in training; inputs)"""
+    torch.manual_seed(0)
+    layer = plm.LoRALinear(quantized(torch.randn(24, 64)), 2, 32, dropout)
+    nn.init.normal_(layer.lora_B)
+    return layer, torch.randn(3, 64)
+
+
+def test_lora_begins_as_nothing():
+    layer = plm.LoRALinear(quantized(torch.randn(24, 64)), 2, 32, 0.5)
+    x = torch.randn(3, 64)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+def test_lora_is_w_plus_ba_with_autograds_gradients():
+    layer, x = small_lora(dropout=0.0)
+    x.requires_grad_()
+    leaves = [x, layer.lora_A, layer.lora_B]
+    W = layer.base.dequantize() + 32 / 2 * layer.lora_B @ layer.lora_A
+    dense = F.linear(x, W)
+    ours = torch.autograd.grad(layer(x).sin().sum(), leaves)
+    theirs = torch.autograd.grad(dense.sin().sum(), leaves)
+    assert torch.allclose(layer(x), dense, atol=1e-4)
+    for a, b in zip(ours, theirs):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+        assert a.abs().max() > 0
+
+
+def test_dropout_keeps_the_mean_of_lora_and_leaves_the_base_alone():
+    layer, x = small_lora(dropout=0.3)
+    many = layer(x[:1].expand(40_000, -1))
+    own = layer.eval()(x[:1])[0]
+    assert many.std(0).min() > 0
+    assert torch.allclose(many.mean(0), own, atol=0.02 * own.abs().max().item())
+    nn.init.zeros_(layer.lora_B)
+    assert torch.equal(layer.train()(x), layer.base(x))
+
+
+# 6. The prompt tree -------------------------------------------------------------------------------
+
+TEXT, WELL, NICE, USER_17, USER_44 = range(5)
+DRAWN = [(TEXT, WELL, USER_17), (TEXT, WELL, USER_44), (TEXT, NICE, USER_17)]
+
+
+def test_the_tree_is_the_one_that_section_6_draws():
+    input_ids, positions, parents, branches = plm.prompt_tree(DRAWN)
+    assert input_ids == [TEXT, WELL, USER_17, USER_44, NICE, USER_17]
+    assert parents == [-1, 0, 1, 1, 0, 4]
+    assert positions == [0, 1, 2, 2, 1, 2]
+    assert branches == [[0, 1, 2], [0, 1, 3], [0, 4, 5]]
+
+
+def test_the_mask_is_the_one_that_section_6_draws():
+    drawn = ["x     ",
+             "xx    ",
+             "xxx   ",
+             "xx x  ",
+             "x   x ",
+             "x   xx"]
+    sees = plm.tree_mask([-1, 0, 1, 1, 0, 4])
+    assert sees.tolist() == [[cell == "x" for cell in line] for line in drawn]
+
+
+def test_the_mask_is_added_as_0_or_minus_infinity():
+    mask = plm.additive_mask(torch.tensor([[True, False], [True, True]]), torch.bfloat16)
+    assert mask.shape == (1, 1, 2, 2)
+    assert mask.dtype == torch.bfloat16
+    assert mask[0, 0].tolist() == [[0, -math.inf], [0, 0]]
+
+
+def test_without_sharing_every_path_has_its_own_nodes():
+    input_ids, positions, parents, branches = plm.prompt_tree(DRAWN, share=False)
+    assert input_ids == [*DRAWN[0], *DRAWN[1], *DRAWN[2]]
+    assert positions == [0, 1, 2] * 3
+    assert branches == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    sees = plm.tree_mask(parents)
+    assert torch.equal(sees, torch.block_diag(*[torch.ones(3, 3).tril()] * 3).bool())
+
+
+def random_rows(seed=1, texts=4):
+    """Rows that share an instruction; some texts, with one to four readers of each."""
+    rng = random.Random(seed)
+
+    def ids(least, most):
+        return tuple(rng.randrange(5, 90) for _ in range(rng.randint(least, most)))
+
+    instruction = ids(9, 9)
+    rows = []
+    for i in range(texts):
+        text = ids(3, 29)
+        if i == 1:
+            text = (2, 2, 9, 2)  # the end and padding token changes nothing but itself
+        for _ in range(rng.randint(1, 4)):
+            user = rng.randrange(5, 9)
+            prompt = instruction + text + (7, user, 8)
+            labels = (rng.randrange(2), 1, 0)
+            rows.append(plm.Row(prompt, len(prompt) - 2, (), ids(1, 3) + (2,), labels,
+                                plm.Annotation(f"text {i}", str(user), labels)))
+    return rows
+
+
+def test_every_distinct_prefix_is_one_node():
+    paths = [row.prompt + row.answer for row in random_rows()]
+    prefixes = set()
+    for path in paths:
+        prefixes |= {path[:n] for n in range(1, len(path) + 1)}
+    input_ids, positions, parents, branches = plm.prompt_tree(paths)
+    assert len(input_ids) == len(prefixes)
+    for path, branch in zip(paths, branches):
+        assert [input_ids[node] for node in branch] == list(path)
+        assert [positions[node] for node in branch] == list(range(len(path)))
+
+
+# 7. The model and its two heads -------------------------------------------------------------------
+
+SUPPORTED = "llama mistral qwen2 qwen3 phi gpt_neox gpt2 gemma olmo2 smollm3 t5".split()
+TRAINED = [name for name in SUPPORTED if name != "gpt2"]  # its layers are no nn.Linear
+REFUSED = "gpt_oss mixtral lfm2 bert granite bloom gemma2".split()
+VOCABULARY = 2304  # the tokenizer of qwen2 adds some tokens to the 2048 of the tiny one
+SPECIAL = {  # what the configuration of an architecture needs besides
+    "t5": dict(d_kv=16, d_ff=128, feed_forward_proj="gated-gelu", num_layers=2,
+               decoder_start_token_id=0, dropout_rate=0.0),
+    "phi": dict(num_key_value_heads=4),
+    "smollm3": dict(no_rope_layers=[1, 0]),
+    "granite": dict(logits_scaling=8.0),
+    "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "gpt_oss": dict(num_local_experts=4),
+    "mixtral": dict(num_local_experts=4),
+}
+
+
+def random_model(path, name, **more):
+    """(folder, transformers' model) of a small random model of an architecture. The folder has a
+    tiny tokenizer."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, head_dim=16,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=VOCABULARY,
+                 pad_token_id=2, eos_token_id=2, bos_token_id=1)
+    settings = sizes | SPECIAL.get(name, {}) | more
+    config = transformers.AutoConfig.for_model(name, **settings)
+    torch.manual_seed(0)
+    if name == "t5":
+        lm = transformers.AutoModelForSeq2SeqLM.from_config(config)
+    else:
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+    for p in lm.parameters():  # all of it is random: norms and biases too
+        p.data += 0.1 * torch.randn_like(p)
+    lm.save_pretrained(path)
+    tokenizer = plm.MODELS["tiny_t5" if name == "t5" else "tiny"]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{tokenizer}/{file}", path)
+    return str(path), lm.eval()
+
+
+@pytest.fixture(scope="session", params=SUPPORTED)
+def architecture(request, tmp_path_factory):
+    """(folder, transformers' model) of every supported architecture."""
+    return random_model(tmp_path_factory.mktemp(request.param), request.param)
+
+
+def quantized_lm(path):
+    lm, tokenizer = plm.load_pretrained(path, "eager")
+    return plm.quantize(lm, CPU)
+
+
+def plain_model(path, head="lm", user_rows=None):
+    return plm.PersonalizedLM(quantized_lm(path), head, 3, user_rows).train(False)
+
+
+def lora_model(path, head, user_rows=None):
+    """A model with LoRA whose B is not zero, so that all gradients are there."""
+    torch.manual_seed(1)
+    model = plain_model(path, head, user_rows)
+    plm.add_lora(model.lm, r=2, alpha=4, dropout=0.0)
+    for layer in model.modules():
+        if isinstance(layer, plm.LoRALinear):
+            nn.init.normal_(layer.lora_B, std=0.1)
+    return model
+
+
+def rounded_reference(model, lm):
+    """A copy of transformers' own model with the rounded weights of ours."""
+    reference = copy.deepcopy(lm)
+    for path, layer in model.lm.named_modules():
+        if isinstance(layer, plm.NF4Linear):
+            reference.get_submodule(path.removesuffix(".base")).weight.data = layer.dequantize()
+    return reference.eval()
+
+
+def their_output(lm, row):
+    """What transformers' own model returns for a row by itself: a prompt and its answer."""
+    answer = row.answer[:-1]
+    if lm.config.is_encoder_decoder:
+        inputs = dict(input_ids=torch.tensor([row.prompt]),
+                      decoder_input_ids=torch.tensor([(0, *answer)]))
+    else:
+        inputs = dict(input_ids=torch.tensor([row.prompt + answer]))
+    return lm(**inputs, use_cache=False, output_hidden_states=True)
+
+
+def their_logits(lm, row):
+    """(tokens of the answer, V)"""
+    return their_output(lm, row).logits[0, -len(row.answer):]
+
+
+def their_state(lm, row):
+    """(1, D) the state that a classification head reads."""
+    out = their_output(lm, row._replace(answer=(2,)))
+    states = out.get("decoder_hidden_states") or out["hidden_states"]
+    return states[-1][:, -1]
+
+
+def test_the_linear_layers_of_the_backbone_are_quantized_and_no_head_is(architecture):
+    path, lm = architecture
+    ours = quantized_lm(path)
+    linear = {name for name, m in lm.named_modules() if isinstance(m, nn.Linear)}
+    packed = {name for name, m in ours.named_modules() if isinstance(m, plm.NF4Linear)}
+    dense = {name for name, m in ours.named_modules() if isinstance(m, nn.Linear)}
+    assert len(dense) == 1
+    assert packed | dense == linear
+    assert ours.get_submodule(*dense) is ours.get_output_embeddings()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [True, False])
+def test_logits_are_those_of_transformers_of_each_prompt_alone(architecture, share):
+    path, lm = architecture
+    model = plain_model(path)
+    model.share = share
+    reference = rounded_reference(model, lm)
+    rows = random_rows()
+    theirs = torch.cat([their_logits(reference, row) for row in rows])
+    assert torch.allclose(model(plm.make_batch(model, rows)), theirs, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [True, False])
+def test_states_are_those_of_transformers_of_each_prompt_alone(architecture, share):
+    path, lm = architecture
+    model = plain_model(path, "cls")
+    model.share = share
+    reference = rounded_reference(model, lm)
+    rows = random_rows()
+    theirs = torch.cat([their_state(reference, row) for row in rows])
+    assert torch.allclose(model.hidden(plm.make_batch(model, rows)), theirs, atol=2e-5)
+
+
+def until_end(ids):
+    return ids[:ids.index(2)] if 2 in ids else ids
+
+
+@torch.no_grad()
+def test_greedy_answers_are_those_of_generate_one_by_one(architecture):
+    path, lm = architecture
+    model = plain_model(path)
+    reference = rounded_reference(model, lm)
+    prompts = [row.prompt for row in random_rows()]
+    write = plm.write_with_encoder_decoder if model.seq2seq else plm.write_with_decoder
+    ours = write(model, prompts, [2], 9)
+    for prompt, answer in zip(prompts, ours):
+        ids = torch.tensor([prompt])
+        out = reference.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=9,
+                                 do_sample=False, pad_token_id=2, eos_token_id=2)[0].tolist()
+        theirs = out[1:] if model.seq2seq else out[len(prompt):]
+        assert until_end(answer) == until_end(theirs)
+
+
+def our_step(model, rows, size):
+    """(loss, dict name -> gradient) of a training step in micro-batches of `size` rows. SGD moves
+    parameters by their gradient."""
+    before = {name: p.detach().clone() for name, p in model.trainable().items()}
+    batches = [plm.make_batch(model, rows[i:i + size]) for i in range(0, len(rows), size)]
+    group = dict(params=list(model.trainable().values()), times=1.0)
+    optimizer = torch.optim.SGD([group], lr=1.0)
+    loss = plm.train_step(model, batches, optimizer, 1.0, dict(single=False, clip=1e9))
+    moved = {name: before[name] - p.detach() for name, p in model.trainable().items()}
+    model.load_state_dict(before, strict=False)
+    return loss, moved
+
+
+def their_step(model, rows):
+    """(loss, dict name -> gradient) with transformers' own forward pass of each prompt alone."""
+    losses = []
+    for row in rows:
+        if model.head == "cls":
+            labels = torch.tensor([row.labels]).float()
+            out = model.score(their_state(model.lm, row))
+            losses.append(F.binary_cross_entropy_with_logits(out, labels)[None])
+        else:
+            logits = their_logits(model.lm, row)
+            losses.append(F.cross_entropy(logits, torch.tensor(row.answer), reduction="none"))
+    loss = torch.cat(losses).mean()
+    gradients = torch.autograd.grad(loss, list(model.trainable().values()))
+    return loss, dict(zip(model.trainable(), gradients))
+
+
+@pytest.mark.parametrize("architecture", TRAINED, indirect=True)
+@pytest.mark.parametrize("head", ["cls", "lm"])
+def test_a_step_is_the_same_shared_unshared_in_pieces_and_by_transformers(architecture, head):
+    path, _ = architecture
+    model = lora_model(path, head)
+    rows = random_rows()
+    expected, gradients = their_step(model, rows)
+    for share, size in ((True, 99), (False, 99), (True, 5)):
+        model.share = share
+        loss, moved = our_step(model, rows, size)
+        assert abs(loss - expected) < 1e-5
+        for name, gradient in gradients.items():
+            assert (moved[name] - gradient).abs().max() < 1e-5, (share, size, name)
+
+
+@pytest.mark.parametrize("architecture", TRAINED, indirect=True)
+def test_a_step_changes_what_is_trained_and_nothing_else(architecture):
+    path, _ = architecture
+    model = lora_model(path, "cls", torch.zeros(3, 64))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    row = random_rows()[0]
+    rows = [row._replace(prompt=(*row.prompt, model.V + i)) for i in range(3)]
+    batches = [plm.make_batch(model, rows)]
+    config = plm.RECIPES["ours"] | dict(single=False)
+    plm.train_step(model, batches, plm.make_optimizer(model, config), 0.01, config)
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
+    if model.seq2seq:  # a step of a decoder's only token leaves its attention's rates as they are
+        assert changed <= set(model.trainable())
+    else:
+        assert changed == set(model.trainable())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_we_would_compute_otherwise_than_transformers_is_refused_by_name(
+        tmp_path, name, dtype):
+    # Experts, a state beside attention, both directions, scaled or capped logits, biased attention.
+    path, lm = random_model(tmp_path, name)
+    says = {"gpt_oss": "num_local_experts", "mixtral": "num_local_experts"}
+    with pytest.raises(plm.BadInput, match=says.get(name, type(lm).__name__)):
+        plm.load_model(configured(f"cls --model {path} --dtype {dtype}"))
+
+
+@pytest.mark.parametrize("line", ["q_0s", "lm --tune full"])
+def test_what_we_compute_as_transformers_is_taken(architecture, line):
+    path, lm = architecture
+    model, tokenizer, base_sha = plm.load_model(configured(f"{line} --model {path}"))
+    assert isinstance(model.lm, type(lm))
+
+
+def test_a_model_without_linear_layers_is_asked_and_not_trained(tmp_path):
+    path, lm = random_model(tmp_path, "gpt2")
+    with pytest.raises(plm.BadInput, match="GPT2LMHeadModel has no linear layer for LoRA"):
+        plm.load_model(configured(f"cls --model {path}"))
+
+
+def test_a_model_that_reads_no_prompt_is_refused(tmp_path):
+    path, lm = random_model(tmp_path, "llama")
+    lm.get_input_embeddings().weight.data[:] = 1
+    lm.save_pretrained(path)
+    with pytest.raises(plm.BadInput, match="LlamaForCausalLM .* reads no prompt"):
+        plm.load_model(configured(f"cls --model {path}"))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_users_token_is_a_row_of_its_own_and_the_last_is_nobodys(tmp_path, name):
+    path, _ = random_model(tmp_path, name)
+    users = torch.randn(4, 64)
+    model = lora_model(path, "cls", users)
+    V = model.V
+    words = model.lm.get_input_embeddings().weight
+    told = model.embed(torch.tensor([V + 2, V + 3, 5, V - 1]))
+    assert torch.equal(told, torch.stack([users[2], users[3], words[5], words[V - 1]]))
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_row_trains_the_token_of_its_own_user_alone(tmp_path, name):
+    path, _ = random_model(tmp_path, name)
+    model = lora_model(path, "cls", torch.randn(4, 64))
+    row = random_rows()[0]
+    batch = plm.make_batch(model, [row._replace(prompt=(*row.prompt, model.V + 1))])
+    plm.summed_loss(model(batch), batch, "cls", False).backward()
+    assert model.user_embedding.grad.any(1).tolist() == [False, True, False, False]
+
+
+def test_tokens_of_users_begin_as_words_and_nobody_as_their_mean():
+    model, tokenizer, _ = plm.load_model(configured("cls_p"), ["a", "b"])
+    words = model.lm.get_input_embeddings().weight
+    for user in (0, 1):
+        assert (words == model.user_embedding[user]).all(1).any()
+    assert torch.allclose(model.user_embedding[2], words.mean(0))
+
+
+def test_what_is_trained_stays_float32_and_scores_are_float32_in_bfloat16():
+    model, tokenizer, _ = plm.load_model(configured("cls_p --dtype bfloat16"), ["a", "b"])
+    assert model.lm.dtype == torch.bfloat16
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+    layer = next(m for m in model.modules() if isinstance(m, plm.NF4Linear))
+    assert layer.absmax_scale.dtype == torch.float32
+    assert model(plm.make_batch(model, random_rows())).dtype == torch.float32
+
+
+def test_weights_are_rounded_once_from_what_is_stored():
+    # Loading in bfloat16 and then quantizing would round twice.
+    lm, _ = plm.load_pretrained("tiny", "eager")
+    stored = lm.base_model.layers[0].mlp.up_proj.weight.clone()
+    model, _, _ = plm.load_model(configured("cls --dtype bfloat16"))
+    packed, absmax = plm.quantize_nf4(stored)
+    layer = model.lm.base_model.layers[0].mlp.up_proj.base
+    assert torch.equal(layer.packed, packed)
+    assert torch.equal(layer.dense, layer.dequantize(torch.bfloat16))
+
+
+def test_without_quantization_the_weights_are_those_that_are_stored():
+    lm, _ = plm.load_pretrained("tiny", "eager")
+    model, _, _ = plm.load_model(configured("cls --no-quant --dtype float32"))
+    layer = model.lm.base_model.layers[0].mlp.up_proj.base
+    assert torch.equal(layer.dequantize(), lm.base_model.layers[0].mlp.up_proj.weight)
+
+
+def test_all_weights_can_be_trained_and_none_is_quantized_then():
+    model, _, _ = plm.load_model(configured("cls --tune full"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert not [m for m in model.modules() if isinstance(m, plm.NF4Linear)]
+    assert frozen == {"lm.model.embed_tokens.weight"}  # tied: it is the head of the LM
+
+
+@pytest.mark.parametrize("form", ["sharded", "pickled", "beside copies"])
+def test_an_index_is_followed_and_copies_beside_it_are_not_read(tmp_path, form):
+    path, lm = random_model(tmp_path, "gpt_neox")
+    plain = quantized_lm(path).state_dict()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in lm.state_dict().items()}
+    for file in ("model-copy", "consolidated"):
+        (tmp_path / f"{file}.safetensors").write_bytes(plm.safetensors_bytes(zeros))
+    torch.save(lm.state_dict() if form == "pickled" else zeros, tmp_path / "pytorch_model.bin")
+    if form != "beside copies":
+        os.remove(tmp_path / "model.safetensors")
+    if form == "sharded":
+        lm.save_pretrained(path, max_shard_size="30KB")
+        assert (tmp_path / "model.safetensors.index.json").exists()
+    loaded = quantized_lm(path).state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in plain.items())
+
+
+def t5_tensors(path):
+    """dict name -> tensor of a folder of a T5 whose head is its own, as flan-t5's."""
+    _, lm = random_model(path, "t5")
+    tensors = {name: p.detach().clone() for name, p in lm.named_parameters()}
+    tensors["lm_head.weight"] = torch.randn(VOCABULARY, 64)
+    write_tensors(path, tensors)
+    return tensors
+
+
+def write_tensors(path, tensors):
+    content = plm.safetensors_bytes(tensors, {"format": "pt"})
+    (path / "model.safetensors").write_bytes(content)
+
+
+def test_an_untied_head_of_a_t5_is_kept(tmp_path):
+    tensors = t5_tensors(tmp_path)
+    lm = quantized_lm(str(tmp_path))
+    assert torch.equal(lm.lm_head.weight, tensors["lm_head.weight"])
+    for module in (lm.shared, lm.encoder.embed_tokens, lm.decoder.embed_tokens):
+        assert torch.equal(module.weight, tensors["shared.weight"])
+
+
+@pytest.mark.parametrize("fault", ["missing", "scaled integers", "too small"])
+def test_a_missing_or_quantized_weight_is_named(tmp_path, fault):
+    tensors = t5_tensors(tmp_path)
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    weight = tensors.pop(name)
+    if fault == "scaled integers":
+        tensors[name] = (weight * 50).to(torch.int8)
+        tensors[f"{name}_scale"] = torch.tensor(0.02)
+    if fault == "too small":
+        tensors[name] = weight[:9].clone()
+    write_tensors(tmp_path, tensors)
+    with pytest.raises(plm.BadInput, match=name.removesuffix(".weight")):
+        plm.load_pretrained(str(tmp_path), "eager")
+
+
+def tiny_copy(path, file="config.json", name="tiny", **keys):
+    """A folder of a tiny model with some keys of one of its JSON files changed."""
+    shutil.copytree(plm.MODELS[name], path)
+    content = json.loads((path / file).read_text("utf-8"))
+    (path / file).write_text(json.dumps(content | keys), "utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("file, keys, says", [
+    ("config.json", dict(quantization_config=dict(bits=4)), "correctly quantized"),
+    ("config.json", dict(max_position_embeddings=100), "reads 100 tokens"),
+    ("config.json", dict(num_experts=4), "num_experts"),
+    ("config.json", dict(model_type="nosuch"), "cannot be used")])
+def test_what_a_folder_says_against_it_gets_one_line(tmp_path, capsys, small_csv, file, keys, says):
+    folder = tiny_copy(tmp_path / "model", file, **keys)
+    run = f"q_1s --data {small_csv} --max-eval 6 --out {tmp_path}/out --model {folder}"
+    assert says in refused(capsys, run)
+
+
+def test_a_sliding_window_is_the_room_of_a_prompt(tmp_path, capsys, small_csv):
+    folder, _ = random_model(tmp_path / "m", "mistral", sliding_window=90)
+    run = f"q_1s --data {small_csv} --max-eval 6 --out {tmp_path}/out --model {folder}"
+    assert "reads 90 tokens" in refused(capsys, run)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_broken_file_of_a_model_gets_one_line(tmp_path, capsys, file):
+    folder = tiny_copy(tmp_path / "model")
+    os.truncate(f"{folder}/{file}", 50)
+    says = refused(capsys, f"q_0s --model {folder} --out {tmp_path}/out")
+    assert f"--model {folder} cannot be used" in says
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = tiny_copy(tmp_path / "model")
+    (tmp_path / "model" / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(plm.BadInput, match="an adapter lies beside the weights; merge it"):
+        plm.load_pretrained(folder, "eager")
+
+
+def loaded_tiny(folder, line="q_0s"):
+    return plm.load_model(configured(f"{line} --model {folder}"))
+
+
+def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused(tmp_path):
+    # Their ids would be those of users.
+    folder = tiny_copy(tmp_path / "model")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(plm.BadInput, match="has a token 2048, its embeddings end at 2047"):
+        loaded_tiny(folder)
+
+
+def test_the_end_token_of_config_json_is_used_where_a_tokenizer_names_none(tmp_path):
+    folder = tiny_copy(tmp_path / "model", "tokenizer_config.json", eos_token=None)
+    os.remove(f"{folder}/generation_config.json")
+    model, tokenizer, _ = loaded_tiny(folder)
+    assert tokenizer.eos_token_id == 2
+    assert model.lm.generation_config.eos_token_id == [2]
+
+
+def test_a_model_without_any_end_token_is_refused(tmp_path):
+    folder = tiny_copy(tmp_path / "model", "tokenizer_config.json", eos_token=None)
+    for file in ("config.json", "generation_config.json"):
+        content = json.loads((tmp_path / "model" / file).read_text("utf-8"))
+        (tmp_path / "model" / file).write_text(json.dumps(content | dict(eos_token_id=None)))
+    with pytest.raises(plm.BadInput, match="no end token"):
+        loaded_tiny(folder)
+
+
+def test_a_fingerprint_knows_weights_and_tokenizer(tmp_path):
+    lm, tokenizer = plm.load_pretrained("tiny", "eager")
+    sha = plm.fingerprint(lm, tokenizer)
+    assert plm.fingerprint(*plm.load_pretrained(tiny_copy(tmp_path / "a"), "eager")) == sha
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["<new>"])
+    assert plm.fingerprint(lm, other) != sha
+    lm.base_model.layers[3].mlp.up_proj.weight.data += 0.001
+    assert plm.fingerprint(lm, tokenizer) != sha
