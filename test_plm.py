@@ -669,7 +669,8 @@ def test_the_mask_is_the_one_that_section_6_draws():
              "x   x ",
              "x   xx"]
     sees = plm.tree_mask([-1, 0, 1, 1, 0, 4])
-    assert sees.tolist() == [[cell == "x" for cell in line] for line in drawn]
+    shown = np.where(sees, "x", " ")
+    assert ["".join(line) for line in shown] == drawn
 
 
 def test_the_mask_is_added_as_0_or_minus_infinity():
@@ -1166,3 +1167,637 @@ def test_a_fingerprint_knows_weights_and_tokenizer(tmp_path):
     assert plm.fingerprint(lm, other) != sha
     lm.base_model.layers[3].mlp.up_proj.weight.data += 0.001
     assert plm.fingerprint(lm, tokenizer) != sha
+
+
+# 8. Batches ---------------------------------------------------------------------------------------
+
+def numbered_rows(n):
+    """n rows, three to a text."""
+    rows = []
+    for i in range(n):
+        annotation = plm.Annotation(f"text {i // 3}", f"u{i}", (1,))
+        rows.append(plm.Row((1, i // 3, i), 2, (1, i // 3, n), (2,), (1,), annotation))
+    return rows
+
+
+def test_steps_hold_every_row_once_and_keep_texts_together():
+    rows = numbered_rows(1000)
+    steps = plm.shuffled_steps(rows, 32, random.Random(5))
+    flat = sum(steps, [])
+    texts = [row.annotation.text for row in flat]
+    runs = [text for i, text in enumerate(texts) if i == 0 or texts[i - 1] != text]
+    assert sorted(flat) == sorted(rows) and flat != rows
+    assert [len(step) for step in steps].count(32) == 31
+    assert len(runs) == len(set(texts))
+
+
+def test_the_order_of_steps_is_the_seeds():
+    rows = numbered_rows(100)
+    first = plm.shuffled_steps(rows, 32, random.Random(5))
+    assert plm.shuffled_steps(rows, 32, random.Random(5)) == first
+    assert plm.shuffled_steps(rows, 32, random.Random(6)) != first
+
+
+def test_micro_batches_are_bounded_by_rows_and_by_nodes():
+    rows = random_rows(texts=20)
+    for size, max_nodes in ((5, 10 ** 9), (10 ** 9, 150), (4, 100)):
+        parts = plm.micro_batches(rows, size, max_nodes)
+        assert sum(parts, []) == rows
+        for part in parts:
+            nodes = plm.prompt_tree([row.prompt + row.answer for row in part])[0]
+            assert len(part) <= size
+            assert len(nodes) <= max_nodes
+
+
+def test_padding_goes_by_lengths_and_not_by_the_padding_token():
+    ids, mask = plm.padded([(0, 7, 0), (5,)])
+    assert ids.tolist() == [[0, 7, 0], [5, 0, 0]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_the_tokens_of_a_batch_are_the_nodes_of_its_tree():
+    rows = random_rows()
+    model = SimpleNamespace(share=True)
+    whole = plm.tree_batch(model, rows, "lm")
+    paths = [row.prompt + row.answer[:-1] for row in rows]
+    assert whole["tokens"] == len(plm.prompt_tree(paths)[0])
+    model.share = False
+    assert plm.tree_batch(model, rows, "lm")["tokens"] == sum(map(len, paths))
+
+
+# 9. Scores and controls ---------------------------------------------------------------------------
+
+def test_f1_by_hand():
+    # Label a: TP 1, FP 1, FN 1 -> 2 / 4.  b: TP 2, FP 0, FN 1 -> 4 / 5.  c: nothing anywhere -> 0.
+    found = plm.f1_scores([(1, 1, 0), (1, 1, 0), (0, 1, 0)], [(1, 1, 0), (0, 1, 0), (1, 0, 0)])
+    assert found["per_label"] == pytest.approx([0.5, 0.8, 0.0])
+    assert found["f1_macro"] == pytest.approx(1.3 / 3)
+    assert found["f1_macro_present"] == pytest.approx(1.3 / 2)  # c is in no row
+    assert found["f1_micro"] == pytest.approx(6 / 9)
+    assert found["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_f1_as_scikit_learn_has_it():
+    # Recorded from scikit-learn 1.9.1: f1_score(gold, predicted, average=..., zero_division=0).
+    i = np.arange(40)[:, None] * np.array([3, 5, 7, 11]) + np.array([0, 1, 2, 3])
+    gold = (i % 5 < 2).astype(int)
+    predicted = (i % 7 < 3).astype(int)
+    gold[:, 3] = 0  # a label that nobody chose ...
+    predicted[:, 3] = 0  # ... and nothing predicted
+    found = plm.f1_scores(gold, predicted)
+    assert found["per_label"] == pytest.approx(
+        [0.42424242424242425, 0.6206896551724138, 0.5714285714285714, 0.0], abs=1e-12)
+    assert found["f1_macro"] == pytest.approx(0.40409016271085235, abs=1e-12)
+    assert found["f1_micro"] == pytest.approx(0.5578231292517006, abs=1e-12)
+
+
+def test_the_bootstrap_draws_whole_texts():
+    # Text a: two rows, both right; text b: one row, missed. Drawn twice: F1 is 1, 4/5 or 0.
+    draws = plm.bootstrap_f1([[1], [1], [1]], [[1], [1], [0]], ["a", "a", "b"], 4000)
+    for f1, share in ((1.0, 1 / 4), (0.8, 1 / 2), (0.0, 1 / 4)):
+        assert np.isclose(draws, f1).mean() == pytest.approx(share, abs=0.03)
+
+
+def test_the_bootstrap_draws_the_same_texts_for_every_run():
+    gold = [[1], [1], [1]]
+    one = plm.bootstrap_f1(gold, [[1], [1], [0]], ["a", "a", "b"])
+    other = plm.bootstrap_f1(gold, [[0], [0], [1]], ["a", "a", "b"])
+    assert (np.isclose(one, 1) == np.isclose(other, 0)).all()
+
+
+@pytest.mark.parametrize("scores, texts, heard, spread", [
+    ([[0], [1], [3], [4]], "aabb", 0.25 / 2.5, math.sqrt(2.5)),  # variance (4 + 1 + 1 + 4) / 4
+    ([[0], [1], [3], [4]], "abab", 0.9, math.sqrt(2.5)),
+    ([[0], [0], [3]], "aab", 0, math.sqrt(2)),
+    ([[7], [7], [7]], "aab", 0, 0)])
+def test_listens_is_the_share_of_variance_between_readers_of_a_text(scores, texts, heard, spread):
+    assert plm.listens(scores, list(texts)) == pytest.approx((heard, spread))
+
+
+@pytest.mark.parametrize("gold, scores, best", [
+    ([1, 0, 1, 0, 0], [5, 4, 3, 2, 1], 4 / 5),  # the first three: 2 * 2 / (3 + 2)
+    ([1, 1, 1, 0], [4, 3, 2, 1], 1.0),
+    ([0, 1, 1, 1], [4, 3, 2, 1], 6 / 7),        # all of them
+    ([1, 0, 1, 0], [1, 1, 1, 1], 2 / 3),        # a tie is ticked together or not at all
+    ([1, 1, 0, 1, 0], [3, 2, 2, 2, 0], 6 / 7),
+    ([0, 0, 0], [3, 2, 1], 0.0)])
+def test_a_tuned_threshold_has_the_best_f1_there_is(gold, scores, best):
+    gold = np.array(gold)
+    scores = np.array(scores, float)
+    predicted = scores > plm.best_threshold(gold, scores)
+    found = plm.f1_scores(gold[:, None], predicted[:, None])
+    assert found["f1_macro"] == pytest.approx(best)
+
+
+def test_several_labels_are_shifted_by_a_threshold_each():
+    gold = np.array([(1, 0), (1, 1), (0, 1), (0, 0)])
+    scores = np.array([(-1.0, 2), (-2, 5), (-3, 4), (-4, 3)])
+    shift = plm.tuned_shift(gold, scores, False, gold.mean(0))
+    assert (plm.chosen_labels(scores + shift, False) == gold).all()
+
+
+def rare_choice():
+    """(gold, scores) of a single choice whose argmax hardly ever says the rare label."""
+    rng = np.random.default_rng(0)
+    label = (rng.random(400) < 0.1).astype(int)
+    margin = 3 - 2.5 * label + rng.normal(size=400)
+    return np.eye(2, dtype=int)[label], np.stack([margin, np.zeros(400)], axis=1)
+
+
+def test_a_single_choice_is_shifted_by_the_one_tau_with_the_best_f1():
+    gold, scores = rare_choice()
+    rates = gold.mean(0)
+    shift = plm.tuned_shift(gold, scores, True, rates)
+    taus = np.linspace(0, 1.5, 31)
+    f1 = {}
+    for tau in taus:
+        predicted = plm.chosen_labels(scores - tau * np.log(rates), True)
+        f1[tau] = plm.f1_scores(gold, predicted)["f1_macro"]
+    tuned = plm.f1_scores(gold, plm.chosen_labels(scores + shift, True))["f1_macro"]
+    assert tuned == max(f1.values()) > f1[0]
+    assert shift == pytest.approx(-max(taus, key=f1.get) * np.log(rates))
+
+
+def made_data(gold, single=True):
+    """(Dataset whose parts all hold these labels, configuration)"""
+    users = ("u0", "u1")
+    rows = [plm.Annotation(f"t{i // 2}", users[i % 2], tuple(y)) for i, y in enumerate(gold)]
+    labels = list("ABC"[:gold.shape[1]])
+    data = dataset(labels, single)._replace(parts=dict(train=rows, val=rows, test=rows))
+    return data, configured("cls", data)
+
+
+def test_the_rule_is_tuned_on_validation_and_scored_on_the_test_rows():
+    gold, scores = rare_choice()
+    data, config = made_data(gold)
+    found = plm.score_tuned(config, data, dict(val=scores, test=scores[::-1].copy()))
+    shift = plm.tuned_shift(gold, scores, True, gold.mean(0))
+    predicted = plm.chosen_labels(scores[::-1] + shift, True)
+    assert found["rule"] == shift.tolist()
+    assert found["f1_macro_tuned"] == plm.f1_scores(gold, predicted)["f1_macro"]
+
+
+def test_a_median_has_half_of_the_probability_at_or_below_it():
+    p = np.array([(0.3, 0.3, 0.4), (0.6, 0.3, 0.1), (0.1, 0.3, 0.6), (0.0, 1.0, 0.0)])
+    chosen = plm.median_labels(np.log(p + 1e-9))
+    assert chosen.argmax(1).tolist() == [1, 0, 2, 1]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_probabilities_and_loss_are_those_of_torch(single):
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(20, 3))
+    gold = np.eye(3, dtype=int)[rng.integers(0, 3, 20)]
+    out = torch.tensor(scores)
+    if single:
+        p = out.softmax(1)
+        loss = F.cross_entropy(out, torch.tensor(gold).argmax(1))
+    else:
+        p = out.sigmoid()
+        loss = F.binary_cross_entropy_with_logits(out, torch.tensor(gold).double())
+    assert plm.probabilities(scores, single) == pytest.approx(p.numpy())
+    assert plm.mean_loss(gold, scores, single) == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_users_bias_is_what_logistic_regression_finds(single):
+    # Where the penalized likelihood is highest, what is left over is ridge times the bias.
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(90, 3))
+    users = np.array([f"u{i % 4}" for i in range(90)])
+    gold = rng.integers(0, 2, (90, 3))
+    if single:
+        gold = np.eye(3)[rng.integers(0, 3, 90)]
+    for user, bias in plm.user_bias(gold, scores, users, single, ridge=2.0).items():
+        p = plm.probabilities(scores[users == user] + bias, single)
+        left_over = (gold[users == user] - p).sum(0)
+        assert left_over == pytest.approx(2 * bias, abs=1e-4)
+
+
+def test_a_users_bias_is_found_where_the_scores_are_sure_of_themselves():
+    gold = np.arange(1000)[:, None] % 10 < 3
+    scores = np.full((1000, 1), -6.0)
+    bias = plm.user_bias(gold, scores, ["u"] * 1000, False)["u"]
+    left_over = (gold - plm.probabilities(scores + bias, False)).sum()
+    assert abs(left_over - bias[0]) < 1e-3
+
+
+def test_a_stranger_has_no_bias():
+    rows = [plm.Annotation("t", user, (1,)) for user in ("u", "new")]
+    lifted = plm.with_bias({"u": np.array([2.0])}, rows, np.zeros((2, 1)))
+    assert lifted.tolist() == [[2.0], [0.0]]
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_the_table_of_users_knows_what_a_deaf_model_does_not(single):
+    # Of two readers one always chooses A and the other B, whatever the text says.
+    data, config = made_data(np.eye(2, dtype=int)[[0, 1] * 30], single)
+    deaf = {part: np.zeros((60, 2)) for part in plm.PARTS}
+    found = plm.score_table(config, data, deaf)
+    assert found["f1_macro_user_bias"] == found["f1_macro_user_bias_tuned"] == 1
+    assert found["test_loss_user_bias"] < 0.2 < math.log(2)
+
+
+def test_rates_are_everybodys_or_the_users_shrunk_to_them():
+    rows = [plm.Annotation("t", "a", (1, 0))] * 5
+    rows += [plm.Annotation("t", "b", (0, 1))] * 3 + [plm.Annotation("t", "b", (0, 0))] * 2
+    data = dataset(train=rows)
+    asked = [plm.Annotation("x", user, (0, 0)) for user in ("a", "b", "new")]
+    expected = dict(rates=[[0.5, 0.3]] * 3, rates_p=[[0.75, 0.15], [0.25, 0.45], [0.5, 0.3]])
+    for method, rates in expected.items():
+        found = plm.predict_rates(data, configured(method, data), asked)
+        p = plm.probabilities(found["scores"], False)
+        assert p == pytest.approx(np.array(rates))  # 0.75 = (5 + 5 * 0.5) / (5 + 5)
+
+
+def scored_ratings(predicted, **more):
+    """The scores of four ratings on a scale of 1, 2 and 5, by two users of two texts."""
+    gold = np.eye(3, dtype=int)[[0, 2, 1, 1]]
+    rows = []
+    for text, user, labels in zip("ttss", "abab", gold):
+        rows.append(plm.Annotation(text, user, tuple(labels.tolist())))
+    config = configured("cls", dataset("125", single=True, ordered=True))
+    return plm.score(config, rows, dict(predicted=predicted, **more))
+
+
+def test_scores_of_users_of_disagreement_and_in_points():
+    found = scored_ratings(np.eye(3, dtype=int)[[0, 0, 1, 1]])
+    low, high = found["f1_macro_ci"]
+    assert found["f1_per_user"] == pytest.approx(dict(a=2 / 3, b=1 / 3))
+    assert found["f1_disagreed"] == pytest.approx(2 / 9)
+    assert 0 <= low <= found["f1_macro"] <= high <= 1
+    assert found["listens"]["model"] == 0
+    assert found["mean_absolute_error"] == 1.0  # one of four is 4 points off
+
+
+def test_an_answer_without_a_label_is_no_point_on_a_scale():
+    predicted = np.array([(1, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0)])
+    assert scored_ratings(predicted)["mean_absolute_error"] == 0
+    assert scored_ratings(np.zeros((4, 3), int))["mean_absolute_error"] == 0
+
+
+def test_of_ratings_the_median_is_scored_too():
+    scores = np.log(np.array([(0.4, 0.3, 0.3)] * 4))  # argmax says 1, the median 2
+    found = scored_ratings(plm.chosen_labels(scores, True), scores=scores)
+    assert found["mean_absolute_error"] == (0 + 4 + 1 + 1) / 4
+    assert found["mean_absolute_error_median"] == (1 + 3 + 0 + 0) / 4
+
+
+def test_labels_without_a_test_row_are_counted():
+    config = configured("cls", dataset("ABC"))
+    rows = [plm.Annotation("t", "u", (1, 0, 0))]
+    found = plm.score(config, rows, dict(predicted=np.array([(1, 0, 0)])))
+    assert found["labels_without_test_row"] == 2
+    assert found["f1_macro"] == pytest.approx(1 / 3)
+    assert found["f1_macro_present"] == 1
+
+
+# 10. Training -------------------------------------------------------------------------------------
+
+def test_learning_rate_climbs_then_falls_to_nearly_nothing():
+    rates = [plm.learning_rate(step, 100, 1.0, 0.05) for step in range(100)]
+    assert rates[:6] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_the_plan_of_a_run_has_every_row_once_in_an_epoch():
+    config = configured("cls --epochs 3 --batch 8")
+    plan = plm.plan_steps(numbered_rows(20), config)
+    assert [(epoch, len(rows), last) for epoch, rows, last in plan] == [
+        (1, 8, False), (1, 8, False), (1, 4, True), (2, 8, False), (2, 8, False), (2, 4, True),
+        (3, 8, False), (3, 8, False), (3, 4, True)]
+    first = sum([rows for epoch, rows, _ in plan if epoch == 1], [])
+    second = sum([rows for epoch, rows, _ in plan if epoch == 2], [])
+    assert sorted(first) == sorted(second) == numbered_rows(20)
+    assert first != second
+
+
+def test_a_run_of_few_steps_ends_with_a_validation():
+    config = configured("cls --epochs 3 --batch 8 --max-steps 4")
+    plan = plm.plan_steps(numbered_rows(20), config)
+    assert [(epoch, last) for epoch, _, last in plan] == [
+        (1, False), (1, False), (1, True), (2, True)]
+
+
+def test_users_learn_at_a_rate_that_fits_the_size_of_the_embeddings():
+    model, _, _ = plm.load_model(configured("cls_p"), ["a"])
+    config = configured("cls_p --lr 0.01")
+    words = model.lm.get_input_embeddings().weight
+    times = [group["times"] for group in plm.make_optimizer(model, config).param_groups]
+    words.data *= 3
+    larger = [group["times"] for group in plm.make_optimizer(model, config).param_groups]
+    assert times[:2] == larger[:2] == [1.0, config["head_lr"]]
+    assert times[2] == pytest.approx(75 * words.square().mean().sqrt().item() / 3, rel=1e-4)
+    assert larger[2] == pytest.approx(3 * times[2])
+
+
+def test_for_nobody_the_readers_of_a_text_weigh_as_one_row():
+    rows = numbered_rows(7)  # of three texts
+    found = plm.for_nobody(rows)
+    assert [row.weight for row in found] == pytest.approx([1 / 3] * 6 + [1])
+    assert [row.prompt for row in found] == [row.nobody for row in rows]
+    assert [row.labels for row in found] == [row.labels for row in rows]
+
+
+def with_nobody(model, rows):
+    """The rows with a reader who has a token, and nobody's beside."""
+    found = []
+    for row in rows:
+        told = row.prompt[:row.reader_at] + (model.V,)
+        nobody = row.prompt[:row.reader_at] + (model.V + 1,)
+        found.append(row._replace(prompt=told, nobody=nobody))
+    return found
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_step_reads_every_text_once_more_for_nobody(tmp_path, size):
+    path, _ = random_model(tmp_path, "llama")
+    model = lora_model(path, "cls", torch.randn(2, 64))
+    rows = with_nobody(model, random_rows())
+    config = configured("cls_p") | dict(micro_batch=size)
+    batches = plm.prepare_step(model, rows, config)
+    optimizer = plm.make_optimizer(model, config)
+    expected = 0.0
+    with torch.no_grad():
+        for own in plm.by_text(rows):
+            for row in own:
+                for prompt, weight in ((row.prompt, 1), (row.nobody, 1 / len(own))):
+                    batch = plm.make_batch(model, [row._replace(prompt=prompt)])
+                    loss = plm.summed_loss(model(batch), batch, "cls", False)
+                    expected += loss.item() * weight
+    loss = plm.train_step(model, batches, optimizer, 0.0, config)
+    assert loss.item() == pytest.approx(expected / (len(rows) + 4), rel=1e-5)  # 4 texts
+
+
+@torch.no_grad()
+def test_labels_are_read_in_the_order_of_the_rows(tmp_path):
+    path, _ = random_model(tmp_path, "llama")
+    model = lora_model(path, "cls")
+    rows = random_rows()
+    config = configured("cls", dataset("ABC")) | dict(micro_batch=2)
+    loss, scores = plm.read_labels(model, rows, config, "test")
+    for row, line in zip(rows, scores):
+        batch = plm.make_batch(model, [row])
+        assert line == pytest.approx(model(batch)[0].numpy(), abs=1e-5)
+    gold = np.array([row.labels for row in rows])
+    assert loss == pytest.approx(plm.mean_loss(gold, scores.astype(float), False), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_scores_of_an_lm_are_the_logits_with_which_labels_begin_to_differ(tmp_path, name):
+    path, lm = random_model(tmp_path, name)
+    model = plain_model(path)
+    model.label_tokens = (1, [21, 22, 23, 24])  # of A, B, C and none
+    rows = [row._replace(answer=(20, 21 + i % 3, 2)) for i, row in enumerate(random_rows())]
+    config = configured("lm", dataset("ABC", single=True)) | dict(micro_batch=2)
+    _, scores = plm.read_labels(model, rows, config, "test")
+    reference = rounded_reference(model, lm)
+    for row, line in zip(rows, scores):
+        assert line == pytest.approx(their_logits(reference, row)[1, 21:24].numpy(), abs=2e-5)
+
+
+def miniature_rows(told):
+    """Eight texts, each read by two users with opposite labels; the prompt tells the user or not."""
+    rows = []
+    for i in range(8):
+        for user in (0, 1):
+            reader = 50 + user if told else 9
+            labels = (user, 1 - user)
+            annotation = plm.Annotation(f"text {i}", f"u{user}", labels)
+            prompt = (1, 3, 5, 20 + i, 30 + i, reader, 9)
+            rows.append(plm.Row(prompt, 5, (), (60 + user, 2), labels, annotation))
+    return rows
+
+
+@pytest.mark.parametrize("head, single", [("cls", False), ("cls", True), ("lm", False)])
+@pytest.mark.parametrize("told", [True, False])
+def test_the_paper_in_miniature(tmp_path, head, single, told):
+    # Who is told the user can be right about both users, nobody else can.
+    path, _ = random_model(tmp_path, "llama")
+    model = lora_model(path, head)
+    if head == "cls":
+        model.score = nn.Linear(64, 2, bias=False)
+    rows = miniature_rows(told)
+    config = plm.RECIPES["ours"] | dict(single=single, micro_batch=0, nobody=False)
+    optimizer = plm.make_optimizer(model, config)
+    for _ in range(40):
+        plm.train_step(model, plm.prepare_step(model, rows, config), optimizer, 1e-2, config)
+    with torch.no_grad():
+        if head == "cls":
+            out = model(plm.make_batch(model.train(False), rows)).numpy()
+            predicted = plm.chosen_labels(out, single)
+        else:
+            prompts = [row.prompt for row in rows]
+            answers = plm.write_with_decoder(model.train(False), prompts, [2], 3)
+            predicted = [(ids[:2] == [61, 2], ids[:2] == [60, 2]) for ids in answers]
+    f1 = plm.f1_scores([row.labels for row in rows], predicted)["f1_macro"]
+    if told:
+        assert f1 == 1
+    else:
+        assert f1 <= 2 / 3 + 1e-6  # both labels ticked always
+
+
+def test_a_saved_state_brings_back_parameters_moments_and_the_best_epoch(tmp_path):
+    path, _ = random_model(tmp_path, "llama")
+    config = configured("cls")
+    rows = random_rows()
+    saved = f"{tmp_path}/state"
+    model = lora_model(path, "cls")
+    optimizer = plm.make_optimizer(model, config)
+    plm.train_step(model, plm.prepare_step(model, rows, config), optimizer, 0.01, config)
+    best = {name: torch.full_like(p, 7) for name, p in model.trainable().items()}
+    plm.save_state(saved, dict(step=3), model, optimizer, best)
+    other = lora_model(path, "cls")
+    other_optimizer = plm.make_optimizer(other, config)
+    state, other_best = plm.load_state(saved, other, other_optimizer)
+    assert state == dict(step=3)
+    assert all(torch.equal(best[name], p) for name, p in other_best.items())
+    for _ in range(2):
+        loss = plm.train_step(model, plm.prepare_step(model, rows, config), optimizer, 0.01, config)
+        again = plm.train_step(other, plm.prepare_step(other, rows, config), other_optimizer, 0.01,
+                               config)
+        assert torch.equal(loss, again)
+
+
+# 11. Prediction -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer, chosen, unknown", [
+    ("calm, angry", (1, 1, 0), 0), ("Angry.", (0, 1, 0), 0), ("ANGRY;calm", (1, 1, 0), 0),
+    ("calm calm", (1, 0, 0), 0), ("", (0, 0, 0), 0), ("I think: angry", (0, 1, 0), 2),
+    ("not_calm", (0, 0, 1), 0), ("very furious", (0, 0, 0), 2), ("none", (0, 0, 0), 0)])
+def test_answers_are_read_with_forgiveness(answer, chosen, unknown):
+    assert plm.parse_answer(answer, ["calm", "angry", "not_calm"]) == (chosen, unknown)
+
+
+@pytest.mark.parametrize("answer, label", [
+    ("joy, not :)", "joy"), (":( :)", ":("), ("calm? :)", ":)"), ("not :( but joy", ":(")])
+def test_of_a_single_choice_the_first_label_in_an_answer_is_taken(answer, label):
+    labels = ["joy", ":)", ":("]
+    chosen, unknown = plm.parse_answer(answer, labels, single=True)
+    assert chosen == tuple(int(x == label) for x in labels)
+
+
+@pytest.mark.parametrize("labels", [
+    ["generalisation", "generalisation_unfair", "hostile"], ["1", "2", "10"], [":)", ":(", ":|"],
+    ["\u0926\u0947\u0916\u093e", "\u0926\u0941\u0916"],  # Hindi: the same without combining marks
+    ["+", "++", "-"], ["-1", "0", "1"], ["\u2b50", "\u2b50\u2b50"], ["Na\u00efve", "NAIVE"],
+    ["not X", "X"]])
+@pytest.mark.parametrize("single", [True, False])
+def test_answers_that_are_trained_on_are_read_back(labels, single):
+    plm.check_labels(dataset(labels, single, none=not single), "lm")
+    for chosen in np.ndindex(*[2] * len(labels)):
+        if not single or sum(chosen) == 1:
+            answer = plm.answer_text(labels, chosen)
+            assert plm.parse_answer(answer, labels, single) == (chosen, 0)
+
+
+@pytest.mark.parametrize("answer, cut, in_thought, said", [
+    ("calm", False, False, "calm"),
+    ("calm, ang", True, False, None),                         # who knows how it went on
+    ("calm\n### Text: and", True, False, "calm"),             # it was at its end long before
+    ("<think>angry? No.</think> calm", False, False, " calm"),
+    ("<think>angry or calm", False, False, None),
+    ("<think>a</think>calm<think>b", False, False, None),
+    ("angry? No.</think> calm", False, True, " calm"),        # the template opened the thought
+    ("angry? No", False, True, None)])
+def test_the_final_words_of_a_reply(answer, cut, in_thought, said):
+    assert plm.final_words(dict(answer=answer, cut=cut), in_thought) == said
+
+
+def read(answers, single, cut=False):
+    replies = [dict(answer=answer, cut=cut) for answer in answers]
+    return plm.read_answers(replies, configured("q_0s", dataset(single=single)))
+
+
+def test_none_is_an_answer_where_several_labels_may_be_chosen():
+    found = read(["calm, then angry", "none", "who knows", "none of these"], single=False)
+    assert found["predicted"].tolist() == [[1, 1], [0, 0], [0, 0], [0, 0]]
+    assert found["unreadable"] == 2
+    assert found["unknown_words"] == 5
+
+
+def test_none_is_no_answer_where_one_label_is_to_be_chosen():
+    found = read(["calm, then angry", "none", "who knows"], single=True)
+    assert found["predicted"].tolist() == [[1, 0], [0, 0], [0, 0]]
+    assert found["unreadable"] == 2
+
+
+def test_answers_that_were_cut_off_are_counted_and_not_read():
+    found = read(["calm, angr", "calm"], single=False, cut=True)
+    assert found["predicted"].tolist() == [[0, 0], [0, 0]]
+    assert found["cut"] == found["unreadable"] == 2
+
+
+def written(folder, line="lm", room=6, asked=("What a day.",)):
+    """The answers of an untrained model in a folder."""
+    config = configured(f"{line} --model {folder}") | dict(answer_room=room)
+    model, tokenizer, _ = plm.load_model(config)
+    annotations = [plm.Annotation(text, "u", (0, 1)) for text in asked]
+    rows, _ = plm.encode(tokenizer, config, annotations, [], {})
+    return plm.write_answers(model, tokenizer, rows, config)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_t5"])
+def test_decoding_takes_nothing_else_from_generation_config_json(tmp_path, name):
+    plain = written(tiny_copy(tmp_path / "a", name=name))
+    folder = tiny_copy(
+        tmp_path / "b", "generation_config.json", name, num_beams=4, repetition_penalty=9.0,
+        no_repeat_ngram_size=1, min_new_tokens=5, max_length=3, do_sample=True, temperature=9.0,
+        forced_eos_token_id=2, suppress_tokens=list(range(500, 2000)), bad_words_ids=[[5]])
+    assert written(folder) == plain
+
+
+def test_an_end_token_of_generation_config_json_ends_answers(tmp_path):
+    # Llama 3, Qwen and Phi end a turn with another token than their tokenizer's.
+    (plain,) = written(tiny_copy(tmp_path / "a"))
+    first = plm.tokenize(tiny_tokenizer(), " " + plain["answer"])[0]
+    for name, end in (("b", first), ("c", [2, first])):
+        folder = tiny_copy(tmp_path / name, "generation_config.json", eos_token_id=end)
+        assert written(folder) == [dict(answer="", cut=False)]
+    assert plain["answer"]
+
+
+def test_an_answer_that_fills_its_room_without_an_end_is_cut(monkeypatch):
+    def endless(model, prompts, ends, limit):
+        return [[100] * limit] * len(prompts)
+
+    monkeypatch.setattr(plm, "write_with_decoder", endless)
+    (reply,) = written("tiny")
+    assert reply["cut"]
+
+
+def test_equal_prompts_are_answered_once(monkeypatch):
+    asked = []
+    write = plm.write_with_decoder
+
+    def spy(model, prompts, ends, limit):
+        asked.extend(prompts)
+        return write(model, prompts, ends, limit)
+
+    monkeypatch.setattr(plm, "write_with_decoder", spy)
+    replies = written("tiny", asked=["What a day.", "No.", "What a day."])
+    assert len(asked) == 2
+    assert replies[0] == replies[2]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_t5"])
+def test_an_answer_has_room_for_all_labels_of_the_data(monkeypatch, name):
+    labels = [f"unsinnig {i * 7919}" for i in range(12)]
+    chosen = plm.Annotation("t", "u", (1,) * 12)
+    data = dataset(labels, train=[chosen])
+    limits = []
+
+    def spy(model, prompts, ends, limit):
+        limits.append(limit)
+        return [[2]] * len(prompts)
+
+    for write in ("write_with_decoder", "write_with_encoder_decoder"):
+        monkeypatch.setattr(plm, write, spy)
+    config = configured(f"q_0s --model {name}", data)
+    model, tokenizer, _ = plm.load_model(config)
+    rows, _ = plm.encode(tokenizer, config, [chosen._replace(labels=(1,) + (0,) * 11)], [], {})
+    plm.write_answers(model, tokenizer, rows, config)
+    assert limits[0] >= len(plm.tokenize(tokenizer, plm.answer_text(labels, chosen.labels))) + 1
+
+
+def test_an_lm_of_a_single_choice_has_scores_beside_its_answers():
+    config = configured("lm", dataset(single=True))
+    model, tokenizer, _ = plm.load_model(config)
+    rows, _ = plm.encode(tokenizer, config, [plm.Annotation("hi", "u", (0, 1))], [], {})
+    found = plm.predict(model, tokenizer, rows, config)
+    assert found["scores"].shape == (1, 2)
+    assert len(found["answers"]) == 1
+
+
+def test_labels_that_a_tokenizer_cannot_tell_apart_are_refused(tmp_path):
+    folder, _ = random_model(tmp_path, "t5")
+    marked_tokenizer("t5").save_pretrained(folder)  # both labels are unknown to it
+    data = dataset(["\u597d", "\u574f"], single=True)
+    with pytest.raises(plm.BadInput, match="the same tokens for two labels"):
+        plm.load_model(configured(f"lm --model {folder}", data))
+    plm.load_model(configured(f"cls --model {folder}", data))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="PEFT is not installed")
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "phi", "t5"])
+def test_peft_computes_the_same_with_our_lora(tmp_path, name):
+    import peft
+    path, lm = random_model(tmp_path, name)
+    model = lora_model(path, "lm")
+    layers = {p: m for p, m in model.lm.named_modules() if isinstance(m, plm.LoRALinear)}
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(layers))
+    theirs = peft.get_peft_model(rounded_reference(model, lm), settings).eval()
+    for layer_path, layer in layers.items():
+        twin = theirs.base_model.model.get_submodule(layer_path)
+        twin.lora_A["default"].weight.data = layer.lora_A.data
+        twin.lora_B["default"].weight.data = layer.lora_B.data
+    for row in random_rows():
+        ours = model(plm.make_batch(model, [row]))
+        assert torch.allclose(ours, their_logits(theirs, row), atol=5e-5)
+
+
+# 12. ChatGPT --------------------------------------------------------------------------------------
+# (the tests of branch chat go here)
