@@ -262,7 +262,7 @@ def read_annotations(rows, split_col):
     columns = []  # of labels
     for column in rows[0]:
         values = {row[column] for row in rows}
-        if column not in ("text", "user", "time") and not values <= {*PARTS, ""}:
+        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
     check(split_col in (None, *rows[0]), f"no column {split_col!r} to split by")
