@@ -6,6 +6,7 @@ import copy
 import csv
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -1801,3 +1802,609 @@ def test_peft_computes_the_same_with_our_lora(tmp_path, name):
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
 # (the tests of branch chat go here)
+
+
+# 13. One experiment from end to end ---------------------------------------------------------------
+
+def finished(out, line):
+    """The folder of a run that a command makes, the only one in `out`."""
+    assert go(f"{line} --out {out}") == 0
+    (folder,) = pathlib.Path(out).glob("*/*/*/seed*")
+    return folder
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def log_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def csv_lines(path):
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def same_files(a, b):
+    for file in ("predictions.csv", "adapter.safetensors", "log.jsonl"):
+        if (a / file).exists() or (b / file).exists():
+            assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+RUNS = [("cls_p", "tiny"), ("lm", "tiny_t5"), ("q_2s_p", "tiny")]
+IN_ONE_PROCESS = "import plm, sys; sys.exit(max(plm.main(line.split()) for line in sys.argv[1:]))"
+
+
+@pytest.fixture(scope="session")
+def elsewhere(small_csv, tmp_path_factory):
+    """(folder of three runs in another process, which hashes strings otherwise; what it prints)"""
+    out = tmp_path_factory.mktemp("elsewhere")
+    lines = [f"{method} --model {model} --data {small_csv} --max-steps 4 --out {out} --no-dense"
+             for method, model in RUNS]
+    child = subprocess.run([sys.executable, "-c", IN_ONE_PROCESS, *lines], cwd=HERE, text=True,
+                           capture_output=True, timeout=300)
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert child.stderr.count("\r") < 30  # a bar moves every ten seconds in a file
+    return out, child.stdout
+
+
+@pytest.mark.parametrize("method, model", RUNS)
+def test_a_seed_gives_the_same_bytes_in_any_process_with_and_without_dense_copies(
+        tmp_path, small_csv, elsewhere, method, model):
+    run = f"{method} --model {model} --data {small_csv} --max-steps 4"
+    same_files(finished(tmp_path, run), elsewhere[0] / "small" / model / method / "seed42")
+
+
+@pytest.mark.parametrize("method, model", RUNS)
+def test_a_run_leaves_its_files_and_nothing_else(elsewhere, method, model):
+    folder = elsewhere[0] / "small" / model / method / "seed42"
+    trained = {"adapter.safetensors", "log.jsonl"} if method != "q_2s_p" else set()
+    always = {"lock", "run.json", "metrics.json", "predictions.csv"}
+    assert set(os.listdir(folder)) == always | trained
+
+
+def test_the_score_of_a_run_is_that_of_its_predictions(elsewhere):
+    folder = elsewhere[0] / "small/tiny/cls_p/seed42"
+    m = metrics_of(folder)
+    lines = csv_lines(folder / "predictions.csv")
+    gold = [plm.parse_answer(line["gold"], MOODS)[0] for line in lines]
+    predicted = [plm.parse_answer(line["predicted"], MOODS)[0] for line in lines]
+    assert plm.f1_scores(gold, predicted)["f1_macro"] == m["f1_macro"]
+    assert len(lines) == m["rows"]["test"]
+    assert f"{m['f1_macro']:.4g}" in elsewhere[1] and str(folder) in elsewhere[1]
+
+
+def test_the_predictions_of_a_classifier_follow_its_scores(elsewhere):
+    for line in csv_lines(elsewhere[0] / "small/tiny/cls_p/seed42/predictions.csv"):
+        above = [mood for mood in MOODS if float(line[f"score:{mood}"]) > 0]
+        assert line["predicted"] == (", ".join(above) or "none")
+
+
+def test_the_log_has_a_line_a_step_and_one_a_validation(elsewhere):
+    folder = elsewhere[0] / "small/tiny/cls_p/seed42"
+    log = log_of(folder)
+    assert [line["step"] for line in log] == [1, 2, 3, 3, 4, 4]
+    assert ["val_loss" in line for line in log] == [False, False, False, True, False, True]
+    assert metrics_of(folder)["val_loss"] == min(log[3]["val_loss"], log[5]["val_loss"])
+
+
+def test_the_metrics_say_what_was_run(elsewhere, small_csv):
+    m = metrics_of(elsewhere[0] / "small/tiny/cls_p/seed42")
+    expected = dict(method="cls_p", head="cls", personalized=True, shots=0, data="small",
+                    model="tiny", seed=42, labels=MOODS, single=False, ordered=False, none=False,
+                    steps=4, nobody=True, computed_in="float32", lr=3e-3)
+    assert {key: m[key] for key in expected} == expected
+    for key in ("f1_macro_ci", "f1_macro_tuned", "rule", "f1_macro_shuffled", "f1_macro_nobody",
+                "f1_macro_user_bias", "test_loss", "f1_per_user", "base_sha", "rows_per_second"):
+        assert key in m
+
+
+@pytest.mark.parametrize("name, methods", [
+    ("phi", plm.METHODS), ("t5", plm.METHODS), ("mistral", ["cls_p"]), ("gpt_neox", ["lm_p"])])
+def test_methods_run_from_a_folder_of_random_weights(tmp_path, small_csv, name, methods):
+    path, _ = random_model(tmp_path / name, name)
+    run = f"--model {path} --data {small_csv} --max-steps 1 --max-eval 6 --out {tmp_path}/out"
+    for method in methods:
+        assert go(f"{method} {run}") == 0
+
+
+def test_a_choice_and_a_rating_run_with_every_head(tmp_path):
+    rows = [(text, user, 1 + calm + len(text) % 2) for text, user, calm, _ in some_rows()]
+    path = write_csv(tmp_path / "a.csv", rows, "text user stars")
+    for method in ("cls_p", "lm_p", "q_1s", "rates_p"):
+        folder = finished(tmp_path / method, f"{method} --data {path} --max-steps 1 --max-eval 9")
+        m = metrics_of(folder)
+        assert m["single"] and m["ordered"]
+        assert "mean_absolute_error" in m
+        assert ("f1_macro_tuned" in m) == (method != "q_1s")
+
+
+def test_the_personalized_model_beats_the_plain_reading_with_a_bias_for_each_user(tmp_path):
+    # The claim of the paper, for six readers of the sample: it is more than a table of users.
+    rows = plm.read_csv(f"{HERE}/data/sample/annotations.csv")
+    some = [row.values() for row in rows if row["user"] in "16 44 45 65 75 96".split()]
+    path = write_csv(tmp_path / "a.csv", some, " ".join(rows[0]))
+    m = metrics_of(finished(tmp_path, f"cls_p --data {path} --epochs 20 --max-steps 130 --batch 16"))
+    assert m["f1_macro"] > m["f1_macro_user_bias"] > m["f1_macro_nobody"]
+    assert m["f1_macro_shuffled"] < m["f1_macro_user_bias"]  # a deaf model gains nothing
+
+
+def test_where_readers_do_not_differ_a_stranger_reads_as_the_plain_model(tmp_path):
+    rows = []
+    for i in range(90):
+        text = f"What {('a lovely', 'an awful')[i % 2]} day it was, number {i}"
+        for reader in range(3):
+            rows.append((text, f"u{(i + reader) % 6}", 1 - i % 2, i % 2))
+    path = write_csv(tmp_path / "agreed.csv", rows)
+    strangers = [a._replace(user="new") for a in plm.load_data(path).parts["test"]]
+    read = {}
+    for method in ("cls", "cls_p"):
+        folder = finished(tmp_path / method, f"{method} --data {path} --epochs 3")
+        config, model, tokenizer, users = plm.load_run(folder)
+        names = plm.name_users(config, users, model.V)
+        encoded, _ = plm.encode(tokenizer, config, strangers, [], names)
+        scores = plm.predict(model, tokenizer, encoded, config)["scores"]
+        read[method] = plm.probabilities(scores, False)
+    assert read["cls_p"] == pytest.approx(read["cls"], abs=0.02)
+    assert plm.f1_scores(plm.gold_labels(strangers), read["cls_p"] > 0.5)["f1_macro"] == 1
+
+
+@pytest.fixture
+def short_run(tmp_path):
+    """A run's command line without flags of its own, and its folder."""
+    path = write_csv(tmp_path / "small.csv", some_rows(60))
+    line = f"cls --data {path} --max-steps 2 --max-eval 9 --out {tmp_path}"
+    return line, tmp_path / "small/tiny/cls/seed42"
+
+
+def test_a_finished_run_is_shown_and_not_run_again(capsys, short_run):
+    line, folder = short_run
+    assert go(line) == 0
+    summary = capsys.readouterr().out.split("\n\n")[-1]
+    written = os.stat(folder / "metrics.json").st_mtime_ns
+    assert go(line) == 0
+    out = capsys.readouterr().out
+    assert "is finished" in out and out.endswith(summary)
+    assert os.stat(folder / "metrics.json").st_mtime_ns == written
+
+
+def test_the_folder_of_another_configuration_is_not_overwritten(capsys, short_run):
+    line, _ = short_run
+    assert go(line) == 0
+    for flag, says in (("--lr 0.1", "lr 0.003 there, 0.1 here"), ("--no-share", "share"),
+                       ("--no-dense", "no_dense"), ("--ids number", "ids")):
+        assert says in refused(capsys, f"{line} {flag}")
+
+
+def test_the_folder_of_other_data_under_the_same_name_is_not_overwritten(tmp_path, capsys, short_run):
+    line, _ = short_run
+    assert go(line) == 0
+    write_csv(tmp_path / "small.csv", some_rows(57))
+    assert "data_sha" in refused(capsys, line)
+
+
+def test_fresh_removes_an_old_export_and_keeps_answers_that_were_paid_for(short_run):
+    line, folder = short_run
+    assert go(line) == 0
+    (folder / "peft").mkdir()
+    (folder / "peft" / "adapter_config.json").write_text("{}")
+    (folder / "answers.jsonl").write_text("paid for")
+    assert go(f"{line} --fresh --lr 0.1") == 0
+    assert not (folder / "peft").exists()
+    assert (folder / "answers.jsonl").read_text() == "paid for"
+    assert metrics_of(folder)["lr"] == 0.1
+
+
+def test_a_loss_that_is_not_finite_stops_a_run_and_leaves_nothing_that_counts(capsys, short_run):
+    line, folder = short_run
+    assert "lower --lr" in refused(capsys, f"{line} --lr 1e18")
+    assert set(os.listdir(folder)) == {"lock", "run.json", "log.jsonl"}
+    assert go(line) == 0  # so the advice can be followed without --fresh
+
+
+def test_a_file_system_without_locks_is_no_obstacle(monkeypatch, capsys, short_run):
+    def flock(file, how):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert go(short_run[0]) == 0
+    assert "this file system has no locks" in capsys.readouterr().out
+
+
+def test_a_name_mistyped_in_our_own_code_gives_its_traceback(monkeypatch, short_run):
+    def embed(model, input_ids):
+        return model.lm.get_imput_embeddings()(input_ids)
+
+    monkeypatch.setattr(plm.PersonalizedLM, "embed", embed)
+    with pytest.raises(AttributeError, match="get_imput_embeddings"):
+        go(short_run[0])
+
+
+def stop_at(monkeypatch, step):
+    """Lets the user press Ctrl-C in a step of training; states are saved after every step."""
+    calls = []
+    train_step = plm.train_step
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return train_step(*args)
+
+    monkeypatch.setattr(plm, "SAVE_EVERY", -1)
+    monkeypatch.setattr(plm, "train_step", stopped)
+
+
+@pytest.mark.parametrize("line", ["cls_p", "lm_p --model tiny_t5"])
+def test_ctrl_c_is_status_130_and_the_run_goes_on_to_the_same_bytes(
+        tmp_path, monkeypatch, capsys, small_csv, line):
+    run = f"{line} --data {small_csv} --epochs 2"
+    whole = finished(tmp_path / "whole", run)
+    stop_at(monkeypatch, 5)
+    capsys.readouterr()
+    assert go(f"{run} --out {tmp_path}/stopped") == 130
+    assert capsys.readouterr().err.endswith("plm.py: stopped; a run goes on by the same command\n")
+    monkeypatch.undo()
+    stopped = finished(tmp_path / "stopped", run)
+    assert "resuming at step 4" in capsys.readouterr().out
+    same_files(whole, stopped)
+    assert sorted(os.listdir(whole)) == sorted(os.listdir(stopped))
+
+
+DRIVER = """import sys, time, plm
+plm.SAVE_EVERY = -1
+save = plm.save_state
+def slowly(*args):
+    save(*args)
+    time.sleep(0.2)
+plm.save_state = slowly
+sys.exit(plm.main(sys.argv[1:]))"""
+
+
+def test_a_killed_run_keeps_its_folder_and_goes_on_to_the_same_bytes(tmp_path, small_csv, capsys):
+    run = f"cls_p --data {small_csv} --epochs 4"
+    whole = finished(tmp_path / "whole", run)
+    killed = tmp_path / "killed/small/tiny/cls_p/seed42"
+    log = killed / "log.jsonl"
+    run += f" --out {tmp_path}/killed"
+    child = subprocess.Popen([sys.executable, "-c", DRIVER, *run.split()], cwd=HERE,
+                             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        until = time.monotonic() + 200
+        while not log.exists() or log.read_text().count("loss") < 6:  # in the second epoch of four
+            assert time.monotonic() < until and child.poll() is None
+            time.sleep(0.02)
+        assert "another process" in refused(capsys, run)
+    finally:
+        child.kill()
+        assert child.wait() < 0
+    assert not (killed / "metrics.json").exists()
+    log.write_text(log.read_text() + '{"step": 99, "lo')  # half a line, as a kill may leave it
+    assert go(run) == 0
+    assert re.search(r"resuming at step [4-9]", capsys.readouterr().out)
+    same_files(whole, killed)
+    assert sorted(os.listdir(whole)) == sorted(os.listdir(killed))
+
+
+def other_weights(folder):
+    """Changes a model under its name."""
+    lm, tokenizer = plm.load_pretrained(folder, "eager")
+    lm.base_model.layers[3].mlp.up_proj.weight.data += 0.001
+    lm.save_pretrained(folder)
+
+
+def test_a_model_that_changed_under_its_name_is_not_trained_on(
+        tmp_path, monkeypatch, capsys, small_csv):
+    folder = tiny_copy(tmp_path / "model")
+    run = f"cls --model {folder} --data {small_csv} --max-steps 4 --out {tmp_path}/out"
+    stop_at(monkeypatch, 3)
+    assert go(run) == 130
+    monkeypatch.undo()
+    other_weights(folder)
+    assert "begun with other weights or another tokenizer: --fresh" in refused(capsys, run)
+
+
+# 14. A trained run reads new sentences, and gets to know new people -------------------------------
+
+def spied(patch):
+    """list of what is written as predictions from now on."""
+    found = []
+    write = plm.write_predictions
+
+    def spy(path, config, annotations, result, gold=True):
+        found.append(result)
+        write(path, config, annotations, result, gold)
+
+    patch.setattr(plm, "write_predictions", spy)
+    return found
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, small_csv):
+    """A function: METHOD and flags -> (folder of a short run, what it predicted)."""
+    @functools.cache
+    def train(line):
+        with pytest.MonkeyPatch.context() as patch:
+            results = spied(patch)
+            run = f"{line} --data {small_csv} --max-steps 4 --lr 0.01"
+            folder = finished(tmp_path_factory.mktemp("trained"), run)
+        return folder, results[0]
+
+    return train
+
+
+def csv_of(path, annotations):
+    rows = [(a.text, a.user) for a in annotations]
+    return write_csv(path, rows, "text user")
+
+
+
+
+@pytest.mark.parametrize("line", ["cls_p", "cls", "lm_p --model tiny_t5", "cls_p --tune full",
+                                  "cls_p --recipe paper", "cls_p --dtype bfloat16"])
+def test_predict_gives_the_runs_own_scores_to_the_bit(tmp_path, monkeypatch, small_csv, trained, line):
+    folder, own = trained(line)
+    results = spied(monkeypatch)
+    path = csv_of(tmp_path / "new.csv", plm.load_data(small_csv).parts["test"])
+    assert go(f"predict {folder} --csv {path}") == 0
+    for key in own:
+        assert np.array_equal(own[key], results[0][key]), key
+
+
+def test_predict_shows_what_each_reader_chooses(capsys, small_csv, trained):
+    folder, own = trained("cls_p")
+    asked = plm.load_data(small_csv).parts["test"][0]
+    assert go(f"predict {folder} --users {asked.user},new --text", asked.text) == 0
+    out = capsys.readouterr().out
+    shown = out.split(f"\n{asked.user} ")[1].split("\n")[0].split()
+    expected = plm.probabilities(own["scores"][:1], False)[0]
+    assert [float(p) for p in shown] == pytest.approx(expected, abs=0.0051)
+    assert "unknown to training, read for nobody: new" in out
+
+
+def test_predict_says_nothing_of_nobody_where_a_run_has_none(capsys, trained):
+    folder, _ = trained("cls_p --recipe paper")
+    assert go(f"predict {folder} --users new --text hm") == 0
+    assert "nobody" not in capsys.readouterr().out
+
+
+def test_predict_by_the_tuned_rule_shifts_the_scores(tmp_path, monkeypatch, small_csv, trained):
+    folder, own = trained("cls_p")
+    results = spied(monkeypatch)
+    path = csv_of(tmp_path / "new.csv", plm.load_data(small_csv).parts["test"])
+    assert go(f"predict {folder} --tuned --csv {path}") == 0
+    m = metrics_of(folder)
+    shifted = plm.chosen_labels(own["scores"] + np.array(m["rule"]), False)
+    assert np.array_equal(results[0]["predicted"], shifted)
+    gold = plm.gold_labels(plm.load_data(small_csv).parts["test"])
+    assert plm.f1_scores(gold, shifted)["f1_macro"] == m["f1_macro_tuned"]
+
+
+def test_the_predictions_of_two_runs_lie_beside_each_other(tmp_path, trained):
+    path = write_csv(tmp_path / "new.csv", [("hi", "u0")], "text user")
+    for line in ("cls_p", "cls"):
+        assert go(f"predict {trained(line)[0]} --csv {path}") == 0
+    assert len(list(tmp_path.glob("new.*.csv"))) == 2
+
+
+def test_predict_reads_any_text(tmp_path, trained):
+    folder, _ = trained("cls")
+    path = write_csv(tmp_path / "new.csv", [("one",), (" ",)], "text")
+    assert go(f"predict {folder} --csv {path}") == 0  # an empty text is one, too
+    assert go(f"predict {folder} --text", "one two three \udcff") == 0
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("", "needs --text"), ("--text x --csv new.csv", "predict needs"),
+    ("--csv nosuch.csv", "nosuch.csv: No such file"), ("--text x --users a", "knows no users")])
+def test_predict_says_what_it_does_not_do(capsys, trained, flags, says):
+    assert says in refused(capsys, f"predict {trained('cls')[0]} {flags}")
+
+
+@pytest.mark.parametrize("command", ["predict", "adapt"])
+def test_a_csv_of_another_form_is_named(tmp_path, capsys, trained, command):
+    path = write_csv(tmp_path / "new.csv", [("a", "b", 1, 0)], "txt reader calm angry")
+    says = refused(capsys, f"{command} {trained('cls_p')[0]} --csv {path} --out {tmp_path}")
+    assert path in says and "not one column 'text'" in says
+
+
+def test_a_run_is_not_read_with_another_base_model(tmp_path, capsys, small_csv):
+    model = tiny_copy(tmp_path / "model")
+    run = f"cls_p --model {model} --data {small_csv} --max-steps 1 --max-eval 6"
+    folder = finished(tmp_path / "out", run)
+    new = write_csv(tmp_path / "new.csv", some_rows(6, "xyz"))
+    other_weights(model)
+    for line in (f"predict {folder} --text hm", f"adapt {folder} --csv {new} --out {tmp_path}/a"):
+        assert "other weights or another tokenizer than" in refused(capsys, line)
+
+
+NEW_PEOPLE = ["n0", "n1", "n2"]
+
+
+@pytest.fixture
+def new_csv(tmp_path):
+    """Rows of three new people, some of them to be tested."""
+    rows = []
+    for i, row in enumerate(some_rows(60, NEW_PEOPLE)):
+        rows.append((*row, "test" if i % 5 == 0 else "train"))
+    return write_csv(tmp_path / "people.csv", rows, "text user calm angry split")
+
+
+def adapted(folder, csv_path, out):
+    """The folder of a run that knows new people."""
+    return finished(out, f"adapt {folder} --csv {csv_path}")
+
+
+def user_rows(folder):
+    with plm.safe_open(folder / "adapter.safetensors", "pt") as f:
+        return json.loads(f.metadata()["users"]), f.get_tensor("user_embedding")
+
+
+ADAPTED = ["cls_p", "lm_p", "cls_p --model tiny_t5", "lm_p --model tiny_t5", "cls_p --no-share"]
+
+
+@pytest.mark.parametrize("line", ADAPTED)
+def test_each_new_person_gets_a_token_of_its_own_and_nothing_else_changes(
+        tmp_path, new_csv, trained, line):
+    folder, _ = trained(line)
+    users, before = user_rows(folder)
+    found = adapted(folder, new_csv, tmp_path / "out")
+    people, after = user_rows(found)
+    assert people == users + NEW_PEOPLE
+    assert torch.equal(after[:3], before[:3])
+    assert torch.equal(after[-1], before[-1])  # nobody
+    learned = after[3:6]
+    assert len(learned.unique(dim=0)) == 3
+    assert (learned != before[-1]).any(1).all()
+    with plm.safe_open(folder / "adapter.safetensors", "pt") as old, \
+            plm.safe_open(found / "adapter.safetensors", "pt") as new:
+        for name in set(old.keys()) - {"user_embedding"}:
+            assert torch.equal(old.get_tensor(name), new.get_tensor(name))
+
+
+@pytest.mark.parametrize("line", ["cls_p", "lm_p --model tiny_t5"])
+def test_known_users_are_read_as_before_to_the_bit(
+        tmp_path, monkeypatch, small_csv, new_csv, trained, line):
+    folder, own = trained(line)
+    found = adapted(folder, new_csv, tmp_path / "out")
+    results = spied(monkeypatch)
+    path = csv_of(tmp_path / "old.csv", plm.load_data(small_csv).parts["test"])
+    assert go(f"predict {found} --csv {path}") == 0
+    for key in own:
+        assert np.array_equal(own[key], results[0][key]), key
+
+
+@pytest.mark.parametrize("line", ["cls_p", "lm_p --model tiny_t5"])
+def test_adapting_again_gives_the_same_bytes(tmp_path, new_csv, trained, line):
+    folder, _ = trained(line)
+    same_files(adapted(folder, new_csv, tmp_path / "a"), adapted(folder, new_csv, tmp_path / "b"))
+
+
+def test_the_same_adapt_command_can_be_given_again(tmp_path, new_csv, trained):
+    folder, _ = trained("cls_p")
+    for _ in range(2):
+        adapted(folder, new_csv, tmp_path / "a")
+
+
+def test_a_person_is_learned_whoever_else_is_new(tmp_path, new_csv, trained):
+    folder, _ = trained("cls_p")
+    _, together = user_rows(adapted(folder, new_csv, tmp_path / "all"))
+    rows = [row.values() for row in csv_lines(new_csv) if row["user"] == "n1"]
+    alone = write_csv(tmp_path / "one.csv", rows, "text user calm angry split")
+    _, own = user_rows(adapted(folder, alone, tmp_path / "one"))
+    assert torch.allclose(own[3], together[4], atol=1e-4)
+
+
+def test_adapting_learns_a_person(tmp_path, new_csv, trained):
+    folder, _ = trained("cls_p")
+    config, model, tokenizer, users = plm.load_run(folder)
+    parts = plm.read_new_people(new_csv, None, config)
+    names = plm.name_users(config, users + NEW_PEOPLE, model.V)
+    plm.add_users(model, 3)
+    rows, _ = plm.encode(tokenizer, config, parts["train"], [], names)
+    before, _ = plm.read_labels(model, rows, config, "before")
+    plm.adapt(model, rows, config)
+    after, _ = plm.read_labels(model, rows, config, "after")
+    assert after < before
+
+
+def test_new_people_are_scored_on_their_own_test_rows(tmp_path, new_csv, trained):
+    m = metrics_of(adapted(trained("cls_p")[0], new_csv, tmp_path / "out"))
+    assert m["rows"] == dict(train=48, val=0, test=12)
+    assert set(m["f1_per_user"]) <= set(NEW_PEOPLE)
+    assert m["data"] == "people"
+
+
+def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, trained):
+    folder, own = trained("cls_p")
+    path = write_csv(tmp_path / "people.csv", some_rows(12, NEW_PEOPLE))
+    found = adapted(folder, path, tmp_path / "out")
+    same = (folder / "predictions.csv").read_bytes()
+    assert (found / "predictions.csv").read_bytes() == same
+    assert user_rows(found)[0][3:] == NEW_PEOPLE
+
+
+@pytest.mark.parametrize("users, header, says", [
+    (["u0", "n1", "n2"], "text user calm angry", "the run knows u0 already"),
+    (NEW_PEOPLE, "text user calm odd", "labels ['calm', 'odd']"),
+    (NEW_PEOPLE, "text user calm time", "labels ['not calm', 'calm']")])
+def test_people_who_are_known_and_other_labels_are_refused(
+        tmp_path, capsys, trained, users, header, says):
+    path = write_csv(tmp_path / "people.csv", some_rows(12, users), header)
+    line = f"adapt {trained('cls_p')[0]} --csv {path} --out {tmp_path}/out"
+    assert says in refused(capsys, line)
+
+
+def test_a_label_that_is_missing_is_not_taken_for_never_chosen(tmp_path, capsys):
+    rows = [(*row, 1) for row in some_rows()]
+    path = write_csv(tmp_path / "a.csv", rows, "text user calm angry sad")
+    folder = finished(tmp_path / "out", f"cls_p --data {path} --max-steps 1 --max-eval 6")
+    people = write_csv(tmp_path / "people.csv", some_rows(12, NEW_PEOPLE))
+    says = refused(capsys, f"adapt {folder} --csv {people} --out {tmp_path}/adapted")
+    assert "sad" in says
+
+
+def test_a_run_without_nobodys_token_gets_to_know_no_one(capsys, new_csv, trained):
+    says = refused(capsys, f"adapt {trained('cls')[0]} --csv {new_csv}")
+    assert "has no token for nobody" in says
+
+
+# 15. The command line -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("line, says", [
+    ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
+    ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "neither a CSV nor"),
+    ("cls --split-col nosuch", "no column 'nosuch'"), ("cls --model ./nosuch", "./nosuch: no folder"),
+    (f"cls --model {HERE}", "cannot be used"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
+    ("cls_p --ids word", "invalid choice: 'word'"), ("q_0s --model openai:", "needs a name"),
+    ("cls --model chatgpt", "can only be asked"), (f"cls --out {HERE}/plm.py", "Not a directory"),
+    ("cls x", "predict and adapt alone"), ("cls --csv x.csv", "--csv is not for cls"),
+    ("rates --users a", "--users is not for rates"), ("predict", "needs a run's folder"),
+    ("predict nosuch --text x", "no finished run"), ("predict x", "needs --text"),
+    ("adapt x", "needs --csv"), ("adapt nosuch --csv x.csv", "no finished run")])
+def test_bad_input_gets_one_line_and_status_2(capsys, tmp_path, line, says):
+    if "--out" not in line:
+        line += f" --out {tmp_path}"
+    assert says in refused(capsys, line)
+
+
+def test_a_damaged_adapter_or_metrics_file_is_named(tmp_path, capsys, trained):
+    folder = tmp_path / "run"
+    shutil.copytree(trained("cls_p")[0], folder)
+    os.truncate(folder / "adapter.safetensors", 5000)
+    assert f"{folder}/adapter.safetensors is damaged" in refused(capsys, f"predict {folder} --text x")
+    os.truncate(folder / "metrics.json", 50)
+    assert f"{folder}/metrics.json is damaged" in refused(capsys, f"predict {folder} --text x")
+
+
+def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
+    def run(args):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+    monkeypatch.setattr(plm, "run", run)
+    assert "out of memory: try --micro-batch 1" in refused(capsys, "cls")
+
+
+def test_an_error_of_ours_is_no_error_of_the_users(monkeypatch):
+    def run(args):
+        raise RuntimeError("shapes (3, 4) and (5, 6) do not fit")
+
+    monkeypatch.setattr(plm, "run", run)
+    with pytest.raises(RuntimeError, match="do not fit"):
+        go("cls")
+
+
+def test_a_flag_overrules_what_was_tuned_and_that_the_recipe():
+    assert configured("cls")["lr"] == plm.TUNED["tiny"]["lr"]
+    assert configured("cls --lr 0.5")["lr"] == 0.5
+    assert configured("cls --recipe paper")["lr"] == plm.RECIPES["paper"]["lr"]
+    assert configured("cls --model ./x")["lr"] == plm.RECIPES["ours"]["lr"]
+
+
+@pytest.mark.parametrize("line, name", [
+    ("cls --model ./models/x/", "d/x/cls/seed42"), ("rates", "d/baseline/rates/seed42"),
+    ("q_0s --split-col draw1", "d.draw1/tiny/q_0s/seed42")])
+def test_a_run_has_a_folder_of_its_own(line, name):
+    assert plm.folder_of(configured(line), "out") == f"out/{name}"
