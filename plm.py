@@ -1130,7 +1130,7 @@ def load_model(config, users=()):
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
-MAX_NODES = {"cpu": 2048, "cuda": 8192}  # of a tree: its mask has nodes x nodes
+MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -2156,7 +2156,7 @@ def print_summary(m, folder):
     n = m["rows"]["test"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
-        if m.get(key):  # a count of 0 says nothing
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
             print(f"  {key:24} {short(m[key])}  {what}")
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
