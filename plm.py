@@ -111,6 +111,15 @@ def read_json(path):
             raise BadInput(f"{path} is damaged ({e}); --fresh starts the run over") from None
 
 
+def short(x):
+    """A value of metrics.json in a few characters."""
+    if isinstance(x, dict):
+        return ", ".join(f"{key} {short(value)}" for key, value in x.items())
+    if isinstance(x, list):
+        return " to ".join(map(short, x))
+    return x if isinstance(x, str) else f"{round(x, 6):,.4g}"
+
+
 # 1. What can be run -------------------------------------------------------------------------------
 # A model, a method or a recipe is a row of a table. Our recipe is overruled by what was tuned for a
 # model, the paper's is not; a flag overrules both.
@@ -1130,7 +1139,7 @@ def load_model(config, users=()):
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
-MAX_NODES = {"cpu": 2048, "cuda": 8192}  # of a tree: its mask has nodes x nodes
+MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -1616,22 +1625,16 @@ def begin(path, model, optimizer, facts):
     return state, best
 
 
-def end_epoch(model, val_rows, config, epoch, state, best, log, bar):
-    """The parameters of the best epoch so far, after the validation of this one."""
-    found = validate(model, val_rows, config)
-    print(json.dumps(dict(step=state["step"], epoch=epoch, **found)), file=log)
-    check(math.isfinite(found["val_loss"]), f"validation: {found}: lower --lr")
-    says = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
-    bar.write(f"epoch {epoch}: {says}", file=sys.stdout)
-    if found["val_loss"] < state["val_loss"]:
-        state["val_loss"] = found["val_loss"]
-        best = {name: p.detach().clone() for name, p in model.trainable().items()}
-    return best
+def record(log, **line):
+    """Adds a line to log.jsonl; BadInput if a number in it is not finite."""
+    print(json.dumps(line), file=log)
+    for key, value in line.items():
+        check(math.isfinite(value), f"{key} is {value} at step {line['step']}: lower --lr")
 
 
 def train(model, rows, val_rows, config, facts, folder):
     """Trains on from the state in `folder`, if any; leaves the best epoch's parameters in the model
-    and adds steps, rows_per_second and val_loss to the facts."""
+    and adds step, rows_per_second and val_loss to the facts."""
     optimizer = make_optimizer(model, config)
     plan = plan_steps(rows, config)
     path = f"{folder}/{STATE}"
@@ -1641,36 +1644,39 @@ def train(model, rows, val_rows, config, facts, folder):
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step in range(state["step"], len(plan)):
-            epoch, part, last = plan[step]
+        for step, (epoch, part, last) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
             batches = batches or prepare_step(model, part, config)
             tokens = sum(batch["tokens"] for batch in batches)
-            lr = learning_rate(step, len(plan), config["lr"], config["warmup"])
+            lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
             batches = None
-            if step + 1 < len(plan):  # while a GPU computes
-                batches = prepare_step(model, plan[step + 1][1], config)
-            loss = loss.item()
-            line = dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
-            print(json.dumps(line), file=log)
-            check(math.isfinite(loss), f"loss {loss} at step {step + 1}: lower --lr")
-            state["step"] = step + 1
+            if step < len(plan):  # while a GPU computes
+                batches = prepare_step(model, plan[step][1], config)
+            record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
+            bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
+            bar.update()
+            state["step"] = step
             state["rows"] += len(part)
             state["seconds"] += time.perf_counter() - start
-            bar.set_postfix(dict(epoch=epoch, loss=loss), refresh=False)
-            bar.update()
             if last:
-                best = end_epoch(model, val_rows, config, epoch, state, best, log, bar)
+                found = validate(model, val_rows, config)
+                record(log, step=step, epoch=epoch, **found)
+                bar.write(f"epoch {epoch}: {short(found)}", file=sys.stdout)
+                if found["val_loss"] < state["val_loss"]:
+                    state["val_loss"] = found["val_loss"]
+                    best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if last or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
                 save_state(path, state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    facts["steps"] = state["step"]
+    for key in ("step", "val_loss"):
+        facts[key] = state[key]
     facts["rows_per_second"] = state["rows"] / max(state["seconds"], 1e-9)
-    facts["val_loss"] = state["val_loss"]
+
+
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
@@ -2142,21 +2148,12 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
 }
 
 
-def short(x):
-    """A value of metrics.json in a few characters."""
-    if isinstance(x, dict):
-        return ", ".join(f"{key} {short(value)}" for key, value in x.items())
-    if isinstance(x, list):
-        return " to ".join(map(short, x))
-    return x if isinstance(x, str) else f"{round(x, 6):,.4g}"
-
-
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
     n = m["rows"]["test"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
-        if m.get(key):  # a count of 0 says nothing
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
             print(f"  {key:24} {short(m[key])}  {what}")
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
