@@ -1969,11 +1969,11 @@ def describe(model):
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def save_adapter(path, model, users, base_sha):
+def save_adapter(path, model, users):
     """Writes what was trained, and who the users are."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
-    metadata = {"users": json.dumps(users), "base_sha": base_sha}
-    write_file(path, safetensors_bytes(tensors, metadata))
+    # safetensors writes several keys in any order: one keeps the file the same bytes in every run
+    write_file(path, safetensors_bytes(tensors, {"users": json.dumps(users)}))
 
 
 def controls(model, tokenizer, config, data, rows, names, result):
@@ -2020,7 +2020,7 @@ def run_model(config, data, folder):
     facts = dict(counts, base_sha=base_sha, **describe(model))
     if config["head"] != "ask":
         train(model, rows["train"], rows["val"], config, facts, folder)
-        save_adapter(f"{folder}/adapter.safetensors", model, users, base_sha)
+        save_adapter(f"{folder}/adapter.safetensors", model, users)
     result = predict(model, tokenizer, rows["test"], config)
     scores = score(config, data.parts["test"], result)
     scores |= controls(model, tokenizer, config, data, rows, names, result)
@@ -2344,7 +2344,7 @@ def adapt_run(args):
     folder = folder_of(own, args.out)
     with alone_in(folder):
         settle(folder, own, args.fresh)
-        save_adapter(f"{folder}/adapter.safetensors", model, users + new, config["base_sha"])
+        save_adapter(f"{folder}/adapter.safetensors", model, users + new)
         if parts["test"]:
             rows, _ = encode(tokenizer, config, parts["test"], [], names)
             result = predict(model, tokenizer, rows, config)
