@@ -276,7 +276,7 @@ def read_annotations(rows, split_col):
     columns = []  # of labels
     for column in rows[0]:
         values = {row[column] for row in rows}
-        if column not in ("text", "user", "time") and not values <= {*PARTS, ""}:
+        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
     check(split_col in (None, *rows[0]), f"no column {split_col!r} to split by")
@@ -2228,11 +2228,11 @@ def describe(model):
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def save_adapter(path, model, users, base_sha):
+def save_adapter(path, model, users):
     """Writes what was trained, and who the users are."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
-    metadata = {"users": json.dumps(users), "base_sha": base_sha}
-    write_file(path, safetensors_bytes(tensors, metadata))
+    # safetensors writes several keys in any order: one keeps the file the same bytes in every run
+    write_file(path, safetensors_bytes(tensors, {"users": json.dumps(users)}))
 
 
 def controls(model, tokenizer, config, data, rows, names, result):
@@ -2279,7 +2279,7 @@ def run_model(config, data, folder):
     facts = dict(counts, base_sha=base_sha, **describe(model))
     if config["head"] != "ask":
         train(model, rows["train"], rows["val"], config, facts, folder)
-        save_adapter(f"{folder}/adapter.safetensors", model, users, base_sha)
+        save_adapter(f"{folder}/adapter.safetensors", model, users)
     result = predict(model, tokenizer, rows["test"], config)
     scores = score(config, data.parts["test"], result)
     scores |= controls(model, tokenizer, config, data, rows, names, result)
@@ -2603,7 +2603,7 @@ def adapt_run(args):
     folder = folder_of(own, args.out)
     with alone_in(folder):
         settle(folder, own, args.fresh)
-        save_adapter(f"{folder}/adapter.safetensors", model, users + new, config["base_sha"])
+        save_adapter(f"{folder}/adapter.safetensors", model, users + new)
         if parts["test"]:
             rows, _ = encode(tokenizer, config, parts["test"], [], names)
             result = predict(model, tokenizer, rows, config)
