@@ -43,16 +43,19 @@ import io
 import json
 import math
 import os
+import queue
 import random
 import re
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
+from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
@@ -60,10 +63,12 @@ if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
 
 import jinja2
 import numpy as np
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
@@ -1828,13 +1833,267 @@ def predict_rates(data, config, annotations, strength=5):
 
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
+# A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
+# servers speak.
+#
+# An answer costs money and time. It is on the disk before the next one is heard, it is found again
+# by a hash of the server's address and the whole request, so it is never asked for twice, and rows
+# with equal prompts share it. The file also has a line for each request that was sent.
+#
+# A thread makes one attempt and ends; the main thread alone decides what is sent, and writes. So
+# nothing is sent any more once a run has stopped, and no thread waits for another.
+#
+# A server is not known beforehand: one bears hundreds of requests at once, another computes them
+# one by one. The first request goes alone, and shows whether the key, the model and the parameters
+# are right. Each quick answer lets one more request in, up to AT_ONCE; where the server limits
+# them, more and more answers are needed for that. A request that fails goes to the end of the queue
+# and sets the number back to one; once nothing is on its way all wait a second, then two, four,
+# ..., or as long as the server says. A request that is alone may take long, for the server may
+# still be busy with those that nobody waits for any more. Many failures without an answer between
+# them end the run.
+OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
+AT_ONCE = 8         # requests on their way, at most
+CONNECT = 10        # seconds for a connection
+READ = 120          # seconds of silence after which an attempt has failed,
+READ_ALONE = 600    # and those of a request that is alone
+QUICK = READ / 3    # seconds: a server that answers one by one stays far from READ
+BACKOFF = 1         # seconds of the first wait, then 2, 4, ..., 20
+LONGEST_WAIT = 600  # seconds: if the server asks for more, the run ends
+GIVE_UP = 20        # failures in a row, five minutes with the waits, end the run,
+GIVE_UP_EARLY = 7   # and these, 50 seconds, if nothing was ever answered
+SILENCE = 7         # failures that silence counts for: half an hour of it ends the run
+TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+TOO_LONG = "context|too long|too large|maximum"
+NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
+
 
 def server_address():
-    raise BadInput("section 12 is being rewritten")
+    """The address of the server: OPENAI_BASE_URL, or OpenAI's."""
+    address = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
+    valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", address, re.I)
+    check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
+    return address
+
+
+def retry_after(response):
+    """The seconds that the server wants us to wait: a number, or until a date; else 0."""
+    value = response.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    date = parsedate_tz(value)
+    return mktime_tz(date) - time.time() if date else 0
+
+
+def read_reply(response):
+    """What a model said, as a dict; None if the response is none in the protocol."""
+    try:
+        reply = json.loads(response.text)
+        choice = reply["choices"][0]
+        parts = choice["message"].get("content") or ""  # nothing where the model refuses
+        text = "".join(x if isinstance(x, str) else x.get("text") or "" for x in parts)
+        usage = reply.get("usage") or {}  # not every server counts
+        tokens = {name: int(usage.get(name) or 0) for name in TOKENS}
+    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
+        return None
+    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    cut = choice.get("finish_reason") == "length"
+    return dict(answer=text, cut=cut, model=str(reply.get("model") or ""), **tokens)
+
+
+def is_refused(status):
+    """Would the same request be refused again?"""
+    return 400 <= status < 500 and status not in (408, 409, 425, 429)
+
+
+def advice(status, words):
+    """What the user can do after a failure."""
+    if not is_refused(status):
+        return "; later, the same command asks for the rest"
+    return "; a lower --max-text makes prompts shorter" if re.search(TOO_LONG, words, re.I) else ""
+
+
+class Server:
+    """A server, and how much of it is asked at once."""
+
+    def __init__(self, address):
+        self.url = f"{address}/chat/completions"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        valid = re.fullmatch("[!-~]+", self.key)
+        check(valid, "set OPENAI_API_KEY (to any word if the server needs none)")
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {self.key}"
+        self.session.auth = lambda request: request  # without one, a .netrc replaces the header
+        self.names = {}       # parameter that the server refuses -> its other name, or None
+        self.responses = queue.SimpleQueue()  # of (sha, response)
+        self.on_the_way = 0   # requests without a response
+        self.room = 1         # and how many there may be
+        self.step = 1         # answers that let one more in
+        self.answers = 0      # heard so far
+        self.failures = 0     # in a row
+        self.pause_until = 0.0
+        self.error = ""       # the last one
+
+    def is_ready(self):
+        """May one more request be sent now?"""
+        return self.on_the_way < self.room and time.monotonic() >= self.pause_until
+
+    def send(self, sha, body):
+        """Starts a thread that makes one attempt."""
+        body = {self.names.get(name, name): value for name, value in body.items()}
+        body.pop(None, None)
+        self.on_the_way += 1
+        threading.Thread(target=self.attempt, args=(sha, body), daemon=True).start()
+
+    def attempt(self, sha, body):
+        """Sends a request and queues the response, with status 0 if there was none."""
+        silence = READ if self.room > 1 else READ_ALONE
+        response = None  # after a mistake in this file
+        try:
+            response = self.session.post(
+                self.url, json=body, timeout=(CONNECT, silence), allow_redirects=False)
+            response.encoding = "utf-8"
+        except (OSError, urllib3.exceptions.HTTPError) as e:  # an error of requests is an OSError
+            response = requests.Response()
+            response.status_code = 0
+            response.reason = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
+        finally:
+            self.responses.put((sha, response))
+
+    def describe(self, response):
+        """What the server or the network said, in one line without the key."""
+        if response is None:
+            raise RuntimeError("a request ended in the error above")
+        status = response.status_code
+        words = response.text or response.reason
+        words = f"HTTP {status}: {words}" if status else words
+        return " ".join(words.replace(self.key, "[key]").split())[:500]
+
+    def learn(self, status, words):
+        """Does the server refuse a parameter by name? From now on it is renamed or left out."""
+        if self.answers == 0 and status in (400, 422):  # later ones are about their rows
+            for name, other in OTHER_NAMES.items():
+                if name not in self.names and re.search(rf"\b{name}\b", words):
+                    self.names[name] = other
+                    return True
+        return False
+
+    def speed_up(self, seconds):
+        """After an answer that took so long."""
+        self.answers += 1
+        self.failures = 0
+        if seconds < QUICK and self.answers % self.step == 0:
+            self.room = min(AT_ONCE, self.room + 1)
+
+    def slow_down(self, status, words, wait):
+        """After a failure, with the seconds that the server wants us to wait. May end the run."""
+        wrong = status in (401, 402, 403, 404) or 300 <= status < 400
+        no_money = status == 429 and re.search(NO_MONEY, words, re.I)
+        check(not wrong and not no_money,
+              f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
+        self.error = f", last error: {words[:100]}"
+        if is_refused(status):
+            self.failures += 1
+        else:
+            if status == 429 and self.room > 1:  # perhaps the server takes fewer at once
+                self.step = min(64, 2 * self.step)
+            self.room = 1
+            if self.on_the_way == 0:  # what was sent together fails together, and counts once
+                self.failures += SILENCE if "Read timed out" in words else 1
+                wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
+            self.pause_until = max(self.pause_until, time.monotonic() + wait)
+        most = GIVE_UP if self.answers or status in (429, 503) else GIVE_UP_EARLY
+        check(self.failures < most and wait <= LONGEST_WAIT, words + advice(status, words))
+
+
+def write_line(file, record):
+    """Adds a record to a file of answers."""
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
+
+
+def kept_answers(file):
+    """(dict sha -> answer, list of the shas that were sent) of a file of answers; half a line at
+    its end, left by a kill, is cut off."""
+    file.seek(0)
+    *lines, half = file.read().split(b"\n")
+    file.truncate(file.tell() - len(half))
+    records = [json.loads(line) for line in lines]
+    answers = {record["sha"]: record for record in records if "sha" in record}
+    return answers, [record["sent"] for record in records if "sent" in record]
+
+
+def ask_server(address, bodies, file):
+    """Asks for all of dict sha -> body; the file gets a line for each request and each answer.
+    Returns dict sha -> why of the requests that the server refused."""
+    server = Server(address)
+    waiting = deque(bodies)
+    refused = {}
+    heard_at = time.monotonic()
+    with progress(None, "ask", "requests", len(bodies)) as bar:
+        bar.dynamic_miniters = False  # or tqdm shows nothing new until the next answer
+        while waiting or server.on_the_way:
+            while waiting and server.is_ready():
+                sha = waiting.popleft()
+                write_line(file, dict(sent=sha))
+                server.send(sha, bodies[sha])
+            slow = ", the server is slow" if time.monotonic() - heard_at > QUICK else ""
+            bar.set_postfix_str(f"{server.room} at once{slow}{server.error}", refresh=False)
+            bar.update(len(bodies) - len(waiting) - server.on_the_way - bar.n)
+            try:
+                sha, response = server.responses.get(timeout=min(1, BACKOFF))
+            except queue.Empty:
+                continue
+            heard_at = time.monotonic()
+            server.on_the_way -= 1
+            words = server.describe(response)
+            status = response.status_code
+            reply = read_reply(response)
+            if reply:
+                left_out = [name for name, other in server.names.items() if other is None]
+                write_line(file, dict(sha=sha, **reply, left_out=left_out))
+                os.fsync(file.fileno())
+                server.speed_up(response.elapsed.total_seconds())
+            elif server.learn(status, words):
+                waiting.appendleft(sha)
+            else:
+                server.slow_down(status, words, retry_after(response))
+                if is_refused(status):
+                    refused[sha] = words + advice(status, words)
+                else:
+                    waiting.append(sha)
+    return refused
 
 
 def ask_chat(prompts, path, model, seed, limit):
-    raise BadInput("section 12 is being rewritten")
+    """(dict(answer, cut, ...) of each prompt, dict of counts); the file `path` keeps answers."""
+    address = server_address()
+    shas = []
+    bodies = {}
+    for prompt in prompts:
+        message = dict(role="user", content=prompt)
+        body = dict(model=model, messages=[message], temperature=0, seed=seed, max_tokens=limit)
+        sha = hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()
+        shas.append(sha)
+        bodies[sha] = body
+    with open(path, "ab+") as file:
+        answers, sent = kept_answers(file)
+        todo = {sha: body for sha, body in bodies.items() if sha not in answers}
+        tokens = sum(len(body["messages"][0]["content"]) for body in todo.values()) // 4
+        print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
+              f"{tokens:,} tokens; {len(bodies) - len(todo):,} answers are there", flush=True)
+        refused = ask_server(address, todo, file) if todo else {}
+        for sha, why in refused.items():
+            raise BadInput(f"{len(refused)} of {len(todo)} requests were refused, as test row "
+                           f"{shas.index(sha) + 1}: {why}")
+        answers, sent = kept_answers(file)
+    counts = dict(server=address, requests=len(sent), retries=len(sent) - len(set(sent)))
+    used = [answers[sha] for sha in bodies]
+    for name in TOKENS:
+        counts[name] = sum(answer[name] for answer in used)
+    counts["answered_by"] = sorted({answer["model"] for answer in used} - {""})
+    counts["left_out"] = sorted({name for answer in used for name in answer["left_out"]})
+    return [answers[sha] for sha in shas], counts
 
 
 # 13. One experiment from end to end ---------------------------------------------------------------
