@@ -2509,8 +2509,10 @@ def read_new_people(path, split_col, config):
     if split_col is None and "split" in rows[0]:
         split_col = "split"
     found, what = read_annotations(rows, split_col)
-    unknown = set(what["labels"]) - set(config["labels"])
-    check(not unknown and what["single"] == config["single"],
+    found_labels = set(what["labels"])  # a choice may lack some, a column that is missing may not
+    same = found_labels == set(config["labels"])
+    fits = same or what["single"] and found_labels < set(config["labels"])
+    check(fits and what["single"] == config["single"],
           f"{path}: labels {what['labels']}, but the run has {config['labels']}")
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
