@@ -2440,6 +2440,7 @@ def print_summary(m, folder):
 
 ADAPT_STEPS = 40    # of AdamW, on all rows of a person
 ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
+ADAPTED_KEYS = ("base_sha", "computed_in", "device", "weights_trained", "rule", "command", "seconds")
 
 
 def load_run(folder):
@@ -2616,17 +2617,20 @@ def adapt_run(args):
     seconds = time.perf_counter() - start
     print(f"{len(new)} new people by {len(rows):,} rows, in {seconds:.1f} s with loading")
     name = os.path.splitext(os.path.basename(args.csv))[0]
-    own = config | dict(data=name, split=args.split_col, adapted_from=os.path.abspath(args.run),
-                        command=" ".join(sys.argv), seconds=seconds)
+    asked = dict(data=name, split=args.split_col, adapted_from=os.path.abspath(args.run))
+    settings = read_json(f"{args.run}/run.json") | asked
+    own = config | asked | dict(command=" ".join(sys.argv), seconds=seconds)
     folder = folder_of(own, args.out)
     with alone_in(folder):
-        settle(folder, own, args.fresh)
+        settle(folder, settings, args.fresh)
         save_adapter(f"{folder}/adapter.safetensors", model, users + new)
         if parts["test"]:
             rows, _ = encode(tokenizer, config, parts["test"], [], names)
             result = predict(model, tokenizer, rows, config)
+            # Of the run's other scores none is about these people.
+            own = {key: own[key] for key in (*settings, *ADAPTED_KEYS) if key in own}
             own |= score(config, parts["test"], result)
-            own["rows"] = {part: len(annotations) for part, annotations in parts.items()}
+            own["rows"] = {part: len(parts[part]) for part in PARTS}
             write_run(folder, own, parts["test"], result)
         else:  # nothing to score: the scores are those of the run's own people
             shutil.copy(f"{args.run}/predictions.csv", f"{folder}/predictions.csv")
