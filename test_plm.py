@@ -28,6 +28,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plm
 
@@ -2413,3 +2415,129 @@ def test_a_flag_overrules_what_was_tuned_and_that_the_recipe():
     ("q_0s --split-col draw1", "d.draw1/tiny/q_0s/seed42")])
 def test_a_run_has_a_folder_of_its_own(line, name):
     assert plm.folder_of(configured(line), "out") == f"out/{name}"
+
+
+# A GPU that is pretended --------------------------------------------------------------------------
+# torch can follow a computation on a device that is not there by shapes, dtypes and devices alone
+# ("fake" tensors). What CUDA refuses is refused: tensors of two devices, and here of two dtypes in a
+# product. So is what makes the host wait for a GPU: numbers that are fetched from it. torch cannot
+# forget a device again, so this happens in a process of its own.
+
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "native_layer_norm"}
+
+
+class LikeCUDA(TorchDispatchMode):
+    """Refuses what CUDA refuses and fake tensors do not, and copies from the GPU."""
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = func._schema.name.split("::")[1]
+        dtypes = {x.dtype for x in args if isinstance(x, torch.Tensor)}
+        if name in PRODUCTS and len(dtypes) > 1:
+            raise RuntimeError(f"two dtypes in {name}: {dtypes}")
+        if name == "_to_copy" and kwargs.get("device") == CPU and args[0].device != CPU:
+            raise RuntimeError("the host waits for a copy")
+        return func(*args, **kwargs)
+
+
+def pretend_gpu():
+    """(a device that is not there, a context in which it computes)"""
+    registration = torch.utils.backend_registration
+    module = type("Gpu", (registration._DummyBackendModule,), {})()
+    registration._setup_privateuseone_for_python_backend("gpu", backend_module=module)
+    plm.MAX_NODES["gpu"] = plm.MAX_NODES["cuda"]
+    return torch.device("gpu", 0), FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def move(module, device, mode):
+    """Moves a module with real tensors to a device that is not there."""
+    for layer in module.modules():
+        for name, p in layer._parameters.items():
+            if p is not None:
+                fake = mode.from_tensor(p.detach()).to(device)
+                layer._parameters[name] = nn.Parameter(fake)
+        for name, buffer in layer._buffers.items():
+            layer._buffers[name] = mode.from_tensor(buffer).to(device)
+
+
+def gpu_model(device, mode, line):
+    """A model in bfloat16 on the device; what fetches numbers while it is loaded is left out."""
+    config = configured(f"{line} --dtype bfloat16 --no-dense", dataset("ABC"))
+    tokenizer = tiny_tokenizer(config["model"])
+    settings = transformers.AutoConfig.from_pretrained(plm.MODELS[config["model"]])
+    auto = transformers.AutoModelForCausalLM
+    if settings.is_encoder_decoder:
+        auto = transformers.AutoModelForSeq2SeqLM
+    with unset_fake_temporarily():
+        lm = auto.from_config(settings, attn_implementation="sdpa")
+    move(lm, device, mode)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "to", lambda module, device: module)  # where it is already
+        patch.setattr(plm, "find_device", lambda: device)
+        patch.setattr(plm, "load_pretrained", lambda name, attention: (lm, tokenizer))
+        patch.setattr(plm, "fingerprint", lambda lm, tokenizer: "")
+        patch.setattr(plm, "check_forward", lambda model: None)
+        model, _, _ = plm.load_model(config, ["u0", "u1", "u2"])
+    return model, config
+
+
+def gpu_batches(device, mode, model, config):
+    """The batches of a step: made on the CPU, then copied from pinned memory."""
+    rows = with_nobody(model, random_rows())
+    pinned = []
+
+    def pin_memory(tensor):
+        pinned.append(tensor)
+        return tensor
+
+    with pytest.MonkeyPatch.context() as patch, unset_fake_temporarily():
+        patch.setattr(plm, "to_device", lambda batch, device: batch)
+        made = plm.prepare_step(model, rows, config | dict(micro_batch=6))
+    batches = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        for batch in made:
+            for name, x in batch.items():
+                batch[name] = mode.from_tensor(x) if torch.is_tensor(x) else x
+            batches.append(plm.to_device(batch, device))
+    assert len(pinned) == len(made) * sum(map(torch.is_tensor, made[0].values()))
+    return batches
+
+
+def gpu_step(device, mode, line):
+    """One step of training."""
+    model, config = gpu_model(device, mode, line)
+    batches = gpu_batches(device, mode, model, config)
+    group = dict(params=list(model.trainable().values()), times=1.0)
+    optimizer = torch.optim.SGD([group], lr=1.0)
+    loss = plm.train_step(model, batches, optimizer, 0.01, config)
+    assert loss.device == device
+    assert {p.dtype for p in model.trainable().values()} == {torch.float32}
+
+
+def check_gpu():
+    """Steps of both kinds of model run on the pretended GPU, and seeded faults are caught."""
+    device, mode = pretend_gpu()
+    on_device = plm.on_device.__wrapped__
+    dequantize = plm.NF4Linear.dequantize
+    summed_loss = plm.summed_loss
+    faults = [
+        (plm, "on_device", functools.cache(lambda table, device: on_device(table, CPU)), "two devices"),
+        (plm.NF4Linear, "dequantize", lambda layer, dtype: dequantize(layer), "two dtypes"),
+        (plm, "summed_loss", lambda *x: summed_loss(*x) * summed_loss(*x).item(), "_local_scalar"),
+        (plm, "summed_loss", lambda *x: summed_loss(*x) + summed_loss(*x).cpu(), "waits for a copy")]
+    plm.NF4 = mode.from_tensor(plm.NF4)
+    with mode, LikeCUDA():
+        for line in ("cls_p", "lm_p", "cls_p --model tiny_t5", "lm_p --model tiny_t5"):
+            gpu_step(device, mode, line)
+        for place, name, fault, says in faults:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(place, name, fault)
+                with pytest.raises(Exception, match=says):
+                    gpu_step(device, mode, "cls_p")
+
+
+def test_a_step_on_a_pretended_gpu():
+    code = "import test_plm; test_plm.check_gpu(); print('all of it ran', flush=True)"
+    child = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True,
+                           timeout=300)
+    assert "all of it ran" in child.stdout, child.stderr[-3000:]
