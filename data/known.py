@@ -10,6 +10,7 @@ import glob
 import math
 import os
 import random
+import re
 import sys
 import threading
 import time
@@ -206,14 +207,19 @@ def at_random(rows, row, _):
 
 # -------------------- from files to a file
 
+def user_id(cell):
+    """The user that a cell names: 11.0 and 11 are one person, and so are "ann" and "ann "."""
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", cell.strip())
+
+
 def read_rows(path, row):
     """list of Row of a file of the original form."""
     table = read_file(path)
+    there = table.columns
     text = row["text"]
     user = row["user"]
     for column in (text, user, *row["labels"]):
-        there = ", ".join(table.columns)
-        check(column in table.columns, f"{path}: no column {column!r}; there are: {there}")
+        check(column in there, f"{path}: no column {column!r}; there are: {', '.join(there)}")
     rows = []
     for place, cells in zip(table.places, table.rows):
         labels = {label: cells[label].strip().removesuffix(".0") for label in row["labels"]}
@@ -229,7 +235,9 @@ def read_rows(path, row):
 def write_rows(path, rows):
     """None; the file has its name when it is complete. Columns that are empty stay away."""
     lines = [("text", "user", "split", "time", *rows[0].draws, *rows[0].labels)]
-    lines += [(*a[:4], *a.draws.values(), *a.labels.values()) for a in rows]
+    for a in rows:
+        own = (a.text, user_id(a.user), a.split, a.time)
+        lines.append((*own, *a.draws.values(), *a.labels.values()))
     write_csv(path, zip(*(column for column in zip(*lines) if any(column[1:]))))
 
 
