@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass, field
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -109,66 +109,76 @@ def find_delimiter(text):
     return max(columns, key=columns.get), text
 
 
+# A line of the file's, or several in one row: numbers of the first and the last, and the cells.
+Line = namedtuple("Line", "first last cells")
+
+
 def quoted_rows(text, delimiter, **dialect):
-    """(list of (number of its last line, cells), why reading ended too early)"""
-    reader, rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True,
-                              **dialect), []
+    """(list of Line, why reading ended too early) by the csv module."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True, **dialect)
+    rows = []
+    first = 1
     try:
         for cells in reader:
-            if any(cell.strip() for cell in cells):
-                rows.append((reader.line_num, cells))
+            if len(cells) > 1 or cells and cells[0].strip():
+                rows.append(Line(first, reader.line_num, cells))
+            first = reader.line_num + 1
     except csv.Error:
-        return rows, f"line {reader.line_num}: a quotation mark that nothing closes, or text after it"
+        mark = "a quotation mark that nothing closes, or text after a closing one"
+        return rows, f"line {reader.line_num}: {mark}"
     return rows, ""
 
 
 def unquoted_rows(text, delimiter):
-    """list of (number of its line, cells); a quotation mark is a letter like others."""
+    """list of Line; a quotation mark is a letter like others."""
     lines = enumerate(LINE_END.split(text), 1)
-    return [(number, line.split(delimiter)) for number, line in lines if line.strip()]
+    return [Line(i, i, line.split(delimiter)) for i, line in lines if line.strip(" ")]
 
 
 def uneven(rows):
     """The index of the first row that has not as many cells as the header; 0 if there is none."""
-    width = len(rows[0][1])
-    return next((i for i, (_, cells) in enumerate(rows) if len(cells) != width), 0)
+    width = len(rows[0].cells)
+    for i, row in enumerate(rows):
+        if len(row.cells) != width:
+            return i
+    return 0
 
 
 def swallowed(text, rows, delimiter):
     """The index of the first row in which an open quotation mark took whole rows for a text: each
     of its lines has the header's number of cells, with a value that other rows have; else 0."""
-    lines, width, several, end = LINE_END.split(text), len(rows[0][1]), {}, rows[0][0]
+    lines = LINE_END.split(text)
+    width = len(rows[0].cells)
     seen = [set() for _ in range(width)]
-    for i, (last, cells) in enumerate(rows[1:], 1):
-        inside = [line.split(delimiter) for line in lines[end:last] if line.strip()]
-        end = last
-        if len(inside) > 1:
-            several[i] = inside
-        else:
-            for column, cell in zip(seen, cells):
-                column.add(cell)
-    for i, inside in several.items():
-        cells = rows[i][1]
-        whole = [c for c in range(width) if seen[c] and not LINE_END.search(cells[c])]
-        key = min(whole, key=lambda c: len(seen[c]), default=None)
-        if key is None or any(len(line) != width for line in inside):
+    for row in rows[1:]:
+        if row.first == row.last:
+            for values, cell in zip(seen, row.cells):
+                values.add(cell)
+    for i, row in enumerate(rows):
+        inside = [line.split(delimiter) for line in lines[row.first - 1:row.last] if line.strip()]
+        if row.first == row.last or any(len(cells) != width for cells in inside):
             continue
-        if all(line[key].strip('"') in seen[key] for line in inside):
+        whole = [c for c in range(width) if seen[c] and not LINE_END.search(row.cells[c])]
+        if not whole:
+            continue
+        key = min(whole, key=lambda c: len(seen[c]))  # the label, mostly
+        if all(cells[key].strip('"') in seen[key] for cells in inside):
             return i
     return 0
 
 
 def dialect_rows(path, text, delimiter):
-    """(rows, words for the quoting) of a table, read in the only way that fits all of its rows."""
+    """(list of Line, words for the quoting) of a table, read in the only way that fits its rows."""
+    advice = "write the file with quoting, as CSV has it"
     rows, why = quoted_rows(text, delimiter)
     plain = unquoted_rows(text, delimiter)
-    even = len(plain[0][1]) > 1 and not uneven(plain)
+    even = len(plain[0].cells) > 1 and not uneven(plain)
     if not why and not uneven(rows):
         if even and len(plain) != len(rows):
             return plain, ", without quoting"
         i = swallowed(text, rows, delimiter)
-        check(not i, f"{path}: row {i} (line {rows[i][0]}): a quotation mark that nothing closes has "
-              "taken the rows after it for a text; write the file with quoting, as CSV has it")
+        check(not i, f"{path}: row {i} (line {rows[i].last}): a quotation mark that nothing closes "
+              f"has taken the rows after it for a text; {advice}")
         return rows, ""
     if '\\"' in text:
         escaped, wrong = quoted_rows(text, delimiter, doublequote=False, escapechar="\\")
@@ -177,36 +187,52 @@ def dialect_rows(path, text, delimiter):
     if even:
         return plain, ", without quoting"
     i = uneven(rows) if rows else 0
-    if not i:
-        raise BadInput(f"{path}: {why}; write the file with quoting, as CSV has it")
-    line, cells = rows[i]
-    width = len(rows[0][1])
-    more = all(len(cells) == width + 1 for _, cells in rows[1:])
+    check(i, f"{path}: {why}; {advice}")
+    width = len(rows[0].cells)
+    more = all(len(row.cells) == width + 1 for row in rows[1:])
     hint = "; every row has one more than the header: a name for the first column?" if more else ""
-    raise BadInput(f"{path}: row {i} (line {line}): {len(cells)} cells, not the {width} columns of "
-                   f"the header{hint}")
+    raise BadInput(f"{path}: row {i} (line {rows[i].last}): {len(rows[i].cells)} cells, not the "
+                   f"{width} columns of the header{hint}")
+
+
+def check_header(path, header, rows):
+    """BadInput if the first line is no header: a name twice, or what stands in the rows, too."""
+    for name in header:
+        twice = name and header.count(name) > 1
+        check(not twice, f"{path}: {header.count(name)} columns {name!r}; rename all but one")
+    check(len(header) > 1, f"{path}: one column, {header[0][:60]!r}: not a table with a header")
+    check(rows, f"{path}: no annotations in it")
+    again = set()
+    data = set()
+    for i, name in enumerate(header):
+        if any(row.cells[i].strip() == name for row in rows):
+            again.add(name)
+        if re.fullmatch(r"[-+.,\d]+|\w+://.*|.{60,}|\S+( \S+){5,}", name):
+            data.add(name)
+    names = set(header) - again - data - {""}
+    check(names or not again, f"{path}: no header? its first line is {', '.join(header)[:80]}, as the "
+          "rows are; write the names of the columns above it, as text,user,label")
 
 
 def read_table(path, text, encoding):
     """The Table of a CSV, whatever separates its cells."""
     delimiter, text = find_delimiter(text)
-    rows, quoting = dialect_rows(path, text, delimiter)
-    header = [name.strip() for name in rows[0][1]]
-    for name in header:
-        twice = name and header.count(name) > 1
-        check(not twice, f"{path}: {header.count(name)} columns {name!r}; rename all but one")
-    check(len(header) > 1, f"{path}: one column, {header[0][:60]!r}: not a table with a header")
-    check(len(rows) > 1, f"{path}: no annotations in it")
-    names = [name or f"(column {i})" for i, name in enumerate(header, 1)]
-    read = [dict(zip(names, cells)) for _, cells in rows[1:]]
-    for i, name in enumerate(header):  # a spreadsheet's empty columns
-        if not name and not any(cells[i].strip() for _, cells in rows[1:]):
-            for row in read:
-                del row[names[i]]
+    lines, quoting = dialect_rows(path, text, delimiter)
+    header = [name.strip() for name in lines[0].cells]
+    rows = [row for row in lines[1:] if any(cell.strip() for cell in row.cells)]
+    check_header(path, header, rows)
+    names = {}
+    for i, name in enumerate(header):
+        if name or any(row.cells[i].strip() for row in rows):  # not a spreadsheet's empty columns
+            names[i] = name or f"(column {i + 1})"
+    read = [{name: row.cells[i] for i, name in names.items()} for row in rows]
     form = f"table ({DELIMITERS.get(delimiter, delimiter)}, {encoding}{quoting})"
-    places = [f"row {i} (line {line})" for i, (line, _) in enumerate(rows[1:], 1)]
+    places = [f"row {i} (line {row.last})" for i, row in enumerate(rows, 1)]
     table = Table(form, read, places)
-    return with_ticks(table) if any(":::" in name for name in names) else table
+    empty = len(lines) - 1 - len(rows)
+    if empty:
+        table.notes.append(f"left out: {empty:,} rows in which every cell is empty")
+    return with_ticks(table) if any(":::" in name for name in header) else table
 
 
 def with_ticks(table):
@@ -214,46 +240,51 @@ def with_ticks(table):
     table.form = f"Potato's {table.form}"
     schemas = defaultdict(list)
     for column in table.columns:
-        schema, mark, _ = column.partition(":::")
+        schema, mark, label = column.partition(":::")
         if mark:
-            schemas[schema].append(column)
+            schemas[schema].append((column, label))
     for schema, columns in schemas.items():
-        values = [{row.get(c, "").strip() for row in table.rows} - {""} for c in columns]
-        if any(len(found) > 1 for found in values) or not any(values):
+        kinds = [{row.get(column, "").strip() for row in table.rows} for column, _ in columns]
+        kinds = [values - {"", "0", "false"} for values in kinds]
+        scale = len(columns) == 1 and not kinds[0] <= {"1", "true", "x", columns[0][1]}
+        if scale or not any(kinds) or any(len(values) > 1 for values in kinds):
             continue  # a number or words, not a tick
         for row in table.rows:
-            ticked = [c for c in columns if row.get(c, "").strip() not in ("", "0", "false")]
-            row[schema] = [c.split(":::", 1)[1] for c in ticked]
+            row[schema] = []
+            for column, label in columns:
+                if row.get(column, "").strip() not in ("", "0", "false"):
+                    row[schema].append(label)
         table.labels.append(schema)
     return table
 
 
 # -------------------- JSON: one value, or one in each line
 
+def once(pairs):
+    """The dict of an object in JSON; a key that stands twice would lose its first value."""
+    twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
+    if twice:
+        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
+    return dict(pairs)
+
+
 def parse_json(path, text):
     """(value, numbers of the lines if there is a value in each)"""
-    def once(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next((key for key in keys if keys.count(key) > 1), None) if len(keys) < 1000 else None
-        if twice is not None or len(set(keys)) < len(keys):
-            raise ValueError(f"a key stands twice in one object: {twice!r}")
-        return dict(pairs)
-
-    def parse(part):
-        return json.loads(part, object_pairs_hook=once, parse_constant=str)
-    lines = [(i, line) for i, line in enumerate(LINE_END.split(text), 1) if line.strip()]
+    decoder = json.JSONDecoder(object_pairs_hook=once, parse_constant=str)
     try:
-        return parse(text), []
+        return decoder.decode(text), []
     except ValueError as e:
-        first_fault = e
-    found, numbers = [], []
-    for number, line in lines:
+        whole = e
+    found = []
+    numbers = []
+    for number, line in enumerate(LINE_END.split(text), 1):
+        if not line.strip():
+            continue
         try:
-            found.append(parse(line))
+            found.append(decoder.decode(line))
         except ValueError as e:
-            why = e if found else first_fault  # JSON lines, or one value that is broken?
-            raise BadInput(f"{path}: JSON, but not valid: {'line %d: ' % number if found else ''}"
-                           f"{why}") from None
+            why = f"line {number}: {e}" if found else whole  # JSON lines, or one value, broken
+            raise BadInput(f"{path}: JSON, but not valid: {why}") from None
         numbers.append(number)
     return found, numbers
 
@@ -264,12 +295,9 @@ def records_of(path, value, lines):
         value = from_dict(value)
     told = f"{path}: JSON, but no list of records such as {{\"text\": ..., \"user\": ..., ...}}"
     check(isinstance(value, list) and value, told)
-    if lines:
-        places = [f"line {number}" for number in lines]
-    else:
-        places = [f"record {i}" for i in range(1, len(value) + 1)]
     found = []
-    for place, record in zip(places, value):
+    for i, record in enumerate(value):
+        place = f"line {lines[i]}" if lines else f"record {i + 1}"
         if isinstance(record, tuple):
             place, record = record
         check(isinstance(record, dict), f"{path}: {place}: not a record but {str(record)[:40]!r}")
@@ -281,13 +309,17 @@ def from_dict(value):
     """The records, or (place, record), in a dict: of splits, of items, of columns; else None."""
     parts = list(value.values())
     if parts and all(isinstance(part, dict) for part in parts):
-        if all(key.isdigit() for part in parts for key in part):  # as pandas writes a table
+        inner = {key for part in parts for key in part}
+        if all(key.isdigit() for key in inner):  # as pandas writes a table
             return from_columns({name: list(part.values()) for name, part in value.items()})
         return [(f"item {key!r}", item) for key, item in value.items()]
     lists = {key: part for key, part in value.items() if isinstance(part, list) and part}
     tables = {key: part for key, part in lists.items() if isinstance(part[0], dict)}
     if tables and set(tables) <= set(SPLITS):
-        return [{"split": key} | record for key, part in tables.items() for record in part]
+        records = []
+        for key, part in tables.items():
+            records += [{"split": key} | record for record in part]
+        return records
     if len(tables) == 1:
         return tables.popitem()[1]
     if lists and len(lists) == len(value):
@@ -349,7 +381,8 @@ def lewidi_answers(place, item):
     given = item["annotations"]
     if isinstance(given, dict):
         return [(user, words_in(labels)) for user, labels in given.items()]
-    users, labels = words_in(item["annotators"]), words_in(given)
+    users = words_in(item["annotators"])
+    labels = words_in(given)
     check(not labels or len(users) == len(labels), f"{place}: {len(users)} annotators and "
           f"{len(labels)} annotations")
     return [(user, [label]) for user, label in zip(users, labels)]
@@ -363,7 +396,9 @@ def words_in(value):
 
 def read_lewidi(path, records):
     """The Table of LeWiDi JSON; the label is named by the task: "irony detection" is `irony`."""
-    rows, places, empty = [], [], 0
+    rows = []
+    places = []
+    empty = 0
     for place, item in records:
         check(is_lewidi(item), f"{path}: {place}: not with text, annotators and annotations")
         label = re.split(" detection| in ", str(item.get("annotation task") or "label"))[0]
@@ -375,9 +410,9 @@ def read_lewidi(path, records):
                          label: labels if labels else ""})
             places.append(f"{place}, {user}")
     notes = [f"left out: {empty:,} items without annotations"] if empty else []
-    others = {"text", "user", "split"}
-    labels = [c for c in dict.fromkeys(c for row in rows for c in row) if c not in others]
-    return Table("LeWiDi JSON", rows, places, ["text"], "user", labels, "split", notes=notes)
+    table = Table("LeWiDi JSON", rows, places, ["text"], "user", split="split", notes=notes)
+    table.labels = [c for c in table.columns if c not in ("text", "user", "split")]
+    return table
 
 
 # -------------------- Label Studio
@@ -392,7 +427,10 @@ def is_label_studio(record):
 
 def read_label_studio(path, records):
     """The Table of Label Studio's JSON: a row for each annotation, a column for each control."""
-    rows, places, left_out, controls = [], [], defaultdict(int), {}
+    rows = []
+    places = []
+    left_out = Counter()
+    controls = {}
     for place, task in records:
         check(is_label_studio(task), f"{path}: {place}: not a task with data and annotations")
         left_out["predictions of a model"] += len(task.get("predictions") or [])
@@ -400,17 +438,11 @@ def read_label_studio(path, records):
             if done.get("was_cancelled"):
                 left_out["annotations that were skipped"] += 1
                 continue
+            answers = chosen_answers(done, left_out)
+            controls |= answers
             row = {name: cell_of(value) for name, value in task["data"].items()}
             row["annotator"] = person(done.get("completed_by"))
-            for answer in done.get("result") or []:
-                kind, control = answer.get("type"), answer.get("from_name", "label")
-                if kind not in CHOSEN:
-                    left_out[f"answers of the kind {kind!r}"] += 1
-                    continue
-                value = answer["value"].get(kind)
-                row[control] = cell_of(value if isinstance(value, list) else [value])
-                controls[control] = True
-            rows.append(row)
+            rows.append(row | answers)
             places.append(f"{place}, annotation {done.get('id', '')}")
     for row in rows:  # who submitted without a choice chose nothing
         for control in controls:
@@ -418,6 +450,21 @@ def read_label_studio(path, records):
     notes = [f"left out: {n:,} {what}" for what, n in left_out.items() if n]
     check(controls, f"{path}: Label Studio's JSON without choices or ratings; {'; '.join(notes)}")
     return Table("Label Studio JSON", rows, places, [], "annotator", list(controls), notes=notes)
+
+
+def chosen_answers(done, left_out):
+    """dict control -> list of what was chosen in one annotation; other answers are counted."""
+    found = {}
+    for answer in done.get("result") or []:
+        kind = answer.get("type")
+        if kind not in CHOSEN:
+            left_out[f"answers of the kind {kind!r}"] += 1
+            continue
+        value = answer["value"].get(kind)
+        chosen = cell_of(value if isinstance(value, list) else [value])
+        control = answer.get("from_name", "label")
+        found[control] = found.get(control, []) + chosen
+    return found
 
 
 def person(value):
@@ -435,7 +482,10 @@ def is_prodigy(record):
 
 def read_prodigy(path, records):
     """The Table of Prodigy's JSONL: choices out of options, or yes and no to one label."""
-    rows, places, ignored, asked = [], [], 0, set()
+    rows = []
+    places = []
+    ignored = 0
+    asked = set()
     for place, task in records:
         check(is_prodigy(task), f"{path}: {place}: no answer: accept, reject or ignore")
         choice = "accept" in task
@@ -452,10 +502,11 @@ def read_prodigy(path, records):
             row[task["label"]] = str(int(task["answer"] == "accept"))
         rows.append(row)
         places.append(place)
-    several = f"{path}: yes or no to one of {len(asked)} labels in each row ({', '.join(sorted(asked))}"
-    check(len(asked) < 2, several[:200] + "): choose the rows of one label, or ask for choices")
+    check(len(asked) < 2, f"{path}: yes or no to one of {len(asked)} labels in each row "
+          f"({', '.join(sorted(asked))[:100]}): give the rows of one label, in a file of their own")
     check(rows, f"{path}: Prodigy's JSONL without an accepted answer")
-    user = next((c for c in ("_annotator_id", "_session_id") if c in rows[0]), "")
+    users = [column for column in ("_annotator_id", "_session_id") if column in rows[0]]
+    user = users[0] if users else ""
     notes = [f"left out: {ignored:,} answers that were ignored or rejected"] if ignored else []
     labels = sorted(asked) or ["accept"]
     return Table("Prodigy JSONL", rows, places, [], user, labels, notes=notes)
@@ -480,28 +531,35 @@ def is_doccano(record):
 
 def read_doccano(path, records):
     """The Table of doccano's JSONL: a list of labels in each record; mostly no user in it."""
-    rows, places = [], []
+    rows = []
+    places = []
     first = records[0][1]
     column = next(c for c in ("label", "labels", "annotations") if isinstance(first.get(c), list))
     for place, record in records:
         given = record.get(column) or []
         check(isinstance(given, list), f"{path}: {place}: {column!r} is no list")
-        spans = any(isinstance(x, list) or isinstance(x, dict) and "start_offset" in x for x in given)
+        spans = any(isinstance(x, list) or "start_offset" in str(x) for x in given)
         check(not spans, f"{path}: {place}: {column!r} marks places in the text, not the text")
         row = {name: cell_of(value) for name, value in record.items()}
-        by_user = {"": []}
+        answers = [row]
         if given and isinstance(given[0], dict):
-            told = f"{path}: {place}: {column!r} holds records without user and label"
-            check(all({"user", "label"} <= x.keys() for x in given), told)
-            by_user = defaultdict(list)
-            for x in given:
-                by_user[str(x["user"])].append(str(x["label"]))
-        for user, labels in by_user.items():
-            rows.append(row | ({"user": user, column: labels} if user else {}))
-            places.append(place)
+            by_user = labels_by_user(f"{path}: {place}: {column!r}", given)
+            answers = [row | {"user": user, column: by_user[user]} for user in by_user]
+        rows += answers
+        places += [place] * len(answers)
     text = ["text" if "text" in first else "data"]
     user = "user" if "user" in rows[0] else ""
     return Table("doccano JSONL", rows, places, text, user, [column], one_file_a_user=not user)
+
+
+def labels_by_user(where, given):
+    """dict user -> list of labels, of old doccano's records of them."""
+    found = defaultdict(list)
+    for answer in given:
+        told = isinstance(answer, dict) and {"user", "label"} <= answer.keys()
+        check(told, f"{where} holds records without user and label")
+        found[str(answer["user"])].append(str(answer["label"]))
+    return found
 
 
 def is_potato(record):

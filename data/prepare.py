@@ -10,8 +10,6 @@ columns these are, a flag says, or the form of the file, or else their names; wh
 printed, and what was left out, and why. What could be read in two ways is refused.
 """
 import argparse
-import ast
-import json
 import os
 import re
 import sys
@@ -20,19 +18,14 @@ from collections import Counter, defaultdict
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import known  # noqa: E402
+from cells import (  # noqa: E402
+    any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling, split_cell,
+    user_id, word_of, zero_one)
 from formats import SPLITS, Table, named_lines, read_file  # noqa: E402
 from plm import BadInput, check, split_of, text_id  # noqa: E402
 
 PARTS = ("train", "val", "test")
-MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null"}  # in upper or lower case
-SHOWN = 60  # letters of a cell that a message quotes
-
-
-def few(words, n=12):
-    """The first words of a list, and how many more there are."""
-    words = [str(word)[:SHOWN] for word in words]
-    more = f", and {len(words) - n:,} more" if len(words) > n else ""
-    return ", ".join(words[:n]) + more
+FORM = ("text", "user", "split", "time")  # columns that are no labels
 
 
 # -------------------- which column is what: a flag, the form of the file, or a name says it
@@ -75,7 +68,8 @@ def choose_text(table, flag):
         return said(table, "--text-col", flag)
     found = table.text or by_name(table.columns, TEXTS)
     there = few(table.columns, 40)
-    check(found, f"no column is named like a text: say --text-col (there are: {there})")
+    check(found, f"no column is named like a text: say --text-col (there are: {there}); a text that "
+          "stands in another file has to be joined by its ID first")
     check(table.text or len(found) == 1, f"{few(found)} may be the text: say --text-col")
     return found
 
@@ -89,80 +83,47 @@ def choose_user(table, flag):
     if table.user:
         return table.user
     found = [c for c in table.columns if plain(c) in USERS]
-    side = [c for c in table.columns if re.match(r"(ann|rat|cod|work|judge)\w*[ _.-]?\d+$", c.lower())]
-    wide = f": {few(side)} look like a column for each user; a row for each is needed"
-    check(found or not side, f"no column says who annotated{wide}")
     there = few(table.columns, 40)
-    check(found, f"no column is named like a user: say --user-col (there are: {there})")
+    check(found, f"no column is named like a user: say --user-col or, where each user has a column, "
+          f"--user-cols A,B,C (there are: {there})")
     check(len(found) == 1, f"{few(found)} may be who annotated: say --user-col")
     return found[0]
 
 
 def is_split(table, column):
     """Does the column say which row is for training, validation and test?"""
-    values = {word_of(row.get(column)) for row in table.rows}
-    return values - {""} and values <= SPLITS.keys() | {""}
-
-
-def word_of(cell):
-    """A cell without case and white space; "" for what is no string."""
-    return cell.strip().lower() if isinstance(cell, str) else ""
+    values = {word_of(row.get(column)) for row in table.rows} - {""}
+    return bool(values) and values <= SPLITS.keys()
 
 
 def choose_splits(table, flag, taken):
     """(the column of the split or "", list of the columns of further splits)"""
     if flag == "none":
         return "", []
-    rest = [c for c in table.columns if c not in taken]
+    rest = [column for column in table.columns if column not in taken]
+    named = [column for column in rest if column.lower() == "split"]
     if flag:
-        chosen = said(table, "--split-col", flag)[0]
-        place, cell = next(((p, row.get(chosen)) for p, row in zip(table.places, table.rows)
-                            if word_of(row.get(chosen)) not in SPLITS | {"": ""}), ("", ""))
-        check(not place, f"{place}: {chosen!r} is {cell!r}: not train, val or test")
-        return chosen, [c for c in rest if c != chosen and is_split(table, c)]
-    named = [c for c in rest if c.lower() == "split"]
-    for c in named:
-        values = {word_of(row.get(c)) for row in table.rows}
-        odd = few(sorted(values - SPLITS.keys() - {""}))
-        check(not odd, f"column {c!r} holds {odd}: not train, val, test; --split-col none ignores it")
-    found = [c for c in rest if is_split(table, c)]
-    if table.split in found or len(named) == 1 and named[0] in found:
-        first = table.split or named[0]
-        return first, [c for c in found if c != first]
-    return (found[0], []) if len(found) == 1 else ("", found)
+        named = said(table, "--split-col", flag)
+    for column in named:
+        for place, row in zip(table.places, table.rows):
+            word = word_of(row.get(column))
+            check(not word or word in SPLITS, f"{place}: {column!r} is {word!r}, not train, val or "
+                  "test; --split-col none ignores it")
+    found = [column for column in rest if is_split(table, column)]
+    first = [column for column in (*named, table.split) if column in found]
+    if len(found) == 1:
+        first = found
+    if not first:
+        return "", found
+    return first[0], [column for column in found if column != first[0]]
 
 
-# yes and no in some languages; 0 and 1 stand for them
-SPELLINGS = [("0", "1"), ("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t"), ("nein", "ja"),
-             ("falsch", "wahr"), ("non", "oui"), ("faux", "vrai"), ("no", "sí"), ("no", "si"),
-             ("falso", "verdadero"), ("falso", "vero"), ("não", "sim"), ("nee", "ja"),
-             ("нет", "да"), ("否", "是")]
-TICKS = {"1", "x", "✓", "✔", "☑", "true", "yes", "ja", "wahr", "oui", "vrai", "si", "sí", "on",
-         "checked"}
-
-
-def tick_word(cell):
-    """A cell of yes or no without case, white space and the .0 of spreadsheets."""
-    return re.sub(r"^(\d+)[.,]0+$", r"\1", word_of(cell))
-
-
-def spelling(table, column):
-    """(no, yes) as a column mostly spells them; ("", "x") if it is ticked or blank; else None."""
-    counts = Counter(tick_word(row.get(column)) for row in table.rows)
-    lists = any(isinstance(row.get(column), list) for row in table.rows)
-    blank = counts.pop("", 0)
-    for word in MISSING & counts.keys():
-        del counts[word]
-    n = counts.total()
-    if lists or not n:
-        return None
-    if blank and len(counts) == 1 and set(counts) <= TICKS:
-        return "", next(iter(counts))
-    for no, yes in SPELLINGS:
-        both = len(yes) > 1 or no.isdigit() or no in counts and yes in counts
-        if both and counts[no] + counts[yes] > n / 2:
-            return no, yes
-    return None
+def choose_time(table, flag):
+    """The column of the time, which plm.py does not read and vary.py does; "" if there is none."""
+    if flag:
+        return said(table, "--time-col", flag)[0]
+    named = [column for column in table.columns if column.lower() == "time"]
+    return named[0] if named else ""
 
 
 def choose_labels(table, options, taken):
@@ -181,7 +142,7 @@ def choose_labels(table, options, taken):
     rest = [c for c in rest if ANSWERS.match(c)] or rest
     kinds = defaultdict(list)
     for column in rest:
-        spelled = spelling(table, column)
+        spelled = spelling(cells_of(table, column))
         if spelled:
             kinds["/".join(word or "blank" for word in spelled)].append(column)
     ticks = {c for columns in kinds.values() for c in columns}
@@ -197,88 +158,65 @@ def choose_labels(table, options, taken):
     return kinds.popitem()[1]
 
 
-# -------------------- what a cell means
+# -------------------- what is blank, what is missing, and several in one cell
 
-def user_of(cell):
-    """The user that a cell names: 11.0 and 11 are one person, and so are "ann" and "ann "."""
-    return known.user_id(cell if isinstance(cell, str) else ",".join(cell))
-
-
-def check_users(users):
-    """BadInput if IDs of users cannot be those that were given."""
-    names = sorted(set(users))
-    spoiled = [u for u in names if re.fullmatch(r"\d([.,]\d+)?[eE]\+?\d+", u)]
-    check(not spoiled, f"user IDs such as {few(spoiled, 2)} were rounded by a spreadsheet, so that "
-          "several people are one: write the original IDs, as text")
-    long = [u for u in names if re.fullmatch(r"\d{16,}", u)]
-    zeros = len(long) > 2 and all(set(u[15:]) == {"0"} for u in long)
-    check(not zeros, f"user IDs such as {few(long, 2)} end in zeros from the 16th digit on: a "
-          "spreadsheet rounded them; write the original IDs, as text")
+def cells_of(table, column):
+    """list of the cells of a column; "" where a record has no such field."""
+    return [row.get(column, "") for row in table.rows]
 
 
-SEPARATORS = ("#", "|", ";", ",", "/", "+", "&", "\n", " ")
-
-
-def list_separator(values):
-    """What seems to separate several words in some of the values; "" if these are no lists."""
-    values = set(values)
-    if any(re.fullmatch(r"(?s)\s*(\[.*\]|\{.*\})\s*", value) for value in values):
-        return "json"
-    for mark in SEPARATORS:
-        lists = [[part.strip() for part in value.split(mark)] for value in values if mark in value]
-        lists = [parts for parts in lists if all(parts)]
-        if any(set(parts) <= values for parts in lists):
-            return mark
-        times = Counter(part for parts in lists for part in set(parts))
-        if mark in "#|;," and len(lists) > 1 and len(times) < 2 * len(lists):
-            swapped = len({tuple(sorted(parts)) for parts in lists}) < len(lists)
-            if swapped or max(times.values()) > 1:
-                return mark
-    return ""
-
-
-def check_no_lists(table, column, values, options):
-    """BadInput if cells of a column look like several answers, or several people, in one."""
-    if options.list_sep == "none" or as_numbers(column, values):
-        return
-    mark = list_separator(values)
-    if not mark:
-        return
-    place, cell = next((place, row[column]) for place, row in zip(table.places, table.rows)
-                       if mark in row[column] or mark == "json" and row[column].strip()[:1] in "[{")
-    flag = {" ": '" "', "\n": "'\\n'", "json": "json"}.get(mark, f'"{mark}"')
-    raise BadInput(f"{place}: {column!r} is {cell[:SHOWN]!r}: several in one cell? --list-sep {flag} "
-                   "splits them, --list-sep none keeps them whole")
-
-
-def split_cell(place, cell, mark):
-    """list of the words in a cell: between marks, or in a list of JSON or Python."""
-    if not isinstance(cell, str):
-        return cell
-    if mark != "json":
-        mark = mark.replace("\\n", "\n").replace("\\t", "\t")
-        return [part.strip() for part in cell.split(mark) if part.strip()]
-    if cell.strip()[:1] not in ("[", "{"):
-        return [cell.strip()] if cell.strip() else []
-    for read in (json.loads, ast.literal_eval):
-        try:
-            value = read(cell)
-        except (ValueError, SyntaxError):
+def fill_blanks(table, columns, options):
+    """list of the columns in which blank was read as 0: those that are ticked or blank, with any
+    one mark for a tick, or with --blank 0 all columns of labels."""
+    filled = []
+    for column in columns:
+        cells = cells_of(table, column)
+        lists = bool(options.list_sep) or any(isinstance(cell, list) for cell in cells)
+        ticked = not lists and (spelling(cells) or ("?", ""))[0] == ""
+        if not (ticked or options.blank) or all(word_of(cell) or cell == [] for cell in cells):
             continue
-        if isinstance(value, dict) and len(value) == 1:  # {"choices": [...]} of Label Studio
-            value = next(iter(value.values()))
-        if isinstance(value, list) and not any(isinstance(x, (list, dict)) for x in value):
-            return [str(x).strip() for x in value]
-    raise BadInput(f"{place}: {cell[:SHOWN]!r}: not a list of words in JSON")
+        for row, cell in zip(table.rows, cells):
+            if isinstance(cell, str) and not cell.strip():
+                row[column] = [] if lists else "0"
+            elif ticked and not is_missing(cell):
+                row[column] = "1"
+        filled.append(column)
+    return filled
 
 
-def split_lists(table, user, columns, options):
+def drop_missing(table, text, user, labels, options):
+    """list of notes; rows in which a cell is missing are left out if a flag says so, else refused."""
+    missing = {}
+    for i, row in enumerate(table.rows):
+        empty = [column for column in labels if is_missing(row.get(column))]
+        if is_missing(row.get(user)) or word_of(row.get(user)) == "none":
+            empty = [user]
+        if all(is_missing(row.get(column)) for column in text):
+            empty = [" + ".join(text)]
+        if empty:
+            missing[i] = empty[0]
+    for i, column in missing.items():
+        ticks = column in labels and (len(labels) > 1 or options.list_sep)
+        hint = "; --blank 0: a blank is a 0" if ticks else ""
+        check(options.skip_missing, f"{table.places[i]}: no {column!r} "
+              f"(--skip-missing: {len(missing):,} rows less{hint})")
+    kept = [i for i in range(len(table.rows)) if i not in missing]
+    check(kept, f"no row has {few([*text, user, *labels])}")
+    table.rows = [table.rows[i] for i in kept]
+    table.places = [table.places[i] for i in kept]
+    left_out = Counter(missing.values())
+    return [f"left out: {n:,} rows without {column!r}" for column, n in left_out.items()]
+
+
+def split_lists(table, user, columns, mark):
     """None; splits cells by --list-sep: answers into lists, several people into rows of their own
     where there is an answer for each of them."""
-    mark = options.list_sep
-    people = [split_cell(p, row.get(user), mark) for p, row in zip(table.places, table.rows)]
+    people = []
+    for place, row in zip(table.places, table.rows):
+        people.append(split_cell(place, row.get(user), mark))
     parallel = len(columns) == 1 and any(len(names) > 1 for names in people)
-    rows, places = [], []
+    rows = []
+    places = []
     for place, row, names in zip(table.places, table.rows, people):
         found = {c: split_cell(place, row[c], mark) for c in columns if row.get(c)}
         if not parallel:
@@ -295,172 +233,23 @@ def split_lists(table, user, columns, options):
     table.places = places
 
 
-NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
-
-
-def as_numbers(column, values):
-    """dict value -> its number, plainly written; empty unless all values are numbers."""
-    plainly = {value: value.replace("\u2212", "-") for value in values}
-    if not plainly or not all(NUMBER.fullmatch(number) for number in plainly.values()):
-        return {}
-    commas = [number for number in plainly.values() if "," in number]
-    if commas:
-        both = any("." in number for number in plainly.values())
-        halves = all(re.search(",(0|5|00|25|50|75)$", number) for number in commas)
-        below_one = all(re.search("^[+-]?[01],", number) for number in commas)
-        if both or not (halves or below_one):
-            return {}
-    return {value: f"{float(number.replace(',', '.')):.12g}" for value, number in plainly.items()}
-
-
-CODES = {"77", "88", "98", "99", "777", "888", "999", "-8", "-9", "-88", "-98", "-99", "-999", "9999"}
-
-
-def one_choice(table, column, cells, notes):
-    """(name of a column, its cells, what it is in words) of a single choice."""
-    values = Counter(cells)
-    spelled = spelling(table, column)
-    ticks = {value: tick_word(value) for value in values}
-    if spelled and set(ticks.values()) <= set(spelled):
-        return column, [str(int(ticks[cell] == spelled[1])) for cell in cells], "one choice: 0 or 1"
-    numbers = as_numbers(column, values)
-    if numbers:
-        found = sorted(set(numbers.values()), key=float)
-        check(len(found) <= 100, f"column {column!r} has {len(found):,} values: not a choice of one; "
-              "say --label-col, or round them")
-        codes = [x for x in found if x in CODES and len(found) > 2]
-        if codes:
-            notes.append(f"NOTE: is {few(codes)} in {column!r} a rating, or a code for no answer?")
-        return column, [numbers[cell] for cell in cells], f"one choice, ratings: {few(found, 20)}"
-    names = {value: known.user_id(value) for value in values}
-    best = {}
-    for value, _ in values.most_common():
-        best.setdefault(" ".join(names[value].lower().split()), names[value])
-    merged = {value: best[" ".join(name.lower().split())] for value, name in names.items()}
-    other = sorted({name for value, name in names.items() if name != merged[value]})
-    if other:
-        notes.append(f"NOTE: spelled in two ways, taken as one class: {few(other)}")
-    found = sorted(set(merged.values()))
-    check(len(found) <= 100 and not (len(found) > 10 and len(found) > len(cells) / 2),
-          f"column {column!r} has {len(found):,} values in {len(cells):,} rows: not a choice of one; "
-          "say --label-col or --labels")
-    part = [name for name in found if NUMBER.fullmatch(name)]
-    if part:
-        notes.append(f"NOTE: numbers and words in {column!r}: classes without order")
-    return column, [merged[cell] for cell in cells], f"one choice: {few(found, 20)}"
-
-
-def lists_of_choices(column, lists, notes):
-    """(dict label -> cells of 0 and 1, what they are in words) of lists of chosen labels."""
-    names = {word for words in lists for word in words}
-    names = sorted(names, key=lambda word: (as_numbers("", {word}) == {}, float_of(word), word))
-    check(names, f"column {column!r}: nothing was ever chosen")
-    check(len(names) <= 100, f"column {column!r} has {len(names):,} labels: not a choice of some")
-    alike = {name for name, n in Counter(name.lower() for name in names).items() if n > 1}
-    check(not alike, f"column {column!r}: spelled in two ways: {few(sorted(alike))}; mend the file")
-    return {name: [str(int(name in words)) for words in lists] for name in names}, (
-        f"any number of: {few(names, 40)}")
-
-
-def float_of(word):
-    """The number in a word, or 0."""
-    return float(next(iter(as_numbers("", {word}).values()), 0))
-
-
-def labels_of(table, columns, options, notes):
-    """(dict name of a label column -> its cells, what they are in words)"""
-    if len(columns) > 1:
-        return {column: zero_one(table, column) for column in columns}, (
-            f"any number of: {few(columns, 40)}")
-    column = columns[0]
-    cells = [row.get(column, "") for row in table.rows]
-    if any(isinstance(cell, list) for cell in cells):
-        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
-        if any(len(set(words)) != 1 for words in lists):
-            return lists_of_choices(column, lists, notes)
-        cells = [words[0] for words in lists]
-    cells = [cell.strip() for cell in cells]
-    table.rows = [row | {column: cell} for row, cell in zip(table.rows, cells)]
-    check_no_lists(table, column, cells, options)
-    name, cells, words = one_choice(table, column, cells, notes)
-    return {name: cells}, words
-
-
-def zero_one(table, column):
-    """list of "0" and "1", the cells of one of several columns of labels."""
-    spelled = spelling(table, column)
-    lists = any(isinstance(row.get(column), list) for row in table.rows)
-    check(spelled or not lists, f"{column!r} holds lists: say --label-col {column}")
-    check(spelled, f"column {column!r} is not of 0 and 1 (as {few(sorted(values_of(table, column)), 5)}"
-          "): for one choice say --label-col")
-    words = {spelled[0]: "0", spelled[1]: "1"}
-    found = []
+def columns_to_rows(table, columns):
+    """The Table with a row for each user instead of a column, and the blanks that were left out."""
+    rows = []
+    places = []
+    blanks = 0
     for place, row in zip(table.places, table.rows):
-        cell = row.get(column, "")
-        check(tick_word(cell) in words, f"{place}: label {column!r} is {cell[:SHOWN]!r}, not 0 or 1; "
-              "say which columns are labels: --labels A,B or, for one choice, --label-col C")
-        found.append(words[tick_word(cell)])
-    return found
-
-
-def values_of(table, column):
-    """The set of the cells of a column, as strings."""
-    return {str(row.get(column, "")) for row in table.rows}
-
-
-# -------------------- what is missing, what is blank
-
-def is_missing(cell):
-    return cell is None or isinstance(cell, str) and cell.strip().lower() in MISSING
-
-
-def fill_blanks(table, columns, options, notes):
-    """None; in columns that are ticked or blank, or with --blank 0, blank is 0."""
-    filled = []
-    for column in columns:
-        ticked = (spelling(table, column) or ("?", ""))[0] == ""
-        blanks = [row for row in table.rows if word_of(row.get(column, "")) == ""
-                  and not isinstance(row.get(column), list)]
-        if not blanks or not (ticked or options.blank is not None):
-            continue
-        no = "0"
-        for row in blanks:
-            row[column] = [] if lists_in(table, column) or options.list_sep else no
-        for row in table.rows:
-            if ticked and isinstance(row[column], str) and row[column] != no:
-                row[column] = "1"
-        filled.append(column)
-    if filled:
-        notes.append(f"blank was read as 0, not ticked, in: {few(filled)}")
-
-
-def lists_in(table, column):
-    """Does a column hold lists?"""
-    return any(isinstance(row.get(column), list) for row in table.rows)
-
-
-def drop_missing(table, text, user, labels, options, notes):
-    """None; rows in which a cell is missing are left out if a flag says so, else refused."""
-    missing = {}
-    for i, row in enumerate(table.rows):
-        empty = [c for c in (user, *labels) if is_missing(row.get(c))]
-        if user in empty or word_of(row.get(user)) == "none":
-            empty = [user, *empty]
-        if all(is_missing(row.get(c)) for c in text):
-            empty = [" + ".join(text), *empty]
-        if empty:
-            missing[i] = empty[0]
-    for i, column in missing.items():
-        ticks = column in labels and (options.labels or len(labels) > 1)
-        blank = "; --blank 0: blank is not ticked" if ticks or options.list_sep else ""
-        check(options.skip_missing, f"{table.places[i]}: no {column!r} "
-              f"(--skip-missing: {len(missing):,} rows less{blank})")
-    for column, n in Counter(missing.values()).items():
-        notes.append(f"left out: {n:,} rows without {column!r}")
-    kept = [i for i in range(len(table.rows)) if i not in missing]
-    table.rows = [table.rows[i] for i in kept]
-    table.places = [table.places[i] for i in kept]
-    check(kept, "no row is complete")
+        rest = {name: cell for name, cell in row.items() if name not in columns}
+        for column in columns:
+            if is_missing(row.get(column)):
+                blanks += 1
+                continue
+            rows.append(rest | {"user": column, "label": row[column]})
+            places.append(f"{place}, {column}")
+    check(rows, f"{few(columns)}: nothing in these columns")
+    notes = [f"left out: {blanks:,} blanks in the columns of users"] if blanks else []
+    return Table(table.form, rows, places, table.text, "user", ["label"], table.split,
+                 notes=table.notes + notes)
 
 
 # -------------------- several files are one dataset
@@ -477,8 +266,8 @@ def gather(paths, encoding=""):
     tables = [read_file(path, encoding) for path in paths]
     names = [split_in_name(path) for path in paths]
     by_name = len(paths) > 1 and all(names) and len(set(names)) > 1
-    whole = Table(tables[0].form, [], [], tables[0].text, tables[0].user)
-    whole.split = tables[0].split
+    first = tables[0]
+    whole = Table(first.form, [], [], first.text, first.user, split=first.split)
     for path, table, name in zip(paths, tables, names):
         print(f"{path}: {table.form}, {len(table.rows):,} rows", flush=True)
         several = len(paths) > 1
@@ -507,68 +296,100 @@ def gather(paths, encoding=""):
 def read_own(options):
     """(dict column -> cells in the one form, lines that say what was taken and left out)"""
     table = gather([path.strip() for path in options.file.split(",")], options.encoding)
-    notes = list(table.notes)
+    if options.user_cols:
+        table = columns_to_rows(table, said(table, "--user-cols", options.user_cols))
     text = choose_text(table, options.text_col)
     user = choose_user(table, options.user_col)
     split, draws = choose_splits(table, options.split_col, [*text, user])
-    time = options.time_col or next((c for c in table.columns if c.lower() == "time"), "")
+    time = choose_time(table, options.time_col)
     taken = [*text, user, split, *draws, time]
     labels = choose_labels(table, options, taken)
-    twice = [c for c in labels if c in (*text, user, split)]
-    check(not twice, f"{few(twice)}: a label, and also the text, the user or the split?")
-    if options.list_sep and options.list_sep != "none":
-        split_lists(table, user, labels, options)
-    fill_blanks(table, labels, options, notes)
-    drop_missing(table, text, user, labels, options, notes)
-    check_no_lists(table, user, [str(row[user]) for row in table.rows], options)
-    columns = {"text": [text_of(row, text, table) for row in table.rows],
-               "user": [user_of(row[user]) for row in table.rows]}
-    check_users(columns["user"])
-    for name, column in [("split", split)] * bool(split) + [(draw, draw) for draw in draws]:
-        cells = [word_of(row.get(column)) for row in table.rows]
-        columns[name] = [SPLITS.get(cell, "") for cell in cells]
+    twice = [column for column in labels if column in taken]
+    check(not twice, f"{few(twice)}: a label, and also the text, the user, the time or the split?")
+    if options.list_sep not in (None, "none"):
+        split_lists(table, user, labels, options.list_sep)
+    filled = fill_blanks(table, labels, options)
+    notes = table.notes + drop_missing(table, text, user, labels, options)
+    if filled:
+        notes.append(f"blank was read as 0, not ticked, in: {few(filled, 40)}")
+    columns = {"text": [text_of(row, text) for row in table.rows],
+               "user": users_of(table, user, options)}
+    if split:
+        columns["split"] = parts_of(table, split)
     if time:
-        said(table, "--time-col", time)
-        columns["time"] = [row.get(time, "") for row in table.rows]
+        columns["time"] = cells_of(table, time)
+    for draw in draws:
+        columns[draw] = parts_of(table, draw)
     found, words = labels_of(table, labels, options, notes)
-    for name in found:
-        check(name.lower() not in ("text", "user", "split", "time"), f"a label is named {name!r}, as a "
-              "column of the form is: rename it in the file")
-    rest = [c for c in table.columns if c not in [*taken, *labels]]
-    rest = [c for c in rest if not any(c.startswith(f"{label}:::") for label in labels)]
+    clash = [name for name in found if name.lower() in (*FORM, *draws)]
+    check(not clash, f"a label has the name {few(clash)}, as a column of the form: rename it")
     lines = [f"text: {' + '.join(text)} · user: {user} · split: {split or 'by a hash of the text'}",
-             f"labels: {', '.join(labels)}, {words}"]
-    lines += [f"further splits: {', '.join(draws)}"] if draws else []
-    lines += [f"not taken: {few(rest, 40)}"] if rest else []
+             f"labels: {few(labels, 40)}: {words}"]
+    if draws:
+        lines.append(f"further splits: {few(draws, 40)}")
+    rest = [c for c in table.columns if c not in (*taken, *labels)]
+    rest = [c for c in rest if c.partition(":::")[0] not in labels]
+    if rest:
+        lines.append(f"not taken: {few(rest, 40)}")
     return columns | found, lines + notes
 
 
-def text_of(row, columns, table):
+def text_of(row, columns):
     """The text of a row; that of several columns is named lines."""
-    parts = {column: row.get(column) for column in columns}
+    parts = {column: row.get(column) or "" for column in columns}
     for column, part in parts.items():
-        check(part is None or isinstance(part, str), f"column {column!r} holds lists, not a text")
+        check(isinstance(part, str), f"column {column!r} holds lists, not a text")
     text = named_lines(parts) if len(columns) > 1 else parts[columns[0]]
     return re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of letters, which no file can hold
 
 
+def users_of(table, column, options):
+    """list of the users' IDs."""
+    cells = cells_of(table, column)
+    for place, cell in zip(table.places, cells):
+        check(isinstance(cell, str), f"{place}: {column!r} is a list: several people in one record? "
+              "--list-sep json makes a row of each")
+    check_no_lists(column, cells, table.places, options.list_sep)
+    users = [user_id(cell) for cell in cells]
+    check_users(users)
+    return users
+
+
+def parts_of(table, column):
+    """list of the splits that the rows are in; "" is in none."""
+    return [SPLITS.get(word_of(cell), "") for cell in cells_of(table, column)]
+
+
+def labels_of(table, columns, options, notes):
+    """(dict name of a label column -> its cells, what they are in words)"""
+    if len(columns) > 1:
+        found = {}
+        for column in columns:
+            found[column] = zero_one(column, cells_of(table, column), table.places)
+        if all(cells.count("1") == 1 for cells in zip(*found.values())):
+            notes.append("NOTE: every row has exactly one of the labels; one column that names it "
+                         "would be a single choice")
+        return found, "any number of them"
+    column = columns[0]
+    cells = cells_of(table, column)
+    if any(isinstance(cell, list) for cell in cells):
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        if any(len(set(words)) != 1 for words in lists):
+            return any_number_of(column, lists)
+        cells = [words[0] for words in lists]
+    cells = [cell.strip() for cell in cells]
+    check_no_lists(column, cells, table.places, options.list_sep)
+    cells, words = one_choice(column, cells, notes)
+    return {column: cells}, words
+
+
+# -------------------- what was written, in numbers
+
 def what_is_odd(columns):
     """list of lines: what is in the rows that may not have been meant."""
-    labels = [c for c in columns if c not in ("text", "user", "split", "time")]
-    labels = [c for c in labels if not set(columns[c]) <= {*PARTS, ""}]
-    lines = []
-    answers = list(zip(*(columns[c] for c in labels)))
-    pairs = defaultdict(set)
-    for text, user, answer in zip(columns["text"], columns["user"], answers):
-        pairs[text, user].add(answer)
-    repeated = len(answers) - len(pairs)
-    differ = sum(len(found) > 1 for found in pairs.values())
-    if repeated:
-        lines.append(f"NOTE: {repeated:,} rows repeat a text and user; {differ:,} people answered one "
-                     "text in several ways" + " (several choices, one in a row?)" * (differ > 0))
-    if len(set(columns["user"])) == len(answers) > 1:
-        lines.append("NOTE: every row has a user of its own: nothing can be learned about a user")
+    labels = [c for c in columns if c not in FORM and not set(columns[c]) <= {*PARTS, ""}]
     split = columns.get("split") or [split_of(text) for text in columns["text"]]
+    lines = odd_people(columns, list(zip(*(columns[label] for label in labels))))
     where = defaultdict(set)
     for text, part in zip(columns["text"], split):
         where[text_id(text)].add(part)
@@ -579,11 +400,34 @@ def what_is_odd(columns):
         seen = Counter(zip(split, columns[label]))
         values = {value for _, value in seen}
         if len(values) == 1:
-            lines.append(f"NOTE: {label!r} is {few(values)} in every row; --labels leaves it out")
-        late = sorted(v for v in values if not seen["train", v])
-        if late and len(values) > 1:
-            n = sum(seen["val", v] + seen["test", v] for v in late)
-            lines.append(f"NOTE: no training row has {label} = {few(late)} ({n:,} other rows have)")
+            lines.append(f"NOTE: {label!r} is {few(values)} in every row: leave it out by --labels")
+            continue
+        late = sorted(value for value in values if not seen["train", value])
+        if late:
+            n = sum(seen["val", value] + seen["test", value] for value in late)
+            lines.append(f"NOTE: no training row has {label} {few(late)}, {n:,} other rows have")
+    return lines
+
+
+def odd_people(columns, answers):
+    """list of lines: who answered a text twice, and users of one row."""
+    lines = []
+    pairs = defaultdict(set)
+    for text, user, answer in zip(columns["text"], columns["user"], answers):
+        pairs[text, user].add(answer)
+    repeated = len(answers) - len(pairs)
+    differ = sum(len(found) > 1 for found in pairs.values())
+    if repeated:
+        lines.append(f"NOTE: {repeated:,} rows repeat a text and user")
+    if differ:
+        lines.append(f"NOTE: {differ:,} times one person gave one text different answers: is each "
+                     "of several choices in a row of its own, or is the user no person?")
+    if len(set(columns["user"])) == len(answers):
+        lines.append("NOTE: every row has a user of its own: nothing can be learned about a user")
+    cases = Counter(user.lower() for user in set(columns["user"]))
+    alike = [user for user, n in cases.items() if n > 1]
+    if alike:
+        lines.append(f"NOTE: users whose IDs differ in case alone: {few(alike)}")
     return lines
 
 
@@ -643,6 +487,7 @@ def make_parser():
     p.add_argument("--name", metavar="NAME", help="what to call it (the file's name)")
     p.add_argument("--text-col", metavar="A,B", help="column of the text; several are named lines")
     p.add_argument("--user-col", metavar="C", help="column that says who annotated")
+    p.add_argument("--user-cols", metavar="A,B", help="columns of one user's answers each")
     p.add_argument("--label-col", metavar="C", help="column of one choice, words or a rating")
     p.add_argument("--labels", metavar="A,B", help="columns of 0 and 1, any of which may be chosen")
     p.add_argument("--split-col", metavar="C", help="column of train, val, test; none: no column is")
