@@ -32,7 +32,7 @@ SEPARATORS = ("#", "|", ";", ",", "/", "+", "&", "\n", " ")
 
 def few(words, n=12):
     """The first words of a list, and how many more there are."""
-    words = [str(word)[:SHOWN] for word in words]
+    words = [" ".join(str(word).split())[:SHOWN] or repr(word) for word in words]
     more = f", and {len(words) - n:,} more" if len(words) > n else ""
     return ", ".join(words[:n]) + more
 

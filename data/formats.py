@@ -255,6 +255,7 @@ def with_ticks(table):
                 if row.get(column, "").strip() not in ("", "0", "false"):
                     row[schema].append(label)
         table.labels.append(schema)
+        table.notes.append(f"blank was read as not ticked, in the columns of {schema!r}")
     return table
 
 

@@ -369,7 +369,7 @@ def labels_of(table, columns, options, notes):
         if all(cells.count("1") == 1 for cells in zip(*found.values())):
             notes.append("NOTE: every row has exactly one of the labels; one column that names it "
                          "would be a single choice")
-        return found, "any number of them"
+        return {TOOLS.sub("", column): cells for column, cells in found.items()}, "any number of them"
     column = columns[0]
     cells = cells_of(table, column)
     if any(isinstance(cell, list) for cell in cells):
@@ -380,7 +380,7 @@ def labels_of(table, columns, options, notes):
     cells = [cell.strip() for cell in cells]
     check_no_lists(column, cells, table.places, options.list_sep)
     cells, words = one_choice(column, cells, notes)
-    return {column: cells}, words
+    return {TOOLS.sub("", column): cells}, words
 
 
 # -------------------- what was written, in numbers
@@ -393,6 +393,10 @@ def what_is_odd(columns):
     where = defaultdict(set)
     for text, part in zip(columns["text"], split):
         where[text_id(text)].add(part)
+    empty = [part for part in PARTS if part not in split]
+    if empty:
+        lines.append(f"NOTE: no row is in {few(empty)}, and plm.py needs all three: give the files of "
+                     "all splits, or say --split-col none")
     twice = sum(len(parts - {""}) > 1 for parts in where.values())
     if twice:
         lines.append(f"NOTE: {twice:,} texts are in two splits")
@@ -402,7 +406,7 @@ def what_is_odd(columns):
         if len(values) == 1:
             lines.append(f"NOTE: {label!r} is {few(values)} in every row: leave it out by --labels")
             continue
-        late = sorted(value for value in values if not seen["train", value])
+        late = sorted(value for value in values if "train" in split and not seen["train", value])
         if late:
             n = sum(seen["val", value] + seen["test", value] for value in late)
             lines.append(f"NOTE: no training row has {label} {few(late)}, {n:,} other rows have")
@@ -502,9 +506,10 @@ def make_parser():
 
 def run(args):
     """None; does what the command line says."""
-    if args.known in known.AS_THE_PAPER:
+    if args.known:
         given = [key for key, value in vars(args).items() if value and key not in ("known", "dir")]
         check(not given, f"{args.known} takes no --{few(given).replace('_', '-')}")
+    if args.known in known.AS_THE_PAPER:
         known.prepare(args.known, args.dir or os.path.join(HERE, args.known))
         return
     check(bool(args.known) != bool(args.file), "NAME, or --file FILE: see --help")
