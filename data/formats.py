@@ -146,7 +146,7 @@ def uneven(rows):
 
 def swallowed(text, rows, delimiter):
     """The index of the first row in which an open quotation mark took whole rows for a text: each
-    of its lines has the header's number of cells, with a value that other rows have; else 0."""
+    of its lines has the header's number of cells, and in one column the values of other rows."""
     lines = LINE_END.split(text)
     width = len(rows[0].cells)
     seen = [set() for _ in range(width)]
@@ -158,12 +158,10 @@ def swallowed(text, rows, delimiter):
         inside = [line.split(delimiter) for line in lines[row.first - 1:row.last] if line.strip()]
         if row.first == row.last or any(len(cells) != width for cells in inside):
             continue
-        whole = [c for c in range(width) if seen[c] and not LINE_END.search(row.cells[c])]
-        if not whole:
-            continue
-        key = min(whole, key=lambda c: len(seen[c]))  # the label, mostly
-        if all(cells[key].strip('"') in seen[key] for cells in inside):
-            return i
+        whole = [c for c in range(width) if not LINE_END.search(row.cells[c])]
+        for column in whole:
+            if all(cells[column].strip('"') in seen[column] for cells in inside):
+                return i
     return 0
 
 
@@ -308,6 +306,8 @@ def records_of(path, value, lines):
 
 def from_dict(value):
     """The records, or (place, record), in a dict: of splits, of items, of columns; else None."""
+    if any(fits(value) for fits, reader in FORMATS if reader is not read_records):
+        return [value]  # the only line of JSON lines
     parts = list(value.values())
     if parts and all(isinstance(part, dict) for part in parts):
         inner = {key for part in parts for key in part}
@@ -325,7 +325,7 @@ def from_dict(value):
         return tables.popitem()[1]
     if lists and len(lists) == len(value):
         return from_columns(lists)
-    return [value]  # the only line of JSON lines
+    return [value]
 
 
 def from_columns(columns):
