@@ -100,7 +100,7 @@ def zero_one(column, cells, places):
 def as_numbers(values):
     """dict value -> its number, plainly written; empty unless all values are numbers for sure. A
     decimal comma is one where no list of numbers can be meant: in halves, or between 0 and 1."""
-    written = {value: value.replace("\u2212", "-") for value in values}
+    written = {value: value.replace("\u2212", "-").removesuffix("%") for value in values}
     if not written or not all(NUMBER.fullmatch(number) for number in written.values()):
         return {}
     commas = {number for number in written.values() if "," in number}
@@ -217,6 +217,8 @@ def split_cell(place, cell, mark):
             continue
         if isinstance(value, dict) and len(value) == 1:  # {"choices": [...]} of Label Studio
             value = next(iter(value.values()))
+        if isinstance(value, (set, tuple)):
+            value = sorted(value)
         if isinstance(value, list) and not any(isinstance(x, (list, dict)) for x in value):
             return [str(x).strip() for x in value]
     raise BadInput(f"{place}: {cell[:SHOWN]!r}: not a list of words in JSON")

@@ -193,6 +193,9 @@ def dialect_rows(path, text, delimiter):
                    f"{width} columns of the header{hint}")
 
 
+DOCCANO = {"id", "text", "data", "label", "Comments"}  # the columns of doccano's CSV, of one user
+
+
 def check_header(path, header, rows):
     """BadInput if the first line is no header: a name twice, or what stands in the rows, too."""
     for name in header:
@@ -227,6 +230,7 @@ def read_table(path, text, encoding):
     form = f"table ({DELIMITERS.get(delimiter, delimiter)}, {encoding}{quoting})"
     places = [f"row {i} (line {row.last})" for i, row in enumerate(rows, 1)]
     table = Table(form, read, places)
+    table.one_file_a_user = {"id", "label"} <= set(header) <= DOCCANO
     empty = len(lines) - 1 - len(rows)
     if empty:
         table.notes.append(f"left out: {empty:,} rows in which every cell is empty")

@@ -19,7 +19,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import known  # noqa: E402
 from cells import (  # noqa: E402
-    any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling, split_cell,
+    CLASSES, any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling, split_cell,
     user_id, word_of, zero_one)
 from formats import SPLITS, Table, named_lines, read_file  # noqa: E402
 from plm import BadInput, check, split_of, text_id  # noqa: E402
@@ -127,8 +127,23 @@ def choose_time(table, flag):
     return named[0] if named else ""
 
 
-def choose_labels(table, options, taken):
-    """list of the columns of labels."""
+def is_trait(table, column, who):
+    """Does a column tell of a text or of a user (`who`) and not what a user said of a text? It is
+    the same in all rows of each, though not everywhere, and there are enough rows to know."""
+    values = defaultdict(set)
+    rows = Counter()
+    for row in table.rows:
+        one = tuple(str(row.get(name)) for name in who)
+        values[one].add(word_of(row.get(column)))
+        rows[one] += 1
+    several = [one for one, n in rows.items() if n > 1]
+    counts = Counter(word_of(row.get(column)) for row in table.rows).most_common()
+    enough = len(several) >= 6 and len(counts) > 1 and counts[1][1] >= 20
+    return enough and all(len(values[one]) == 1 for one in several)
+
+
+def choose_labels(table, options, taken, who):
+    """list of the columns of labels; `who`: the columns of the text, and that of the user."""
     if options.labels or options.label_col:
         check(not (options.labels and options.label_col), "--labels or --label-col, not both")
         flag = "--labels" if options.labels else "--label-col"
@@ -145,7 +160,7 @@ def choose_labels(table, options, taken):
     kinds = defaultdict(list)
     for column in rest:
         spelled = spelling(cells_of(table, column))
-        if spelled:
+        if spelled and not any(is_trait(table, column, one) for one in who):
             kinds["/".join(word or "blank" for word in spelled)].append(column)
     ticks = {c for columns in kinds.values() for c in columns}
     named = [c for c in rest if plain(c) in LABELS and c not in ticks]
@@ -235,6 +250,20 @@ def split_lists(table, user, columns, mark):
     table.places = places
 
 
+def rows_to_lists(table, text, user, column):
+    """None; makes one row, with a list, of all that a person answered to a text."""
+    found = {}
+    places = {}
+    for place, row in zip(table.places, table.rows):
+        key = (*(str(row.get(name)) for name in text), user_id(str(row.get(user))))
+        first = found.setdefault(key, row | {column: []})
+        places.setdefault(key, place)
+        if not is_missing(row.get(column)):
+            first[column].append(row[column].strip())
+    table.rows = list(found.values())
+    table.places = list(places.values())
+
+
 def columns_to_rows(table, columns):
     """The Table with a row for each user instead of a column, and the blanks that were left out."""
     rows = []
@@ -263,6 +292,11 @@ def split_in_name(path):
     return found.pop() if len(found) == 1 else ""
 
 
+def paths_of(files):
+    """list of the paths that --file names; a name may hold a comma."""
+    return [files] if os.path.exists(files) else [path.strip() for path in files.split(",")]
+
+
 def gather(paths, encoding=""):
     """The Table of all files; where they are the files of splits, with a column `split`."""
     tables = [read_file(path, encoding) for path in paths]
@@ -288,7 +322,7 @@ def gather(paths, encoding=""):
             whole.places.append(f"{path}: {place}")
         whole.labels += [c for c in table.labels if c not in whole.labels]
         whole.notes += [f"{path}: {note}" if several else note for note in table.notes]
-    if len(paths) > 1 and not by_name:
+    if len(paths) > 1 and not by_name and not first.one_file_a_user:
         whole.notes.append("the files' names name no splits: they are taken as one file")
     return whole
 
@@ -297,18 +331,23 @@ def gather(paths, encoding=""):
 
 def read_own(options):
     """(dict column -> cells in the one form, lines that say what was taken and left out)"""
-    table = gather([path.strip() for path in options.file.split(",")], options.encoding)
+    table = gather(paths_of(options.file), options.encoding)
     if options.user_cols:
         table = columns_to_rows(table, said(table, "--user-cols", options.user_cols))
     text = choose_text(table, options.text_col)
     user = choose_user(table, options.user_col)
+    check(user not in text, f"{user!r}: the text, and also the user?")
     split, draws = choose_splits(table, options.split_col, [*text, user])
     time = choose_time(table, options.time_col)
     taken = [*text, user, split, *draws, time]
-    labels = choose_labels(table, options, taken)
+    labels = choose_labels(table, options, taken, [text, [user]])
+    check(len(labels) <= CLASSES, f"{len(labels)} columns may be labels ({few(labels)}): say --labels")
     twice = [column for column in labels if column in taken]
     check(not twice, f"{few(twice)}: a label, and also the text, the user, the time or the split?")
-    if options.list_sep not in (None, "none"):
+    if options.list_sep == "rows":
+        check(len(labels) == 1, "--list-sep rows: say --label-col")
+        rows_to_lists(table, text, user, labels[0])
+    elif options.list_sep not in (None, "none"):
         split_lists(table, user, labels, options.list_sep)
     filled = fill_blanks(table, labels, options)
     notes = table.notes + drop_missing(table, text, user, labels, options)
@@ -323,10 +362,14 @@ def read_own(options):
     for draw in draws:
         columns[draw] = parts_of(table, draw)
     found, words = labels_of(table, labels, options, notes)
+    if not options.list_sep and len(labels) == 1:
+        check_one_answer(columns, found[next(iter(found))], table.places)
     clash = [name for name in found if name.lower() in (*FORM, *draws)]
     check(not clash, f"a label has the name {few(clash)}, as a column of the form: rename it")
     lines = [f"text: {' + '.join(text)} · user: {user} · split: {split or 'by a hash of the text'}",
              f"labels: {few(labels, 40)}: {words}"]
+    if time:
+        lines[0] += f" · time: {time}"
     if draws:
         lines.append(f"further splits: {few(draws, 40)}")
     rest = [c for c in table.columns if c not in (*taken, *labels)]
@@ -355,6 +398,19 @@ def users_of(table, column, options):
     users = [user_id(cell) for cell in cells]
     check_users(users)
     return users
+
+
+def check_one_answer(columns, cells, places):
+    """BadInput if many people gave a text several answers, in rows of their own."""
+    pairs = defaultdict(set)
+    where = {}
+    for text, user, cell, place in zip(columns["text"], columns["user"], cells, places):
+        if pairs[text, user] - {cell}:
+            where[text, user] = f"{place}: {user!r} answered {cell!r} and {few(pairs[text, user])}"
+        pairs[text, user].add(cell)
+    few_do = len(where) <= len(pairs) / 10
+    check(few_do, f"{next(iter(where.values()), '')} to one text, as {len(where):,} others did: "
+          "--list-sep rows takes them as several choices, --list-sep none as rows of their own")
 
 
 def parts_of(table, column):
@@ -428,7 +484,9 @@ def odd_people(columns, answers):
     if differ:
         lines.append(f"NOTE: {differ:,} times one person gave one text different answers: is each "
                      "of several choices in a row of its own, or is the user no person?")
-    if len(set(columns["user"])) == len(answers):
+    if len(set(columns["user"])) == 1:
+        lines.append("NOTE: all rows are of one user: nothing can be learned about people")
+    elif len(set(columns["user"])) == len(answers):
         lines.append("NOTE: every row has a user of its own: nothing can be learned about a user")
     cases = Counter(user.lower() for user in set(columns["user"]))
     alike = [user for user, n in cases.items() if n > 1]
@@ -456,7 +514,7 @@ def print_parts(columns, expected=None):
 def prepare_own(options, folder, name, expected=None):
     """None; writes the CSV of a file of one's own, and prints what it took and left out."""
     out = os.path.join(folder, "annotations.csv")
-    here = [os.path.realpath(path.strip()) for path in options.file.split(",")]
+    here = [os.path.realpath(path) for path in paths_of(options.file)]
     check(os.path.realpath(out) not in here, f"{out} would overwrite --file: choose another --name")
     foreign = os.path.exists(out) and not known.start_of(out).startswith("text,user,")
     check(not foreign, f"{out}: not of this script; move it away, or choose another --name")
@@ -500,7 +558,7 @@ def make_parser():
     p.add_argument("--time-col", metavar="C", help="column of the time, which is kept")
     p.add_argument("--skip-missing", action="store_true", help="leave out rows with a missing cell")
     p.add_argument("--list-sep", metavar="SEP", help="what separates several answers in one cell; "
-                   "json: they are lists of JSON; none: no cell is a list")
+                   "json: lists of JSON; rows: one in a row; none: no cell is a list")
     p.add_argument("--blank", choices=["0"], help="a blank label is 0, not missing")
     p.add_argument("--encoding", default="", help="of a file that is not UTF-8, as cp1252")
     return p
@@ -521,7 +579,7 @@ def run(args):
         args.file = ",".join(paths)
         prepare_own(args, folder, args.known, known.DATASETS[args.known]["expected"])
         return
-    name = args.name or name_of(args.file.split(","))
+    name = args.name or name_of(paths_of(args.file))
     check(re.fullmatch(r"[\w.-]+", name), f"--name {name!r}: letters, digits and _ only")
     ours = name in (*known.AS_THE_PAPER, "sample", "models")
     check(not ours or args.dir, f"--name {name} is taken: choose another")

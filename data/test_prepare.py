@@ -96,8 +96,8 @@ def test_an_open_quotation_mark_that_swallows_rows_is_named(tmp_path, capsys):
     uneven = table(rows + [('"a\tb"', "u", 0)], "text user rude", "\t")  # no way to read it unquoted
     says = refused(capsys, tmp_path, {"a.tsv": uneven})
     assert "row 2" in says or "line 5" in says
-    closed = table([("one", "1", "u"), ('"two', "0", "v"), ('three"', "1", "u")], "text rude user")
-    closed += '"a, b",1,u\n'
+    rows = [("one", "1", "u"), ('"two', "0", "v"), ('three"', "1", "u"), ("four", "0", "v")]
+    closed = table(rows, "text rude user") + '"a, b",1,u\n'
     assert "line 4" in refused(capsys, tmp_path, {"a.csv": closed})
 
 
