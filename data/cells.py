@@ -20,13 +20,15 @@ MISSING = {"", "na", "n/a", "#n/a", "<na>", "nan", "-nan", "null"}  # in upper o
 NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 
 # No and yes in some languages; 0 and 1 stand for them.
-SPELLINGS = [("0", "1"), ("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t"), ("nein", "ja"),
-             ("falsch", "wahr"), ("non", "oui"), ("faux", "vrai"), ("no", "sí"), ("no", "si"),
-             ("falso", "verdadero"), ("falso", "vero"), ("não", "sim"), ("nee", "ja"),
-             ("нет", "да"), ("否", "是")]
-TICKS = {"1", "x", "✓", "✔", "☑", "true", "yes", "ja", "wahr", "oui", "vrai", "si", "sí", "on",
-         "checked"}
-CODES = {"77", "88", "98", "99", "777", "888", "999", "9999", "-8", "-9", "-88", "-98", "-99", "-999"}
+SPELLINGS = [
+    ("0", "1"), ("false", "true"), ("no", "yes"), ("n", "y"), ("f", "t"), ("nein", "ja"),
+    ("falsch", "wahr"), ("non", "oui"), ("faux", "vrai"), ("no", "sí"), ("no", "si"),
+    ("falso", "verdadero"), ("falso", "vero"), ("não", "sim"), ("nee", "ja"), ("нет", "да"),
+    ("否", "是")]
+TICKS = {"1", "x", "✓", "✔", "☑", "true", "yes", "ja", "wahr", "oui", "vrai", "si", "sí",
+         "on", "checked"}
+CODES = {"77", "88", "98", "99", "777", "888", "999", "9999",
+         "-8", "-9", "-88", "-98", "-99", "-999"}  # for no answer, in many a codebook
 SEPARATORS = ("#", "|", ";", ",", "/", "+", "&", "\n", " ")
 
 
@@ -84,13 +86,14 @@ def zero_one(column, cells, places):
     """list of "0" and "1": the cells of one of several columns of labels."""
     spelled = spelling(cells)
     odd = few(sorted({str(cell) for cell in cells}), 5)
-    check(spelled, f"column {column!r} is not of 0 and 1 (but {odd}): for one choice say --label-col")
+    check(spelled, f"column {column!r} is not of 0 and 1 (but {odd}): for one choice say "
+          "--label-col")
     values = {spelled[0]: "0", spelled[1]: "1"}
     found = []
     for place, cell in zip(places, cells):
         word = tick_word(cell)
-        check(word in values, f"{place}: label {column!r} is {cell[:SHOWN]!r}, not 0 or 1; say --labels"
-              f" A,B without it or, for one choice or a rating, --label-col {column}")
+        check(word in values, f"{place}: label {column!r} is {cell[:SHOWN]!r}, not 0 or 1; say "
+              f"--labels A,B without it or, for one choice or a rating, --label-col {column}")
         found.append(values[word])
     return found
 
@@ -141,8 +144,8 @@ def one_choice(column, cells, notes):
 def ratings(column, cells, notes):
     """(cells, what they are in words) of a column of numbers."""
     found = sorted(set(cells), key=float)
-    check(len(found) <= CLASSES, f"column {column!r} has {len(found):,} values: not a choice of one; "
-          "say --label-col, or round them")
+    check(len(found) <= CLASSES, f"column {column!r} has {len(found):,} values: not a choice of "
+          "one; say --label-col, or round them")
     codes = [number for number in found if number in CODES]
     if codes and len(found) > 2:
         notes.append(f"NOTE: is {few(codes)} in {column!r} a rating, or a code for no answer?")
@@ -197,8 +200,8 @@ def check_no_lists(column, cells, places, list_sep):
         if shown and cell.strip():
             break
     flag = {"\n": r"'\n'", "json": "json"}.get(mark, f'"{mark}"')
-    raise BadInput(f"{place}: {column!r} is {cell[:SHOWN]!r}: several in one cell? --list-sep {flag} "
-                   "splits them, --list-sep none keeps them whole")
+    raise BadInput(f"{place}: {column!r} is {cell[:SHOWN]!r}: several in one cell? "
+                   f"--list-sep {flag} splits them, --list-sep none keeps them whole")
 
 
 def split_cell(place, cell, mark):
@@ -208,7 +211,9 @@ def split_cell(place, cell, mark):
     if mark != "json":
         mark = mark.replace("\\n", "\n").replace("\\t", "\t")
         return [part.strip() for part in cell.split(mark) if part.strip()]
-    if cell.strip()[:1] not in ("[", "{"):
+    if cell.strip() in ("set()", "()"):
+        return []
+    if cell.strip()[:1] not in ("[", "{", "("):
         return [cell.strip()] if cell.strip() else []
     for read in (json.loads, ast.literal_eval):
         try:
@@ -230,7 +235,8 @@ def any_number_of(column, lists):
     numbers = as_numbers(names)
     names = sorted(names, key=lambda name: (float(numbers.get(name, 0)), name))
     check(names, f"column {column!r}: nothing was ever chosen")
-    check(len(names) <= CLASSES, f"column {column!r} has {len(names):,} labels: not a choice of some")
+    check(len(names) <= CLASSES, f"column {column!r} has {len(names):,} labels: not a choice of "
+          "some")
     times = Counter(name.lower() for name in names)
     alike = [name for name in names if times[name.lower()] > 1]
     check(not alike, f"column {column!r}: written in two ways: {few(alike)}; mend the file")

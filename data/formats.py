@@ -69,7 +69,7 @@ def decode(path, data, encoding=""):
     try:
         text = data.decode(encoding or "utf-8-sig")
     except LookupError:
-        raise BadInput(f"--encoding {encoding}: no such encoding; as in --encoding cp1252") from None
+        raise BadInput(f"--encoding {encoding}: there is none of the name; cp1252 is one") from None
     except UnicodeDecodeError as e:
         line = data[:e.start].count(b"\n") + 1
         check(not encoding, f"{path}: line {line} is not {encoding}: see --encoding")
@@ -211,8 +211,9 @@ def check_header(path, header, rows):
         if re.fullmatch(r"[-+.,\d]+|\w+://.*|.{60,}|\S+( \S+){5,}", name):
             data.add(name)
     names = set(header) - again - data - {""}
-    check(names or not again, f"{path}: no header? its first line is {', '.join(header)[:80]}, as the "
-          "rows are; write the names of the columns above it, as text,user,label")
+    first = ", ".join(header)[:80]
+    check(names or not again, f"{path}: no header? its first line is {first}, as the rows are; "
+          "write the names of the columns above it, as text,user,label")
 
 
 def read_table(path, text, encoding):
@@ -314,7 +315,7 @@ def from_dict(value):
         return [value]  # the only line of JSON lines
     parts = list(value.values())
     if parts and all(isinstance(part, dict) for part in parts):
-        inner = {key for part in parts for key in part}
+        inner = set().union(*parts)
         if all(key.isdigit() for key in inner):  # as pandas writes a table
             return from_columns({name: list(part.values()) for name, part in value.items()})
         return [(f"item {key!r}", item) for key, item in value.items()]

@@ -23,12 +23,12 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 from formats import read_file  # noqa: E402
 from plm import BadInput, check, progress, split_of, text_id  # noqa: E402
 
-# For AS_THE_PAPER. values: what a label may be; 0 and nothing chose nothing. splits: the files that say which text is
-# in which split, the strongest last, and form: how they are written. draws: how many random splits
-# there are instead. expected: what the authors' notebooks printed after each rule, as (train, val,
-# test, users); the count of the stage `whole` tells a damaged original. Unhealthy may be off by
-# `tolerance`: the authors' sample had no seed and took identical rows along, so that two runs of
-# their own notebook ended with 168,503 and 168,506 training annotations.
+# For AS_THE_PAPER. values: what a label may be; 0 and nothing chose nothing. splits: the files that
+# say which text is in which split, the strongest last, and form: how they are written. draws: how
+# many random splits there are instead. expected: what the authors' notebooks printed after each
+# rule, as (train, val, test, users); the count of the stage `whole` tells a damaged original.
+# Unhealthy may be off by `tolerance`: the authors' sample had no seed and took identical rows
+# along, so that two runs of their own notebook ended with 168,503 and 168,506 training annotations.
 GITHUB = "https://raw.githubusercontent.com"
 GOEMOTIONS_RAW = "https://storage.googleapis.com/gresearch/goemotions/data/full_dataset"
 GOEMOTIONS_SPLITS = f"{GITHUB}/google-research/google-research/master/goemotions/data"
@@ -292,13 +292,14 @@ def prepare(name, folder):
     notes["with a label"] = len(rows)
     found = notes[row["whole"]]
     whole = row["expected"][row["whole"]][0]
-    check(not original or found == whole, f"{', '.join(paths)}: {found:,} annotations, the original "
-          f"has {whole:,}; delete what is damaged, then run this again")
+    files = ", ".join(paths)
+    check(not original or found == whole, f"{files}: {found:,} annotations, the original has "
+          f"{whole:,}; delete what is damaged, then run this again")
     divide = as_the_authors if "splits" in row else at_random
     rows, more = divide(rows, row, folder)
     print_counts(notes | more, row, original)
     divided = "splits" not in row or all(counts(rows).values())
-    check(rows and divided, f"{', '.join(paths)}: nothing is left for a part; more texts are needed")
+    check(rows and divided, f"{files}: nothing is left for a part; more texts are needed")
     write_rows(out, rows)
     print(f"{out}: {len(rows):,} annotations")
 

@@ -13,14 +13,14 @@ import argparse
 import os
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import known  # noqa: E402
 from cells import (  # noqa: E402
-    CLASSES, any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling, split_cell,
-    user_id, word_of, zero_one)
+    CLASSES, any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling,
+    split_cell, user_id, word_of, zero_one)
 from formats import SPLITS, Table, named_lines, read_file  # noqa: E402
 from plm import BadInput, check, split_of, text_id  # noqa: E402
 
@@ -69,8 +69,8 @@ def choose_text(table, flag):
         return said(table, "--text-col", flag)
     found = table.text or by_name(table.columns, TEXTS)
     there = few(table.columns, 40)
-    check(found, f"no column is named like a text: say --text-col (there are: {there}); a text that "
-          "stands in another file has to be joined by its ID first")
+    check(found, f"no column is named like a text: say --text-col (there are: {there}); texts that "
+          "stand in another file have to be joined by their IDs first")
     check(table.text or len(found) == 1, f"{few(found)} may be the text: say --text-col")
     return found
 
@@ -85,7 +85,7 @@ def choose_user(table, flag):
         return table.user
     found = [c for c in table.columns if plain(c) in USERS]
     there = few(table.columns, 40)
-    check(found, f"no column is named like a user: say --user-col or, where each user has a column, "
+    check(found, "no column is named like a user: say --user-col or, where each user has a column, "
           f"--user-cols A,B,C (there are: {there})")
     check(len(found) == 1, f"{few(found)} may be who annotated: say --user-col")
     return found[0]
@@ -169,7 +169,8 @@ def choose_labels(table, options, taken, who):
     if not kinds and len(rest) == 1 and ANSWERS.match(rest[0]):
         return rest
     there = "; ".join(f"{few(columns)} ({spelled})" for spelled, columns in kinds.items())
-    there = "; ".join(filter(None, [there, few(named)])) or f"no column of 0 and 1 ({few(rest, 40)})"
+    there = "; ".join(filter(None, [there, few(named)]))
+    there = there or f"no column of 0 and 1 ({few(rest, 40)})"
     check(len(kinds) == 1 and not named,
           f"{there}: say --labels A,B or, for one choice, --label-col C")
     return kinds.popitem()[1]
@@ -202,7 +203,7 @@ def fill_blanks(table, columns, options):
 
 
 def drop_missing(table, text, user, labels, options):
-    """list of notes; rows in which a cell is missing are left out if a flag says so, else refused."""
+    """list of notes; rows in which a cell is missing are refused or, by a flag, left out."""
     missing = {}
     for i, row in enumerate(table.rows):
         empty = [column for column in labels if is_missing(row.get(column))]
@@ -241,8 +242,8 @@ def split_lists(table, user, columns, mark):
             places.append(place)
             continue
         answers = found.get(columns[0], [])
-        check(len(names) == len(answers), f"{place}: {len(names)} in {user!r} and {len(answers)} in "
-              f"{columns[0]!r}: whose are they?")
+        check(len(names) == len(answers), f"{place}: {len(names)} in {user!r} and {len(answers)} "
+              f"in {columns[0]!r}: whose are they?")
         for name, answer in zip(names, answers):
             rows.append(row | {user: name, columns[0]: answer})
             places.append(f"{place}, {name}")
@@ -260,6 +261,7 @@ def rows_to_lists(table, text, user, column):
         places.setdefault(key, place)
         if not is_missing(row.get(column)):
             first[column].append(row[column].strip())
+    table.notes.append(f"{len(table.rows):,} rows are {len(found):,} answers, each to one text")
     table.rows = list(found.values())
     table.places = list(places.values())
 
@@ -329,11 +331,11 @@ def gather(paths, encoding=""):
 
 # -------------------- a file of one's own
 
-def read_own(options):
-    """(dict column -> cells in the one form, lines that say what was taken and left out)"""
-    table = gather(paths_of(options.file), options.encoding)
-    if options.user_cols:
-        table = columns_to_rows(table, said(table, "--user-cols", options.user_cols))
+Roles = namedtuple("Roles", "text user split draws time labels")  # which column is what
+
+
+def choose(table, options):
+    """The Roles of the columns of a table."""
     text = choose_text(table, options.text_col)
     user = choose_user(table, options.user_col)
     check(user not in text, f"{user!r}: the text, and also the user?")
@@ -341,9 +343,36 @@ def read_own(options):
     time = choose_time(table, options.time_col)
     taken = [*text, user, split, *draws, time]
     labels = choose_labels(table, options, taken, [text, [user]])
-    check(len(labels) <= CLASSES, f"{len(labels)} columns may be labels ({few(labels)}): say --labels")
     twice = [column for column in labels if column in taken]
     check(not twice, f"{few(twice)}: a label, and also the text, the user, the time or the split?")
+    check(len(labels) <= CLASSES, f"{len(labels)} columns may be labels ({few(labels)}): say "
+          "--labels A,B")
+    return Roles(text, user, split, draws, time, labels)
+
+
+def taken(table, roles, words):
+    """list of lines that say which column was taken for what, and which was not."""
+    split = roles.split or "by a hash of the text"
+    first = f"text: {' + '.join(roles.text)} · user: {roles.user} · split: {split}"
+    lines = [first + (f" · time: {roles.time}" if roles.time else "")]
+    lines.append(f"labels: {few(roles.labels, 40)}: {words}")
+    if roles.draws:
+        lines.append(f"further splits: {few(roles.draws, 40)}")
+    used = [*roles.text, roles.user, roles.split, roles.time, *roles.draws, *roles.labels]
+    rest = [column for column in table.columns if column not in used]
+    rest = [column for column in rest if column.partition(":::")[0] not in roles.labels]
+    if rest:
+        lines.append(f"not taken: {few(rest, 40)}")
+    return lines
+
+
+def read_own(options):
+    """(dict column -> cells in the one form, lines that say what was taken and left out)"""
+    table = gather(paths_of(options.file), options.encoding)
+    if options.user_cols:
+        table = columns_to_rows(table, said(table, "--user-cols", options.user_cols))
+    roles = choose(table, options)
+    text, user, split, draws, time, labels = roles
     if options.list_sep == "rows":
         check(len(labels) == 1, "--list-sep rows: say --label-col")
         rows_to_lists(table, text, user, labels[0])
@@ -362,21 +391,11 @@ def read_own(options):
     for draw in draws:
         columns[draw] = parts_of(table, draw)
     found, words = labels_of(table, labels, options, notes)
-    if not options.list_sep and len(labels) == 1:
+    if not options.list_sep and words.startswith("one choice of"):
         check_one_answer(columns, found[next(iter(found))], table.places)
     clash = [name for name in found if name.lower() in (*FORM, *draws)]
     check(not clash, f"a label has the name {few(clash)}, as a column of the form: rename it")
-    lines = [f"text: {' + '.join(text)} · user: {user} · split: {split or 'by a hash of the text'}",
-             f"labels: {few(labels, 40)}: {words}"]
-    if time:
-        lines[0] += f" · time: {time}"
-    if draws:
-        lines.append(f"further splits: {few(draws, 40)}")
-    rest = [c for c in table.columns if c not in (*taken, *labels)]
-    rest = [c for c in rest if c.partition(":::")[0] not in labels]
-    if rest:
-        lines.append(f"not taken: {few(rest, 40)}")
-    return columns | found, lines + notes
+    return columns | found, taken(table, roles, words) + notes
 
 
 def text_of(row, columns):
@@ -392,8 +411,8 @@ def users_of(table, column, options):
     """list of the users' IDs."""
     cells = cells_of(table, column)
     for place, cell in zip(table.places, cells):
-        check(isinstance(cell, str), f"{place}: {column!r} is a list: several people in one record? "
-              "--list-sep json makes a row of each")
+        check(isinstance(cell, str), f"{place}: {column!r} is a list: several people in one "
+              "record? --list-sep json makes a row of each")
     check_no_lists(column, cells, table.places, options.list_sep)
     users = [user_id(cell) for cell in cells]
     check_users(users)
@@ -423,11 +442,14 @@ def labels_of(table, columns, options, notes):
     if len(columns) > 1:
         found = {}
         for column in columns:
-            found[column] = zero_one(column, cells_of(table, column), table.places)
+            name = TOOLS.sub("", column)
+            check(name not in found, f"two columns of labels are {name!r} without what a tool put "
+                  "before it: rename one")
+            found[name] = zero_one(column, cells_of(table, column), table.places)
         if all(cells.count("1") == 1 for cells in zip(*found.values())):
             notes.append("NOTE: every row has exactly one of the labels; one column that names it "
                          "would be a single choice")
-        return {TOOLS.sub("", column): cells for column, cells in found.items()}, "any number of them"
+        return found, "any number of them"
     column = columns[0]
     cells = cells_of(table, column)
     if any(isinstance(cell, list) for cell in cells):
@@ -453,8 +475,8 @@ def what_is_odd(columns):
         where[text_id(text)].add(part)
     empty = [part for part in PARTS if part not in split]
     if empty:
-        lines.append(f"NOTE: no row is in {few(empty)}, and plm.py needs all three: give the files of "
-                     "all splits, or say --split-col none")
+        lines.append(f"NOTE: no row is in {few(empty)}, and plm.py needs all three: give the files "
+                     "of all splits, or say --split-col none")
     twice = sum(len(parts - {""}) > 1 for parts in where.values())
     if twice:
         lines.append(f"NOTE: {twice:,} texts are in two splits")
@@ -554,7 +576,7 @@ def make_parser():
     p.add_argument("--user-cols", metavar="A,B", help="columns of one user's answers each")
     p.add_argument("--label-col", metavar="C", help="column of one choice, words or a rating")
     p.add_argument("--labels", metavar="A,B", help="columns of 0 and 1, any of which may be chosen")
-    p.add_argument("--split-col", metavar="C", help="column of train, val, test; none: no column is")
+    p.add_argument("--split-col", metavar="C", help="column of train, val, test; none: no such")
     p.add_argument("--time-col", metavar="C", help="column of the time, which is kept")
     p.add_argument("--skip-missing", action="store_true", help="leave out rows with a missing cell")
     p.add_argument("--list-sep", metavar="SEP", help="what separates several answers in one cell; "

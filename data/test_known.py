@@ -190,7 +190,8 @@ def test_goemotions_is_downloaded(small, web, tmp_path, capsys):
     web.faults["/goemotions_2.csv"] = [[size, half], [HEAD, b"\r\n", half]]
     web.faults["/dev.tsv"] = [[CHUNKED, b"%x\r\n%s\r\n0\r\n\r\n" % (len(dev), dev)]]
     web.faults["/test.tsv"] = [reply("503 Service Unavailable")] * 2
-    wrong = {"404 Not Found": reply("404 Not Found"), "503 Service": reply("503 Service Unavailable"),
+    wrong = {"404 Not Found": reply("404 Not Found"),
+             "503 Service": reply("503 Service Unavailable"),
              "nothing in it": reply("200 OK"), "broke off, 3 times": [size, b"{"],
              "a web page and not": reply("200 OK", "\n <!DOCTYPE html>"),
              "broke off": [HEAD, b"\r\n{"]}
@@ -245,7 +246,8 @@ def test_no_network_bad_names_bad_places_and_ctrl_c(small, tmp_path, monkeypatch
 
 
 def test_the_command_refuses_in_one_line():
-    done = subprocess.run([sys.executable, prepare.__file__, "sample"], text=True, capture_output=True)
+    argv = [sys.executable, prepare.__file__, "sample"]
+    done = subprocess.run(argv, text=True, capture_output=True)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -346,7 +348,7 @@ def test_popquorn_gets_five_draws_whatever_the_order_of_the_rows(tmp_path, monke
     fails(capsys, "draw1 has users who are not in training", tmp_path, "popquorn")
 
 
-def test_a_dataset_of_lewidi_is_downloaded_and_its_counts_compared(web, tmp_path, monkeypatch, capsys):
+def test_a_dataset_of_lewidi_is_downloaded_and_counted(web, tmp_path, monkeypatch, capsys):
     item = ('{"%s": {"annotation task": "irony detection", "text": {"post": "p%s", "reply": "r"}, '
             '"annotators": "Ann1,Ann2", "annotations": {"Ann1": "0", "Ann2": "1"}, "split": "%s"}}')
     row = dict(known.LEWIDI_SETS["mp"])
