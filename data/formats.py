@@ -264,6 +264,10 @@ def with_ticks(table):
 
 # -------------------- JSON: one value, or one in each line
 
+# Half of a letter in JSON's way of writing, without the other half: no file can hold it.
+HALVES = re.compile(r"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..", re.IGNORECASE)
+
+
 def once(pairs):
     """The dict of an object in JSON; a key that stands twice would lose its first value."""
     twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
@@ -274,6 +278,7 @@ def once(pairs):
 
 def parse_json(path, text):
     """(value, numbers of the lines if there is a value in each)"""
+    text = HALVES.sub(r"\\ufffd", text)
     decoder = json.JSONDecoder(object_pairs_hook=once, parse_constant=str)
     try:
         return decoder.decode(text), []
@@ -426,9 +431,22 @@ def read_lewidi(path, records):
 CHOSEN = ("choices", "rating", "number")  # the kinds of answers that are labels of a whole text
 
 
+def are_records(value):
+    """Is there a list of dicts, or nothing?"""
+    return value is None or isinstance(value, list) and all(isinstance(x, dict) for x in value)
+
+
 def is_label_studio(record):
-    return isinstance(record.get("data"), dict) and (
-        isinstance(record.get("annotations", record.get("completions")), list))
+    done = record.get("annotations", record.get("completions"))
+    if not isinstance(record.get("data"), dict) or done is None or not are_records(done):
+        return False
+    results = [annotation.get("result") for annotation in done]
+    if not are_records(record.get("predictions")) or not all(map(are_records, results)):
+        return False
+    for answers in results:
+        if any(not isinstance(answer.get("value"), dict) for answer in answers or []):
+            return False
+    return True
 
 
 def read_label_studio(path, records):
@@ -468,7 +486,8 @@ def chosen_answers(done, left_out):
             continue
         value = answer["value"].get(kind)
         chosen = cell_of(value if isinstance(value, list) else [value])
-        control = answer.get("from_name", "label")
+        control = str(answer.get("from_name", "label"))
+        check(isinstance(chosen, list), f"{control}: {chosen[:60]}: not a list of words")
         found[control] = found.get(control, []) + chosen
     return found
 
@@ -483,7 +502,8 @@ def person(value):
 # -------------------- Prodigy
 
 def is_prodigy(record):
-    return record.get("answer") in ("accept", "reject", "ignore")
+    lists = isinstance(record.get("accept", []), list) and are_records(record.get("options"))
+    return lists and record.get("answer") in ("accept", "reject", "ignore")
 
 
 def read_prodigy(path, records):
@@ -569,14 +589,20 @@ def labels_by_user(where, given):
 
 
 def is_potato(record):
-    return isinstance(record.get("label_annotations"), dict)
+    schemas = record.get("label_annotations")
+    if not isinstance(schemas, dict) or not all(isinstance(x, dict) for x in schemas.values()):
+        return False
+    for ticks in schemas.values():
+        if any(isinstance(tick, (list, dict)) for tick in ticks.values()):
+            return False
+    return True
 
 
 def read_potato(path, records):
     """The Table of Potato's JSONL, in which the answers stand in a dict of dicts."""
     rows = []
     for place, record in records:
-        check(is_potato(record), f"{path}: {place}: no label_annotations")
+        check(is_potato(record), f"{path}: {place}: no label_annotations of schemas and ticks")
         row = {name: cell_of(x) for name, x in record.items() if name != "label_annotations"}
         for schema, ticks in record["label_annotations"].items():
             for label, value in ticks.items():

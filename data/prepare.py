@@ -260,7 +260,7 @@ def rows_to_lists(table, text, user, column):
         first = found.setdefault(key, row | {column: []})
         places.setdefault(key, place)
         if not is_missing(row.get(column)):
-            first[column].append(row[column].strip())
+            first[column] += row[column] if isinstance(row[column], list) else [row[column].strip()]
     table.notes.append(f"{len(table.rows):,} rows are {len(found):,} answers, each to one text")
     table.rows = list(found.values())
     table.places = list(places.values())
@@ -403,8 +403,7 @@ def text_of(row, columns):
     parts = {column: row.get(column) or "" for column in columns}
     for column, part in parts.items():
         check(isinstance(part, str), f"column {column!r} holds lists, not a text")
-    text = named_lines(parts) if len(columns) > 1 else parts[columns[0]]
-    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of letters, which no file can hold
+    return named_lines(parts) if len(columns) > 1 else parts[columns[0]]
 
 
 def users_of(table, column, options):
@@ -520,7 +519,8 @@ def odd_people(columns, answers):
 def print_parts(columns, expected=None):
     """None; how many rows, texts and users there are, and how many there should be."""
     split = columns.get("split") or [split_of(text) for text in columns["text"]]
-    print(f"{'':8}{'rows':>9}{'texts':>9}{'users':>9}" + f"{'source':>9}" * bool(expected))
+    header = f"{'':8}{'rows':>9}{'texts':>9}{'users':>9}"
+    print(f"{header}{'source':>9}" if expected else header)
     for part in (*PARTS, ""):
         own = [i for i, there in enumerate(split) if there == part]
         texts = len({columns["text"][i] for i in own})
