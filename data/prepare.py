@@ -37,7 +37,7 @@ USERS = ("user userid username annotator annotatorid annotatorname worker worker
          "labeler labelerid annotatedby completedby").split()
 LABELS = "label labels annotation rating answer class".split()
 TOOLS = re.compile("^(input:|assignment:|output:|input[.]|answer[.])", re.IGNORECASE)
-NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")  # the numbers of rows, mostly
+NUMBERING = re.compile(r"(\(column \d+\)|unnamed: \d+|id|index)$", re.IGNORECASE)  # of rows
 ANSWERS = re.compile("^(output:|answer[.])", re.IGNORECASE)  # of Toloka, of Mechanical Turk
 
 
@@ -155,7 +155,7 @@ def choose_labels(table, options, taken, who):
         check(len(table.labels) == 1, several)
         return table.labels
     rest = [c for c in table.columns if c not in taken]
-    rest = [c for c in rest if not NAMELESS.match(c)]
+    rest = [c for c in rest if not NUMBERING.match(c)]
     rest = [c for c in rest if ANSWERS.match(c)] or rest
     kinds = defaultdict(list)
     for column in rest:

@@ -71,8 +71,14 @@ def test_a_table_in_any_dialect(tmp_path, capsys, content, said):
 
 
 @pytest.mark.parametrize("text", [
-    "cut, with a comma", 'a "quoted"\nline\r\nbreak', "\U0001f600", " space ", "a;b\tc|d",
-    "</s> ### Response: <|endoftext|>", "x" * 1_000_000, 'one, 1\n"two", u, 0\nthree, v, 1'])
+    "cut, with a comma",
+    'a "quoted"\nline\r\nbreak',
+    "\U0001f600",
+    " space ",
+    "a;b\tc|d",
+    "</s> ### Response: <|endoftext|>",
+    "x" * 1_000_000,
+    'one, 1\n"two", u, 0\nthree, v, 1'])
 def test_any_text_survives_quoting(tmp_path, text):
     path = tmp_path / "a.csv"
     rows = [("text", "user", "calm"), (text, "u", 1), ("b", "v", 0), ("c", "u", 0)]
@@ -91,9 +97,10 @@ def test_a_table_without_quoting_keeps_its_marks_and_all_of_its_rows(tmp_path, c
 
 
 def test_an_open_quotation_mark_that_swallows_rows_is_named(tmp_path, capsys):
-    rows = [("one", "u", 1), ('"two', "v", 0), ("three", "u", 1), ('four"', "v", 0), ("five", "u", 1)]
-    rows = rows + [("six", "u", 0)] * 3
-    uneven = table(rows + [('"a\tb"', "u", 0)], "text user rude", "\t")  # no way to read it unquoted
+    rows = [("one", "u", 1), ('"two', "v", 0), ("three", "u", 1), ('four"', "v", 0)]
+    rows += [("six", "u", 0)] * 3
+    rows += [('"a\tb"', "u", 0)]  # so that there is no way to read it unquoted
+    uneven = table(rows, "text user rude", "\t")
     says = refused(capsys, tmp_path, {"a.tsv": uneven})
     assert "row 2" in says or "line 5" in says
     rows = [("one", "1", "u"), ('"two', "0", "v"), ('three"', "1", "u"), ("four", "0", "v")]
@@ -108,8 +115,7 @@ def test_backslashes_before_quotation_marks(tmp_path, capsys):
 
 
 def test_cp1252_is_read_and_said_and_other_code_pages_are_asked_for(tmp_path, capsys):
-    content = table([("caf\xe9 \x93so\x94".encode("latin-1").decode("cp1252"), "u", 1), ("b", "v", 0)],
-                    "text user calm")
+    content = table([("caf\xe9 \u201cso\u201d", "u", 1), ("b", "v", 0)], "text user calm")
     rows = run(tmp_path, {"a.csv": content.encode("cp1252")})
     assert rows[0]["text"] == "caf\xe9 \u201cso\u201d"
     assert "cp1252, not UTF-8" in capsys.readouterr().out
@@ -122,22 +128,32 @@ def test_cp1252_is_read_and_said_and_other_code_pages_are_asked_for(tmp_path, ca
     assert "--encoding" in refused(capsys, tmp_path, {"a.csv": russian.encode("cp1251")})
     mixed = content.encode("cp1252") + "é,u,1\n".encode()
     assert "line 2 is not UTF-8 while other lines are" in refused(capsys, tmp_path, {"a": mixed})
-    assert "there is none of the name" in refused(capsys, tmp_path, {"a": mixed}, "--encoding", "x9")
+    says = refused(capsys, tmp_path, {"a": mixed}, "--encoding", "x9")
+    assert "there is none of the name" in says
 
 
 @pytest.mark.parametrize("content, says", [
-    ("", "nothing in it"), ("  \n", "nothing in it"), ("text,user,a\n", "no annotations"),
-    ("text\nt\n", "one column"), (b"PK\x03\x04rest", "xlsx"), (b"\x1f\x8b\x08", "gzip"),
+    ("", "nothing in it"),
+    ("  \n", "nothing in it"),
+    ("text,user,a\n", "no annotations"),
+    ("text\nt\n", "one column"),
+    (b"PK\x03\x04rest", "xlsx"),
+    (b"\x1f\x8b\x08", "gzip"),
     ("version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-    ("\n<!DOCTYPE html>", "a web page"), (b"t\0e\0x\0t\0", "NUL"), (b"PAR1xx", "Parquet"),
+    ("\n<!DOCTYPE html>", "a web page"),
+    (b"t\0e\0x\0t\0", "NUL"),
+    (b"PAR1xx", "Parquet"),
     ("text,user,a,b\nt,u,1,1\n\nt,u,1", "row 2 (line 4): 3 cells, not the 4 columns"),
     ('text,user,a\n"t\nt",u,1\nt,u', "row 2 (line 4)"),
     ("text user a\n1 t u 1\n2 s v 0\n".replace(" ", "\t"), "one more than the header"),
     ("text,user,user,b\nt,u,1,1", "2 columns 'user'"),
     ("good day,ann,1\nbad day,ann,0\ngood day,bob,1\n", "no header?"),
     ("http://a.b\tA17G\tno\nhttp://a.b\tA18G\tno\nhttp://a.c\tA17G\tyes\n", "no header?"),
-    ('{"a": [1,}', "not valid"), ('{"a": 1}\n{"a": 2\n', "line 2"), ('"text"', "one column"),
-    ("[1, 2]", "not a record"), ("[]", "no list of records"),
+    ('{"a": [1,}', "not valid"),
+    ('{"a": 1}\n{"a": 2\n', "line 2"),
+    ('"text"', "one column"),
+    ("[1, 2]", "not a record"),
+    ("[]", "no list of records"),
     ('[{"text": "t", "text": "s"}]', "'text' stands twice")])
 def test_what_is_no_table_of_annotations_is_named(tmp_path, capsys, content, says):
     assert says in refused(capsys, tmp_path, {"a.csv": content})
@@ -178,16 +194,26 @@ def test_labels_are_the_columns_of_one_spelling(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("cells, made, said", [
-    ("0 1 1", "0 1 1", "0 or 1"), ("1.0 0.0 1", "1 0 1", "0 or 1"), ("1,0 0,0 1", "1 0 1", "0 or 1"),
-    ("yes No YES", "1 0 1", "0 or 1"), ("True false true", "1 0 1", "0 or 1"),
-    ("WAHR FALSCH FALSCH", "1 0 0", "0 or 1"), ("ja nein ja", "1 0 1", "0 or 1"),
-    ("vrai faux faux", "1 0 0", "0 or 1"), ("oui non oui", "1 0 1", "0 or 1"),
-    ("3 1 10", "3 1 10", "ratings 1, 3, 10"), ("2 2.0 1.5", "2 2 1.5", "ratings 1.5, 2"),
-    ("1 -1 0", "1 -1 0", "ratings -1, 0, 1"), ("0,5 1,0 1", "0.5 1 1", "ratings 0.5, 1"),
-    ("\u22121 +1 0", "-1 1 0", "ratings -1, 0, 1"), ("joy fear joy", "joy fear joy", "fear, joy"),
+    ("0 1 1", "0 1 1", "0 or 1"),
+    ("1.0 0.0 1", "1 0 1", "0 or 1"),
+    ("1,0 0,0 1", "1 0 1", "0 or 1"),
+    ("yes No YES", "1 0 1", "0 or 1"),
+    ("True false true", "1 0 1", "0 or 1"),
+    ("WAHR FALSCH FALSCH", "1 0 0", "0 or 1"),
+    ("ja nein ja", "1 0 1", "0 or 1"),
+    ("vrai faux faux", "1 0 0", "0 or 1"),
+    ("oui non oui", "1 0 1", "0 or 1"),
+    ("3 1 10", "3 1 10", "ratings 1, 3, 10"),
+    ("2 2.0 1.5", "2 2 1.5", "ratings 1.5, 2"),
+    ("1 -1 0", "1 -1 0", "ratings -1, 0, 1"),
+    ("50% 25%", "50 25", "ratings 25, 50"),
+    ("0,5 1,0 1", "0.5 1 1", "ratings 0.5, 1"),
+    ("\u22121 +1 0", "-1 1 0", "ratings -1, 0, 1"),
+    ("joy fear joy", "joy fear joy", "fear, joy"),
     ("1000001 1000002 1000001", "1000001 1000002 1000001", "ratings"),
     ("Joy joy fear", "Joy Joy fear", "taken as one class: joy"),
-    ("1 2 99", "1 2 99", "is 99 in 'X' a rating"), ("1 2.0 never", "1 2 never", "numbers and words"),
+    ("1 2 99", "1 2 99", "is 99 in 'X' a rating"),
+    ("1 2.0 never", "1 2 never", "numbers and words"),
     ("joy/love fear/awe joy/love", "joy/love fear/awe joy/love", "choice of fear/awe")])
 def test_one_column_is_one_choice(tmp_path, capsys, cells, made, said):
     rows = [(f"t{i}", "u", cell) for i, cell in enumerate(cells.split())]
@@ -199,17 +225,20 @@ def test_one_column_is_one_choice(tmp_path, capsys, cells, made, said):
 def test_two_text_columns_are_named_lines_and_users_are_people(tmp_path):
     people = ["11.0", "11", "ann ", "ann", " 7.50", "1.10"]  # spreadsheets make 11.0 of 11
     rows = [("is it?", "no" if i else "", user, i % 2) for i, user in enumerate(people)]
-    found = run(tmp_path, {"a.csv": table(rows, "context reply user a")}, "--text-col", "context,reply")
+    content = {"a.csv": table(rows, "context reply user a")}
+    found = run(tmp_path, content, "--text-col", "context,reply")
     assert [row["user"] for row in found] == ["11", "11", "ann", "ann", "7.50", "1.10"]
     assert found[0]["text"] == "context: is it?"
     assert found[1]["text"] == "context: is it?\nreply: no"
 
 
 @pytest.mark.parametrize("ids, says", [
-    (["3.91E+16", "4.12E+16"], "rounded by a spreadsheet"), (["3,91E+16", "x"], "rounded by a"),
+    (["3.91E+16", "4.12E+16"], "rounded by a spreadsheet"),
+    (["3,91E+16", "x"], "rounded by a"),
     (["391000000000000001", "391000000000010000", "412000000000020000"], None),
     (["3910000000000100000", "3910000000000110000", "4120000000000120000"], "end in zeros"),
-    (["ann,bob", "bob", "ann"], "several in one cell? --list-sep"), (["ann,bob", "ann;bob"], None)])
+    (["ann,bob", "bob", "ann"], "several in one cell? --list-sep"),
+    (["ann,bob", "ann;bob"], None)])
 def test_ids_that_cannot_be_the_peoples_own(tmp_path, capsys, ids, says):
     rows = [("t", user, i % 2) for i, user in enumerate(ids)]
     content = {"a.tsv": table(rows, "text user calm", "\t")}
@@ -221,8 +250,15 @@ def test_ids_that_cannot_be_the_peoples_own(tmp_path, capsys, ids, says):
 
 # -------------------- missing, blank, several in one cell
 
-@pytest.mark.parametrize("column, cell", [(0, "NA"), (1, " "), (1, "None"), (2, "nan"), (3, ""),
-                                          (3, "NAN"), (2, "#N/A"), (0, "null")])
+@pytest.mark.parametrize("column, cell", [
+    (0, "NA"),
+    (1, " "),
+    (1, "None"),
+    (2, "nan"),
+    (3, ""),
+    (3, "NAN"),
+    (2, "#N/A"),
+    (0, "null")])
 def test_a_missing_cell_is_named_or_on_demand_left_out_and_counted(tmp_path, capsys, column, cell):
     rows = [[f"t{i}", f"u{i % 3}", i % 2, 1 - i % 2] for i in range(12)]
     rows[1][column] = cell
@@ -249,11 +285,16 @@ def test_blank_is_not_ticked_where_a_column_is_ticked_or_blank(tmp_path, capsys)
 
 
 @pytest.mark.parametrize("cells, flag, made", [
-    ("a#b b a b#a", "#", "11 01 10 11"), ("a|b b a b|a", "|", "11 01 10 11"),
-    ("a;b b a b;a", ";", "11 01 10 11"), ("a,b b a b,a", ",", "11 01 10 11"),
-    ("a+b b a b+a", "+", "11 01 10 11"), ("a/b b a b/a", "/", "11 01 10 11"),
-    ('["a"_"b"] ["b"] a b', "json", "11 01 10 01"), ("['a',_'b'] ['b'] ['a'] ['b']", "json", "11 01 10 01"),
-    ('{"choices":["a","b"]} b a b', "json", "11 01 10 01"), ("a_b b a b", " ", "11 01 10 01")])
+    ("a#b b a b#a", "#", "11 01 10 11"),
+    ("a|b b a b|a", "|", "11 01 10 11"),
+    ("a;b b a b;a", ";", "11 01 10 11"),
+    ("a,b b a b,a", ",", "11 01 10 11"),
+    ("a+b b a b+a", "+", "11 01 10 11"),
+    ("a/b b a b/a", "/", "11 01 10 11"),
+    ('["a"_"b"] ["b"] a b', "json", "11 01 10 01"),
+    ("['a',_'b'] ['b'] ['a'] ['b']", "json", "11 01 10 01"),
+    ('{"choices":["a","b"]} b a b', "json", "11 01 10 01"),
+    ("a_b b a b", " ", "11 01 10 01")])
 def test_several_answers_in_one_cell_are_split_by_a_flag_and_else_refused(
         tmp_path, capsys, cells, flag, made):
     cells = [cell.replace('"_"', '", "').replace("_", " ") for cell in cells.split()]
@@ -275,13 +316,37 @@ def test_several_people_in_one_row_become_rows_of_their_own(tmp_path, capsys):
     flags = ["--user-col", "annotators", "--label-col", "votes"]
     assert "--list-sep" in refused(capsys, tmp_path, content, *flags)
     found = run(tmp_path, content, *flags, "--list-sep", ";")
-    assert short(found, ["votes"]) == ["t ann 1", "t bob 0", "t cem 1", "s bob 0", "s ann 0", "r cem 1"]
+    assert short(found, ["votes"]) == [
+        "t ann 1", "t bob 0", "t cem 1", "s bob 0", "s ann 0", "r cem 1"]
     (tmp_path / "made/annotations.csv").unlink()
     (tmp_path / "made").rmdir()
     rows[1] = ("s", "bob;ann", "0")
     says = refused(capsys, tmp_path, {"a.csv": table(rows, "text annotators votes")}, *flags,
                    "--list-sep", ";")
     assert "2 in 'annotators' and 1 in 'votes'" in says
+
+
+def test_several_answers_in_rows_of_their_own(tmp_path, capsys):
+    rows = [("t", "ann", "a"), ("t", "ann", "b"), ("s", "ann", "b"), ("t", "bob", "a")]
+    content = {"a.csv": table(rows, "text user label")}
+    says = refused(capsys, tmp_path, content)
+    assert "row 2 (line 3): 'ann' answered 'b' and a to one text" in says
+    found = run(tmp_path, content, "--list-sep", "rows")
+    assert short(found, "ab") == ["t ann 1 1", "s ann 0 1", "t bob 1 0"]
+    assert "4 rows are 3 answers" in capsys.readouterr().out
+    assert len(run(tmp_path, content, "--list-sep", "none")) == 4
+
+
+def test_what_is_the_same_for_a_text_or_a_user_is_no_label(tmp_path, capsys):
+    rows = []
+    for i in range(40):
+        rows += [(f"t{i}", f"u{u}", (i * u + i) % 3 % 2, i % 2, u % 2) for u in range(8)]
+    content = {"a.csv": table(rows, "text user calm gold woman")}
+    found = run(tmp_path, content)
+    assert list(found[0]) == ["text", "user", "calm"]
+    assert "not taken: gold, woman" in capsys.readouterr().out
+    found = run(tmp_path, content, "--labels", "calm,gold")
+    assert list(found[0]) == ["text", "user", "calm", "gold"]
 
 
 def test_a_column_for_each_user(tmp_path, capsys):
@@ -295,7 +360,8 @@ def test_a_column_for_each_user(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("values, says", [
-    (range(101), "101 values"), ([f"a remark of mine {i}" for i in range(60)], "60 values in 60 rows"),
+    (range(101), "101 values"),
+    ([f"a remark of mine {i}" for i in range(60)], "60 values in 60 rows"),
     (["0,12", "1,234", "2,7"], "several in one cell?|3 values")])
 def test_a_column_that_is_no_choice(tmp_path, capsys, values, says):
     rows = [(f"t{i}", "u", value) for i, value in enumerate(values)]
@@ -339,14 +405,18 @@ def test_files_of_splits_become_one(tmp_path, capsys):
     (tmp_path / "made").rmdir()
     assert "'split' is 'dev', not test" in refused(capsys, tmp_path, odd)
     odd["mood_test.csv"] = table([("c", "u", 1)], "text user sad")
-    assert "mood_test.csv: row 1 (line 2): no 'calm'" in refused(capsys, tmp_path, odd, "--labels", "calm")
-    assert len(run(tmp_path, {"one.csv": files["mood_dev.csv"], "two.csv": files["mood_test.csv"]})) == 4
+    says = refused(capsys, tmp_path, odd, "--labels", "calm")
+    assert "mood_test.csv: row 1 (line 2): no 'calm'" in says
+    two = {"one.csv": files["mood_dev.csv"], "a, b.csv": files["mood_test.csv"]}
+    assert len(run(tmp_path, {"one.csv": two["one.csv"], "two.csv": two["a, b.csv"]})) == 4
+    assert len(run(tmp_path, {"a, b.csv": two["a, b.csv"]})) == 2
     assert "taken as one file" in capsys.readouterr().out
 
 
 def test_what_is_odd_is_said(tmp_path, capsys):
     rows = [(f"t{i}", f"u{i % 3}", "calm", ("train", "val", "test")[i % 3]) for i in range(9)]
-    rows += [("t0", "u0", "sad", "train"), ("t0", "U0", "sad", "train"), ("t0", "U0", "sad", "train")]
+    rows += [("t0", "u0", "sad", "train")]
+    rows += [("t0", "U0", "sad", "train")] * 2
     rows += [("t5", "u1", "grief", "test")]
     run(tmp_path, {"a.csv": table(rows, "text user label split")})
     out = capsys.readouterr().out
@@ -386,7 +456,8 @@ def test_lewidi_two_labels_of_one_person_are_multi_label(tmp_path):
     item = lewidi({"context": "c", "statement": "s"}, "Ann1,Ann2,Ann2", {
         "Ann1": "neutral", "Ann2": "entailment,neutral"}, task="natural language inference")
     other = lewidi({"context": "d", "statement": "s"}, "Ann1", {"Ann1": "contradiction"}, "test")
-    found = run(tmp_path, {"a.json": {"1": item, "2": other | {"annotation task": item["annotation task"]}}})
+    other["annotation task"] = item["annotation task"]
+    found = run(tmp_path, {"a.json": {"1": item, "2": other}})
     assert [row["user"] for row in found] == ["Ann1", "Ann2", "Ann1"]
     names = ["contradiction", "entailment", "neutral"]
     assert ["".join(row[name] for name in names) for row in found] == ["001", "011", "100"]
@@ -407,12 +478,13 @@ def test_lewidi_2023(tmp_path, capsys):
     (tmp_path / "made/annotations.csv").unlink()
     (tmp_path / "made").rmdir()
     items["2"]["annotations"] = "0"
-    assert "item '2': 2 annotators and 1 annotations" in refused(capsys, tmp_path, {"a.json": items})
+    says = refused(capsys, tmp_path, {"a.json": items})
+    assert "item '2': 2 annotators and 1 annotations" in says
     meta = '{\n"Ann1": {\n"Age": "22",\n},\n}'  # as two of the tasks' files are
     assert "not valid" in refused(capsys, tmp_path, {"a.json": meta})
 
 
-@pytest.mark.skipif("PLM_LEWIDI" not in os.environ, reason="PLM_LEWIDI names no folder of LeWiDi 2025")
+@pytest.mark.skipif("PLM_LEWIDI" not in os.environ, reason="PLM_LEWIDI: no folder of LeWiDi 2025")
 @pytest.mark.parametrize("name, counts, labels", [
     ("Paraphrase", (1600, 200, 200), ["paraphrase"]),
     ("VariErrNLI", (1443, 181, 192), ["contradiction", "entailment", "neutral"])])
@@ -432,7 +504,8 @@ def studio(text, *annotations):
     """A task of Label Studio; annotations: (completed_by, *results)."""
     done = [dict(id=i, completed_by=user, was_cancelled=user == 9, ground_truth=False,
                  result=list(results)) for i, (user, *results) in enumerate(annotations)]
-    return dict(id=1, data=dict(text=text, ref_id=7), annotations=done, predictions=[{"result": []}])
+    return dict(id=1, data=dict(text=text, ref_id=7), annotations=done,
+                predictions=[dict(result=[])])
 
 
 def choice(name, *chosen):
@@ -440,14 +513,16 @@ def choice(name, *chosen):
 
 
 def test_label_studio(tmp_path, capsys):
-    span = dict(from_name="ner", to_name="text", type="labels", value=dict(start=0, end=1, labels=["X"]))
-    tasks = [studio("t", (1, choice("mood", "calm")), (dict(id=2, email="b@c.d"), choice("mood", "sad"), span)),
+    span = dict(from_name="ner", to_name="text", type="labels", value=dict(start=0, labels=["X"]))
+    bob = dict(id=2, email="b@c.d")
+    tasks = [studio("t", (1, choice("mood", "calm")), (bob, choice("mood", "sad"), span)),
              studio("s", (1, choice("mood", "sad")), (9, choice("mood", "sad")))]
     found = run(tmp_path, {"project-1-at.json": tasks})
     assert short(found, ["mood"]) == ["t 1 calm", "t b@c.d sad", "s 1 sad"]
     out = capsys.readouterr().out
-    for line in ("2 predictions", "1 annotations that were skipped", "answers of the kind 'labels'"):
-        assert line in out
+    assert "2 predictions" in out
+    assert "1 annotations that were skipped" in out
+    assert "answers of the kind 'labels'" in out
     tasks[0]["annotations"][0]["result"] = [choice("mood", "calm", "sad")]
     tasks[1]["annotations"][0]["result"] = []
     found = run(tmp_path, {"a.json": tasks})
@@ -512,6 +587,11 @@ def test_doccano(tmp_path, capsys):
     (tmp_path / "made/annotations.csv").unlink()
     (tmp_path / "made").rmdir()
     assert "named like a user" in refused(capsys, tmp_path, {"ann.jsonl": ann})
+    files = {"ann.csv": "id,text,label\n1,t,a#b\n2,s,a\n", "bob.csv": "id,text,label\n1,t,b\n"}
+    found = run(tmp_path, files, "--list-sep", "#")  # doccano's CSV
+    assert short(found, "ab") == ["t ann 1 1", "s ann 1 0", "t bob 0 1"]
+    (tmp_path / "made/annotations.csv").unlink()
+    (tmp_path / "made").rmdir()
     spans = lines([dict(id=1, text="t", label=[[0, 1, "X"]])])
     assert "marks places in the text" in refused(capsys, tmp_path, {"a.jsonl": spans})
 
@@ -536,17 +616,19 @@ def test_potato(tmp_path, capsys):
 
 
 def test_toloka_and_mechanical_turk(tmp_path):
-    content = ("INPUT:text\tOUTPUT:rude\tGOLDEN:rude\tHINT:text\tASSIGNMENT:worker_id\tASSIGNMENT:status\n"
-               "t\tyes\t\t\tann\tAPPROVED\ns\tno\t\t\tann\tAPPROVED\n\nt\tno\t\t\tbob\tAPPROVED\n\n")
+    content = ("INPUT:text\tOUTPUT:rude\tGOLDEN:rude\tHINT:text\tASSIGNMENT:worker_id\n"
+               "t\tyes\t\t\tann\ns\tno\t\t\tann\n\nt\tno\t\t\tbob\n\n")
     assert short(run(tmp_path, {"a.tsv": content}), ["rude"]) == ["t ann 1", "s ann 0", "t bob 0"]
-    content = ('"HITId","Title","WorkerId","AssignmentStatus","Input.text","Answer.tone.label","Approve","Reject"\n'
-               '"3X","Judge","A1","Submitted","t, so","calm","x",""\n"3X","Judge","A2","Submitted","t, so","sad","x",""\n')
+    content = ('"HITId","Title","WorkerId","Input.text","Answer.tone.label","Approve","Reject"\n'
+               '"3X","Judge","A1","t, so","calm","x",""\n'
+               '"3X","Judge","A2","t, so","sad","x",""\n')
     found = run(tmp_path, {"Batch_1_batch_results.csv": content})
     assert short(found, ["tone.label"]) == ["t, so A1 calm", "t, so A2 sad"]
 
 
 @pytest.mark.parametrize("value", [
-    [dict(text="t", user=1, calm=True, meta=dict(a=1)), dict(text="s", user=2, calm=False, meta=None)],
+    [dict(text="t", user=1, calm=True, meta=dict(a=1)),
+     dict(text="s", user=2, calm=False, meta=None)],
     lines([dict(text="t", user=1, calm=1), dict(text="s", user=2.0, calm=0)]),
     {"text": {"0": "t", "1": "s"}, "user": {"0": 1, "1": 2}, "calm": {"0": 1, "1": 0}},
     {"text": ["t", "s"], "user": [1, 2], "calm": ["yes", "no"]},
@@ -568,11 +650,14 @@ def test_nested_records_are_refused(tmp_path, capsys, record, says):
 
 
 def test_splits_in_json_and_halves_of_letters(tmp_path):
-    value = {part: [dict(text=f"{part} \ud83d", user=1, label="x"), dict(text=part, user=2, label="y")]
-             for part in ("train", "validation", "test")}
+    value = {}
+    for part in ("train", "validation", "test"):
+        value[part] = [dict(text=f"{part} \ud83d", user=1, label="x"),
+                       dict(text=f"{part} \ud83d\ude00", user=2, label="y")]
     found = run(tmp_path, {"a.json": value})
     assert [row["split"] for row in found] == ["train", "train", "val", "val", "test", "test"]
     assert found[0]["text"] == "train \ufffd"
+    assert found[1]["text"] == "train \U0001f600"
 
 
 # -------------------- names and places
