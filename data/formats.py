@@ -73,7 +73,8 @@ def decode(path, data, encoding=""):
     except UnicodeDecodeError as e:
         line = data[:e.start].count(b"\n") + 1
         check(not encoding, f"{path}: line {line} is not {encoding}: see --encoding")
-        text, encoding = western(path, data, line), "cp1252, not UTF-8"
+        text = western(path, data, line)
+        encoding = "cp1252, not UTF-8"
     check("\0" not in text, f"{path}: NUL characters in it: is it UTF-16? say --encoding utf-16-le")
     return text.removeprefix("\ufeff"), encoding or "UTF-8"
 
@@ -221,13 +222,15 @@ def read_table(path, text, encoding):
     delimiter, text = find_delimiter(text)
     lines, quoting = dialect_rows(path, text, delimiter)
     header = [name.strip() for name in lines[0].cells]
-    rows = [row for row in lines[1:] if any(cell.strip() for cell in row.cells)]
+    rows = [row for row in lines[1:] if "".join(row.cells).strip()]
     check_header(path, header, rows)
     names = {}
     for i, name in enumerate(header):
         if name or any(row.cells[i].strip() for row in rows):  # not a spreadsheet's empty columns
             names[i] = name or f"(column {i + 1})"
-    read = [{name: row.cells[i] for i, name in names.items()} for row in rows]
+    read = []
+    for row in rows:
+        read.append({name: row.cells[i] for i, name in names.items()})
     form = f"table ({DELIMITERS.get(delimiter, delimiter)}, {encoding}{quoting})"
     places = [f"row {i} (line {row.last})" for i, row in enumerate(rows, 1)]
     table = Table(form, read, places)
@@ -247,8 +250,10 @@ def with_ticks(table):
         if mark:
             schemas[schema].append((column, label))
     for schema, columns in schemas.items():
-        kinds = [{row.get(column, "").strip() for row in table.rows} for column, _ in columns]
-        kinds = [values - {"", "0", "false"} for values in kinds]
+        kinds = []
+        for column, _ in columns:
+            values = {row.get(column, "").strip() for row in table.rows}
+            kinds.append(values - {"", "0", "false"})
         scale = len(columns) == 1 and not kinds[0] <= {"1", "true", "x", columns[0][1]}
         if scale or not any(kinds) or any(len(values) > 1 for values in kinds):
             continue  # a number or words, not a tick
@@ -270,10 +275,12 @@ HALVES = re.compile(r"\\ud[89ab]..(?!\\ud[c-f])|(?<!\\ud[89ab]..)\\ud[c-f]..", r
 
 def once(pairs):
     """The dict of an object in JSON; a key that stands twice would lose its first value."""
-    twice = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
-    if twice:
-        raise ValueError(f"the key {twice[0]!r} stands twice in one object")
-    return dict(pairs)
+    found = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands twice in one object")
+        found[key] = value
+    return found
 
 
 def parse_json(path, text):
@@ -615,7 +622,9 @@ def read_potato(path, records):
 
 def read_records(path, records):
     """The Table of plain records; what is nested in them is no cell."""
-    rows = [{name: cell_of(value) for name, value in record.items()} for _, record in records]
+    rows = []
+    for _, record in records:
+        rows.append({name: cell_of(value) for name, value in record.items()})
     return Table("JSON records", rows, [place for place, _ in records])
 
 

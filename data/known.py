@@ -114,8 +114,10 @@ Row = namedtuple("Row", "text user split time draws labels")
 
 def users_in_all(rows):
     """The rows of the users that are in all three parts."""
-    parts = [{a.user for a in rows if a.split == part} for part in ("train", "val", "test")]
-    everywhere = set.intersection(*parts)
+    users = defaultdict(set)
+    for a in rows:
+        users[a.split].add(a.user)
+    everywhere = users["train"] & users["val"] & users["test"]
     return [a for a in rows if a.user in everywhere]
 
 
@@ -182,7 +184,8 @@ def as_the_authors(rows, row, folder):
     for stage, rule in RULES.items():
         rows = rule(rows)
         notes[stage] = counts(rows)
-    often = [n for n in Counter(a.text for a in rows).values() if n > 20]  # control comments stay
+    times = Counter(a.text for a in rows)
+    often = [n for n in times.values() if n > 20]  # control comments stay
     return rows, notes | {"texts judged over 20 times": len(often),
                           "annotations of these": sum(often)}
 
