@@ -2,6 +2,7 @@
 (transformers' own forward pass and `generate`, the bytes of bitsandbytes, numbers of scikit-learn,
 PEFT where it is installed, prompts word for word), by properties, and by runs of the commands. They
 need no network and no GPU. The scripts in data/ have tests of their own."""
+import ast
 import copy
 import csv
 import errno
@@ -2541,3 +2542,39 @@ def test_a_step_on_a_pretended_gpu():
     child = subprocess.run([sys.executable, "-c", code], cwd=HERE, text=True, capture_output=True,
                            timeout=300)
     assert "all of it ran" in child.stdout, child.stderr[-3000:]
+
+
+# The files around plm.py --------------------------------------------------------------------------
+
+def test_plm_is_written_plainly():
+    source = (HERE / "plm.py").read_text("utf-8")
+    tree = ast.parse(source)
+    nodes = [x for x in ast.walk(tree) if not isinstance(x, ast.expr_context)]
+    prose = set()  # lines of docstrings
+    n = len(nodes)
+    for node in nodes:
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 40, node.name
+            if ast.get_docstring(node):
+                prose.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+                n -= 2
+    lines = source.splitlines()
+    code = [i for i, line in enumerate(lines, 1) if line.strip() and line.strip()[0] != "#"]
+    assert n / len(set(code) - prose) <= 8.3
+    assert not [node for node in nodes if isinstance(node, ast.NamedExpr)]
+    assert max(map(len, lines)) <= 100
+
+
+def test_every_command_is_a_target_and_readme_names_no_other():
+    targets = set(re.findall(r"^([a-z0-9_]+):", (HERE / "Makefile").read_text("utf-8"), re.M))
+    readme = (HERE / "README.md").read_text("utf-8")
+    named = set(re.findall(r"(?:`|^    )make ([a-z0-9_]+)", readme, re.M))
+    assert {*plm.METHODS, *plm.COMMANDS} <= targets
+    assert named <= targets
+
+
+def test_what_readme_names_of_the_code_is_there():
+    readme = (HERE / "README.md").read_text("utf-8")
+    for name in re.findall(r"`([a-z_]+(?:_batch|_step|_answers|_tree|_mask|_forward))`", readme):
+        assert hasattr(plm, name), name
