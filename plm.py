@@ -2440,7 +2440,7 @@ def print_summary(m, folder):
 
 ADAPT_STEPS = 40    # of AdamW, on all rows of a person
 ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
-KEPT = ("base_sha", "computed_in", "device", "weights_trained", "rule")  # of a run that is adapted
+KEPT = ("base_sha", "computed_in", "device", "weights_trained", "rule")  # by a run that is adapted
 
 
 def load_run(folder):

@@ -2325,19 +2325,19 @@ def test_new_people_are_scored_on_their_own_test_rows(tmp_path, new_csv, trained
 
 
 def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, trained):
-    folder, own = trained("cls_p")
-    path = write_csv(tmp_path / "people.csv", some_rows(12, NEW_PEOPLE))
-    found = adapted(folder, path, tmp_path / "out")
-    same = (folder / "predictions.csv").read_bytes()
-    assert (found / "predictions.csv").read_bytes() == same
-    assert user_rows(found)[0][3:] == NEW_PEOPLE
+    rows = some_rows(12, ["u1", "n1", "n2"])  # u1 is known, and stays as it is
+    path = write_csv(tmp_path / "people.csv", rows)
+    found = adapted(trained("cls_p")[0], path, tmp_path / "out")
+    assert user_rows(found)[0][3:] == ["n1", "n2"]
+    assert metrics_of(found)["rows"] == dict(train=8, val=0, test=8)
+    assert len(csv_lines(found / "predictions.csv")) == 8
 
 
 @pytest.mark.parametrize("users, header, says", [
-    (["u0", "n1", "n2"], "text user calm angry", "the run knows u0 already"),
-    (NEW_PEOPLE, "text user calm odd", "labels ['calm', 'odd']"),
-    (NEW_PEOPLE, "text user calm time", "labels ['not calm', 'calm']")])
-def test_people_who_are_known_and_other_labels_are_refused(
+    (["u0", "u1", "u2"], "text user calm angry", "no rows of new people"),
+    (NEW_PEOPLE, "text user calm odd", "no column for the label ['angry']"),
+    (NEW_PEOPLE, "text user calm time", "no column for the label ['angry']")])
+def test_people_who_are_all_known_and_other_labels_are_refused(
         tmp_path, capsys, trained, users, header, says):
     path = write_csv(tmp_path / "people.csv", some_rows(12, users), header)
     line = f"adapt {trained('cls_p')[0]} --csv {path} --out {tmp_path}/out"
