@@ -1563,7 +1563,7 @@ def test_scores_of_an_lm_are_the_logits_with_which_labels_begin_to_differ(tmp_pa
 
 
 def miniature_rows(told):
-    """Eight texts, each read by two users with opposite labels; the prompt tells the user or not."""
+    """Eight texts, each read by two users with opposite labels; is the prompt told the user?"""
     rows = []
     for i in range(8):
         for user in (0, 1):
@@ -1928,7 +1928,8 @@ def test_the_personalized_model_beats_the_plain_reading_with_a_bias_for_each_use
     rows = plm.read_csv(f"{HERE}/data/sample/annotations.csv")
     some = [row.values() for row in rows if row["user"] in "16 44 45 65 75 96".split()]
     path = write_csv(tmp_path / "a.csv", some, " ".join(rows[0]))
-    m = metrics_of(finished(tmp_path, f"cls_p --data {path} --epochs 20 --max-steps 130 --batch 16"))
+    run = "--epochs 20 --max-steps 130 --batch 16"
+    m = metrics_of(finished(tmp_path, f"cls_p --data {path} {run}"))
     assert m["f1_macro"] > m["f1_macro_user_bias"] > m["f1_macro_nobody"]
     assert m["f1_macro_shuffled"] < m["f1_macro_user_bias"]  # a deaf model gains nothing
 
@@ -1980,7 +1981,7 @@ def test_the_folder_of_another_configuration_is_not_overwritten(capsys, short_ru
         assert says in refused(capsys, f"{line} {flag}")
 
 
-def test_the_folder_of_other_data_under_the_same_name_is_not_overwritten(tmp_path, capsys, short_run):
+def test_the_folder_of_other_data_of_the_same_name_is_not_overwritten(tmp_path, capsys, short_run):
     line, _ = short_run
     assert go(line) == 0
     write_csv(tmp_path / "small.csv", some_rows(57))
@@ -2146,7 +2147,8 @@ def csv_of(path, annotations):
 
 @pytest.mark.parametrize("line", ["cls_p", "cls", "lm_p --model tiny_t5", "cls_p --tune full",
                                   "cls_p --recipe paper", "cls_p --dtype bfloat16"])
-def test_predict_gives_the_runs_own_scores_to_the_bit(tmp_path, monkeypatch, small_csv, trained, line):
+def test_predict_gives_the_runs_own_scores_to_the_bit(
+        tmp_path, monkeypatch, small_csv, trained, line):
     folder, own = trained(line)
     results = spied(monkeypatch)
     path = csv_of(tmp_path / "new.csv", plm.load_data(small_csv).parts["test"])
@@ -2363,8 +2365,8 @@ def test_a_run_without_nobodys_token_gets_to_know_no_one(capsys, new_csv, traine
 @pytest.mark.parametrize("line, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
     ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "neither a CSV nor"),
-    ("cls --split-col nosuch", "no column 'nosuch'"), ("cls --model ./nosuch", "./nosuch: no folder"),
-    (f"cls --model {HERE}", "cannot be used"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --split-col nosuch", "no column 'nosuch'"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --model ./nosuch", "./nosuch: no folder"), (f"cls --model {HERE}", "cannot be used"),
     ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
     ("cls_p --ids word", "invalid choice: 'word'"), ("q_0s --model openai:", "needs a name"),
     ("cls --model chatgpt", "can only be asked"), (f"cls --out {HERE}/plm.py", "Not a directory"),
@@ -2381,10 +2383,11 @@ def test_bad_input_gets_one_line_and_status_2(capsys, tmp_path, line, says):
 def test_a_damaged_adapter_or_metrics_file_is_named(tmp_path, capsys, trained):
     folder = tmp_path / "run"
     shutil.copytree(trained("cls_p")[0], folder)
+    line = f"predict {folder} --text x"
     os.truncate(folder / "adapter.safetensors", 5000)
-    assert f"{folder}/adapter.safetensors is damaged" in refused(capsys, f"predict {folder} --text x")
+    assert f"{folder}/adapter.safetensors is damaged" in refused(capsys, line)
     os.truncate(folder / "metrics.json", 50)
-    assert f"{folder}/metrics.json is damaged" in refused(capsys, f"predict {folder} --text x")
+    assert f"{folder}/metrics.json is damaged" in refused(capsys, line)
 
 
 def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
@@ -2420,7 +2423,7 @@ def test_a_run_has_a_folder_of_its_own(line, name):
 
 # A GPU that is pretended --------------------------------------------------------------------------
 # torch can follow a computation on a device that is not there by shapes, dtypes and devices alone
-# ("fake" tensors). What CUDA refuses is refused: tensors of two devices, and here of two dtypes in a
+# ("fake" tensors). What CUDA refuses is refused: tensors of two devices, and here two dtypes in a
 # product. So is what makes the host wait for a GPU: numbers that are fetched from it. torch cannot
 # forget a device again, so this happens in a process of its own.
 
@@ -2522,10 +2525,10 @@ def check_gpu():
     dequantize = plm.NF4Linear.dequantize
     summed_loss = plm.summed_loss
     faults = [
-        (plm, "on_device", functools.cache(lambda table, device: on_device(table, CPU)), "two devices"),
+        (plm, "on_device", lambda table, device: on_device(table, CPU), "two devices"),
         (plm.NF4Linear, "dequantize", lambda layer, dtype: dequantize(layer), "two dtypes"),
         (plm, "summed_loss", lambda *x: summed_loss(*x) * summed_loss(*x).item(), "_local_scalar"),
-        (plm, "summed_loss", lambda *x: summed_loss(*x) + summed_loss(*x).cpu(), "waits for a copy")]
+        (plm, "summed_loss", lambda *x: summed_loss(*x).cpu(), "waits for a copy")]
     plm.NF4 = mode.from_tensor(plm.NF4)
     with mode, LikeCUDA():
         for line in ("cls_p", "lm_p", "cls_p --model tiny_t5", "lm_p --model tiny_t5"):
