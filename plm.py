@@ -344,15 +344,16 @@ def load_data(name, split_col=None, max_eval=0):
 def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
     print(", ".join(f"{what}: {n}" for what, n in data.notes.items() if n))
-    kind = "ratings" if data.ordered else "a single choice" if data.single else "any number"
-    print(f"{len(data.labels)} labels, {kind}; how often each is chosen:")
     for part, annotations in data.parts.items():
-        chosen = np.array([a.labels for a in annotations])
-        often = [f"{x} {rate:.1%}" for x, rate in zip(data.labels, chosen.mean(0))]
         texts = len({a.text for a in annotations})
         users = len({a.user for a in annotations})
-        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users  "
-              f"{', '.join(often)}")
+        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users")
+    rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
+    often = [f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates)]
+    kind = "a rating" if data.ordered else "a single choice" if data.single else "any number"
+    print(f"labels, of which {kind} is chosen, and how often in training: {', '.join(often)}")
+
+
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
@@ -1040,15 +1041,12 @@ def check_forward(model):
 
 
 def find_device():
-    """The GPU if there is one, else the CPU; BadInput if there is one that does not start."""
-    if torch.cuda.is_available():
-        # cuDNN's attention plans every new shape anew, and shapes change every step here.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", torch.cuda.current_device())
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    check(wanted or not os.path.exists("/proc/driver/nvidia/version"),
-          "CUDA does not start; CUDA_VISIBLE_DEVICES= computes on the CPU")
-    return torch.device("cpu")
+    """The GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuDNN's attention plans every new shape anew, and shapes change every step here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def compute_dtype(device, width, asked=None):
@@ -1149,15 +1147,15 @@ def targets_of(rows, head):
     return dict(target=torch.tensor(target), weight=torch.tensor(weight))
 
 
-def tree_batch(model, rows, head):
-    """The batch of some rows for a decoder: their prompt tree."""
-    paths = []
+def tree_batch(model, rows, head, before=()):
+    """The batch of some rows for a decoder: their prompt tree, behind the nodes of some paths."""
+    paths = list(before)
     for row in rows:
         answer = row.answer[:-1] if head == "lm" else ()
         paths.append(row.prompt + answer)
     input_ids, positions, parents, branches = prompt_tree(paths, model.share)
     at = []
-    for row, branch in zip(rows, branches):
+    for row, branch in zip(rows, branches[len(before):]):
         at += branch[len(row.prompt) - 1:]
     return dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
                 sees=tree_mask(parents), at=torch.tensor(at), tokens=len(input_ids))
@@ -1174,20 +1172,18 @@ def pair_batch(model, rows, head):
     """The batch of some rows for an encoder-decoder: an encoder reads both ways, so only equal
     prompts are computed once."""
     start = model.lm.config.decoder_start_token_id
-    prompts = {}
+    place_of = {}  # prompt -> its place in the batch
     prompt_of = []
     answers = []
     for i, row in enumerate(rows):
-        key = row.prompt if model.share else (i, row.prompt)
-        prompts.setdefault(key, (len(prompts), row.prompt))
-        prompt_of.append(prompts[key][0])
-        begun = row.answer[:-1] if head == "lm" else ()
-        answers.append((start, *begun))
-    input_ids, mask = padded([ids for _, ids in prompts.values()])
+        key = (row.prompt, 0 if model.share else i)
+        prompt_of.append(place_of.setdefault(key, len(place_of)))
+        answers.append((start, *(row.answer[:-1] if head == "lm" else ())))
+    input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
-    at = there.flatten().nonzero()[:, 0]
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
-                prompt_of=torch.tensor(prompt_of), at=at, tokens=int(mask.sum() + there.sum()))
+                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0],
+                tokens=int(mask.sum() + there.sum()))
 
 
 def to_device(batch, device):
@@ -1216,22 +1212,11 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order. The rows of a text stay together, since that is where
-    they share most, and so do texts of about one length, for an encoder's padding."""
+    """Lists of `size` rows in random order; the rows of a text stay together, where they share."""
     texts = by_text(rows)
     rng.shuffle(texts)
-    windows = defaultdict(list)  # of 16 steps each, within which texts are sorted
-    count = 0
-    for own in texts:
-        windows[count // (16 * size)].append(own)
-        count += len(own)
-    flat = []
-    for window in windows.values():
-        for own in sorted(window, key=lambda own: len(own[0].prompt)):
-            flat += own
-    steps = [flat[i:i + size] for i in range(0, len(flat), size)]
-    rng.shuffle(steps)
-    return steps
+    flat = [row for own in texts for row in own]
+    return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
 def micro_batches(rows, size, max_nodes):
@@ -1573,13 +1558,11 @@ def plan_steps(rows, config):
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
-        steps = shuffled_steps(rows, config["batch"], rng)
-        for i, part in enumerate(steps, 1):
-            plan.append((epoch, part, i == len(steps)))
-    if config["max_steps"] and config["max_steps"] < len(plan):
-        plan = plan[:config["max_steps"]]
-        epoch, part, _ = plan[-1]
+        for part in shuffled_steps(rows, config["batch"], rng):
+            plan.append((epoch, part, False))
         plan[-1] = (epoch, part, True)
+    plan = plan[:config["max_steps"] or None]
+    plan[-1] = (*plan[-1][:2], True)
     return plan
 
 
@@ -1698,27 +1681,25 @@ def train(model, rows, val_rows, config, facts, folder):
 
 def write_with_decoder(model, prompts, ends, limit):
     """Greedy decoding: the ids of the answers to n prompts. Each has a row of the mask."""
+    device = model.device
     input_ids, positions, parents, branches = prompt_tree(prompts, model.share)
     leaves = [branch[-1] for branch in branches]
-    n = len(prompts)
-    sees = tree_mask(parents)
-    nodes = torch.tensor([input_ids, positions])
-    start = to_device(dict(nodes=nodes, sees=sees, leaves=torch.tensor(leaves), own=torch.eye(n) > 0,
-                           position=torch.tensor([len(ids) for ids in prompts]),
-                           ends=torch.tensor(ends)), model.device)
+    sees = tree_mask(parents).to(device)
+    own = torch.eye(len(prompts), dtype=torch.bool, device=device)
+    position = torch.tensor([len(ids) for ids in prompts], device=device)
+    answers = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+    ends = torch.tensor(ends, device=device)
     cache = transformers.DynamicCache()
-    states = model.decode(start["nodes"][0], start["nodes"][1], start["sees"], cache)
-    hidden = states[start["leaves"]]
-    sees = start["sees"][start["leaves"]]  # an answer sees what the end of its prompt sees ...
-    position = start["position"]
-    answers = torch.empty(n, 0, dtype=torch.long, device=model.device)
+    nodes = torch.tensor([input_ids, positions], device=device)
+    hidden = model.decode(nodes[0], nodes[1], sees, cache)[leaves]
+    sees = sees[leaves]  # an answer sees what the end of its prompt sees ...
     while True:
         written = model.token_logits(hidden).argmax(1)
         answers = torch.cat([answers, written[:, None]], 1)
-        ended = torch.isin(answers, start["ends"]).any(1)
+        ended = torch.isin(answers, ends).any(1)
         if answers.shape[1] == limit or ended.all():
             return answers.tolist()
-        sees = torch.cat([sees, start["own"]], 1)  # ... and its own tokens, one more every time
+        sees = torch.cat([sees, own], 1)  # ... and its own tokens, one more every time
         hidden = model.decode(written, position, sees, cache)
         position = position + 1
 
@@ -1826,17 +1807,19 @@ def predict_rates(data, config, annotations, strength=5):
     """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
     train = data.parts["train"]
     overall = gold_labels(train).mean(0)
-    own = defaultdict(list)
+    sums = defaultdict(lambda: strength * overall)  # of a user's rows, and `strength` of everybody's
+    counts = Counter()
     if config["personalized"]:
         for a in train:
-            own[a.user].append(a.labels)
-    rates = []
-    for a in annotations:
-        chosen = np.array(own[a.user]).reshape(-1, len(overall))
-        rates.append((chosen.sum(0) + strength * overall) / (len(chosen) + strength))
+            sums[a.user] = sums[a.user] + np.array(a.labels)
+            counts[a.user] += 1
+    rates = [sums[a.user] / (strength + counts[a.user]) for a in annotations]
     p = np.clip(rates, 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
+
+
+
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
 
@@ -2173,15 +2156,17 @@ def print_summary(m, folder):
     n = m["rows"]["test"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
-        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing, a score does
-            print(f"  {key:24} {short(m[key])}  {what}".rstrip())
+        if m.get(key):  # a count of 0 says nothing
+            print(f"  {key:24} {short(m[key])}  {what}")
     for label, f1 in zip(m["labels"], m["per_label"]):
-        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}".rstrip())
+        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
     if m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
         print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
     elif m["personalized"] and m["listens"]["model"] < 0.02:
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
+
+
 
 
 # 14. A trained run reads new sentences, and gets to know new people -------------------------------
@@ -2218,12 +2203,10 @@ def print_readings(config, annotations, result):
     shown = result["predicted"]
     if "scores" in result:
         shown = probabilities(result["scores"], config["single"])
-    print(f"{'user':12}", *(f"{label:>8}" for label in config["labels"]), sep="  ")
+    width = max(map(len, config["labels"])) + 2
+    print(f"{'user':12}" + "".join(f"{label:>{width}}" for label in config["labels"]))
     for a, line in zip(annotations, shown):
-        cells = []
-        for p, label in zip(line, config["labels"]):
-            cells.append(f"{p:>{max(len(label), 8)}.2f}")
-        print(f"{a.user[:12]:12}", *cells, sep="  ")
+        print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
 
 
 def predict_run(args):
@@ -2262,22 +2245,21 @@ def predict_run(args):
 
 
 def read_new_people(path, split_col, config):
-    """(dict part -> list of Annotation with the labels of a run, is there a split?) of a CSV. Without
-    a split all rows are to learn from."""
-    found, what, notes = read_annotations(path, split_col)
-    has_split = notes["split by"].startswith("column")
+    """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
+    by all rows are to learn from."""
+    rows = read_csv(path, "text", "user")
+    if split_col is None and "split" in rows[0]:
+        split_col = "split"
+    found, what = read_annotations(rows, split_col)
     unknown = set(what["labels"]) - set(config["labels"])
-    missing = set(config["labels"]) - set(what["labels"])
-    fits = what["single"] == config["single"] and not unknown and (what["single"] or not missing)
-    check(fits, f"{path}: labels {what['labels']}, but the run has {config['labels']}")
-    parts = {part: [] for part in PARTS}
+    check(not unknown and what["single"] == config["single"],
+          f"{path}: labels {what['labels']}, but the run has {config['labels']}")
+    parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
-        chosen = {label for label, y in zip(what["labels"], a.labels) if y}
+        chosen = [label for label, y in zip(what["labels"], a.labels) if y]
         labels = tuple(int(label in chosen) for label in config["labels"])
-        part = part if has_split else "train"
-        if part:
-            parts[part].append(a._replace(labels=labels))
-    return parts, has_split
+        parts[part if split_col else "train"].append(a._replace(labels=labels))
+    return parts
 
 
 def add_users(model, n):
@@ -2290,20 +2272,12 @@ def add_users(model, n):
 
 def reader_batch(model, rows):
     """(batch of some rows, cache of what stands before their readers, number of nodes in it)."""
-    batch = make_batch(model, rows)
     if model.seq2seq:  # an encoder reads the text anew for each reader
-        return batch, None, 0
-    # The nodes before the readers come first, so that they can be computed once for all steps.
+        return make_batch(model, rows), None, 0
     before = [row.prompt[:row.reader_at] for row in rows]
     kept = len(prompt_tree(before, model.share)[0])
-    paths = [row.prompt + (row.answer[:-1] if model.head == "lm" else ()) for row in rows]
-    input_ids, positions, parents, branches = prompt_tree(before + paths)
-    at = []
-    for row, branch in zip(rows, branches[len(rows):]):
-        at += branch[len(row.prompt) - 1:]
-    batch |= to_device(dict(
-        input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
-        sees=tree_mask(parents), at=torch.tensor(at)), model.device)
+    batch = tree_batch(model, rows, model.head, before) | targets_of(rows, model.head)
+    batch = to_device(batch, model.device)
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
@@ -2355,7 +2329,7 @@ def adapt_run(args):
     config, model, tokenizer, users = load_run(args.run)
     check(config["nobody"], f"{args.run} has no token for nobody to begin with: only cls_p and lm_p "
                             "of our recipe have one")
-    parts, has_split = read_new_people(args.csv, args.split_col, config)
+    parts = read_new_people(args.csv, args.split_col, config)
     new = sorted({a.user for a in parts["train"]})
     known = sorted(set(new) & set(users))
     check(new, f"{args.csv}: no row to learn from")
