@@ -75,7 +75,7 @@ def read_predictions(folder, labels):
 
 
 def bootstrap_gain(gold, plain, personal, texts):
-    """(low, high) of the difference of two macro F1 on the same rows, from a bootstrap over texts."""
+    """(low, high) of the difference of two macro F1 on the same rows, by a bootstrap over texts."""
     import plm  # costs four seconds, which a table without gains does not need
     first = plm.bootstrap_f1(gold, plain, texts)
     second = plm.bootstrap_f1(gold, personal, texts)
@@ -99,9 +99,9 @@ def gain(plain_run, personal_run):
 
 
 def table_cell(runs, twins):
-    """One cell of the table, of dicts (split, seed) -> (folder, metrics): F1-macro of a run with its
-    interval (of several: mean and standard deviation), and the gain over the plain twins, * where
-    every paired interval excludes 0."""
+    """One cell of the table, of dicts (split, seed) -> (folder, metrics): F1-macro of a run with
+    its interval (of several: mean and standard deviation), and the gain over the plain twins, *
+    where every paired interval excludes 0."""
     f1 = [m["f1_macro"] for _, m in runs.values()]
     if len(f1) > 1:
         spread = f"+-{np.std(f1, ddof=1):.3f} of {len(f1)}"
@@ -132,7 +132,7 @@ def collect(outs):
 
 
 def twins_of(cells, model, method):
-    """The runs of the plain twin of a personalized method, of the same model; {} if there is none."""
+    """The runs of the plain twin of a personalized method, by the same model; {} without any."""
     if not method.endswith("_p"):
         return {}
     return cells.get((model, method.removesuffix("_p")), {})

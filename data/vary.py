@@ -81,8 +81,8 @@ def in_one_split(rows):
                 split_of[text_id(a.text)] = part
     kept = [a for a in rows if a.split and a.split == split_of[text_id(a.text)]]
     kept.sort(key=lambda a: PARTS.index(a.split))
-    print(f"{len(rows):,} rows were read; {len(rows) - len(kept):,} are left out, which are in no "
-          "split or whose text is in a later split, too")
+    print(f"{len(rows):,} rows were read, {len(rows) - len(kept):,} of them are left out: in no "
+          "split, or of a text that is in a later split, too")
     return kept
 
 
@@ -96,8 +96,8 @@ def choose_new_people(rows, args):
     able = [user for user in users if n[user, "train"] >= most and n[user, "test"]]
     size = round(args.share * len(users))
     enough = 5 <= size <= len(users) - 5 and size <= len(able)
-    check(enough, f"too few users: {size} of {len(users)} would be new, 5 or more have to be, and 5 "
-                  f"or more known; {len(able)} have {most} training rows and a test row")
+    check(enough, f"too few users: {size} of {len(users)} would be new, 5 or more have to be, and "
+                  f"5 or more known; {len(able)} have {most} training rows and a test row")
     new = random.Random(args.seed).sample(able, size)
     given = set()
     for user in new:  # 5 known rows are 5 of the 15
@@ -118,8 +118,8 @@ def unseen(rows, args):
         is_new = a.user in new
         if is_new == (a.split == "test") or i in given:
             kept.append(a)
-    print(f"{len(rows) - len(kept):,} rows are left out: other rows of new people, and test rows of "
-          "the others")
+    print(f"{len(rows) - len(kept):,} rows are left out: other rows of new people, and test rows "
+          "of the others")
     return kept
 
 
@@ -162,7 +162,10 @@ def by_time(rows, args):
     for a, part in zip(rows, parts):
         before = first.get(text_id(a.text), part)
         first[text_id(a.text)] = min(part, before, key=PARTS.index)
-    kept = [a._replace(split=part) for a, part in zip(rows, parts) if part == first[text_id(a.text)]]
+    kept = []
+    for a, part in zip(rows, parts):
+        if part == first[text_id(a.text)]:
+            kept.append(a._replace(split=part))
     enough = {a.split for a in kept} == {*PARTS} and len(set(quarters_of(kept))) == 5
     check(enough, "column time has too few different times")
     print(f"{len(rows) - len(kept):,} rows are left out, of texts from an earlier split")
