@@ -16,14 +16,14 @@ PY = $(VENV)/bin/python
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 STUDY = --model $(MODEL) --data $(DATA) --seeds $(SEEDS) $(ARGS)
 
-# How long a thread that has nothing to do spins before it sleeps. The default of OpenMP, a tenth of
-# a second, takes a core from whatever else wants to run, as soon as there is less to do than threads.
+# How long a thread that has nothing to do spins before it sleeps. By the default of OpenMP it keeps
+# a core from whatever else wants to run for a tenth of a second.
 export GOMP_SPINCOUNT = 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help rates rates_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p data predict adapt \
-	export lewidi table report paper exp1 exp2 exp3 unseen later private full architectures bench \
-	test sample tiny clean
+.PHONY: help rates rates_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p data predict \
+	adapt export lewidi table report paper exp1 exp2 exp3 unseen later private full architectures \
+	bench test sample tiny clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 15
@@ -78,13 +78,12 @@ data: $(VENV)/ready  ## DATA=goemotions (known by name), or FILE=a.csv NAME=my: 
 	$(PY) data/prepare.py $(if $(FILE),--file $(FILE) $(if $(NAME),--name $(NAME)),$(DATA)) $(ARGS)
 
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b (or CSV=a.csv): some people read it
-	$(PY) plm.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT") \
-	    $(if $(USERS),--users "$(USERS)") $(ARGS)
+	$(PY) plm.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT" --users "$(USERS)") $(ARGS)
 
 adapt: $(VENV)/ready  ## RUN=out/... CSV=new.csv OUT=out: a run gets to know new people
 	$(PY) plm.py adapt $(RUN) --csv $(CSV) $(if $(OUT),--out $(OUT)) $(ARGS)
 
-export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: in the model's weights
+export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: a whole model
 	$(PY) data/export.py $(RUN) $(if $(MERGE),--merge) $(ARGS)
 
 lewidi: $(VENV)/ready  ## RUN=out/...: predictions in the form of LeWiDi's shared task
@@ -96,8 +95,8 @@ table: $(VENV)/ready  ## F1 of every finished run, and what each personalized on
 report: $(VENV)/ready  ## out/report.html: every finished run, to look at
 	$(PY) data/report.py $(ARGS)
 
-# Studies: data/study.py has a table of them, data/STUDIES.md has what came out. Several seeds, as in
-# SEEDS="42 43 44", are averaged; ARGS="--print" prints a study's commands for other machines.
+# Studies: data/study.py has a table of them, data/STUDIES.md has what came out. Several seeds, as
+# in SEEDS="42 43 44", are averaged; ARGS="--print" prints the commands for other machines.
 
 paper: $(VENV)/ready  ## study: the whole table of the paper, ten methods and two baselines
 	$(PY) data/study.py paper $(STUDY)
@@ -114,7 +113,7 @@ exp3: $(VENV)/ready  ## study: CLS-P against LM-P with the 2, 4 and 7 most frequ
 unseen: $(VENV)/ready  ## study: new people, known by 0, 5 or 15 rows
 	$(PY) data/study.py unseen $(STUDY)
 
-later: $(VENV)/ready  ## study: train on the earlier, test on the later, by the column `time` of DATA
+later: $(VENV)/ready  ## study: train on the earlier, test on the later (column `time` of DATA)
 	$(PY) data/study.py later $(STUDY)
 
 private: $(VENV)/ready  ## study: IDs hashed (export PLM_KEY=...), as words, or partly at random

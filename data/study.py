@@ -5,8 +5,8 @@
     python data/study.py paper --print > commands.txt             for other machines, see below
 
 The studies are the table below; data/STUDIES.md has what came out of them. A stopped study goes on
-by the same command. --print makes the study's CSVs and prints its commands instead, one a line. They
-do not depend on each other, each run has a folder of its own, and plm.py skips the finished ones:
+by the same command. --print makes the study's CSVs and prints its commands instead, one a line. No
+line needs another, each run has a folder of its own, and plm.py skips the finished ones:
 
     tr '\\n' '\\0' < commands.txt | xargs -0 -n 1 -P 4 sh -c       four at a time
     parallel -j 4 < commands.txt                                  the same by GNU parallel

@@ -12,10 +12,13 @@ import csv
 import glob
 import json
 import os
+import re
 import sys
 from collections import defaultdict
 
 import numpy as np
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 ORDER = ["rates", "rates_p", "q_0s", "q_0s_p", "q_1s", "q_1s_p", "q_2s", "q_2s_p",
          "cls", "cls_p", "lm", "lm_p"]  # of the rows
@@ -57,6 +60,11 @@ def title_of(m):
     """What runs of one table have in common: their dataset, and the flags that made them trials."""
     flags = [f"--{key.replace('_', '-')} {m[key]}" for key in TRIAL if m.get(key)]
     return f"{m['data']} ({' '.join(flags)})" if flags else m["data"]
+
+
+def in_order(title):
+    """What titles are sorted by: 5 rows come before 15."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", title)]
 
 
 def read_predictions(folder, labels):
@@ -161,7 +169,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         tables = collect(args.out)
-        for title in sorted(tables):
+        for title in sorted(tables, key=in_order):
             print_table(title, tables[title])
     except (NoRun, OSError) as e:
         print(f"table.py: {e}", file=sys.stderr)
