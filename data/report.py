@@ -4,10 +4,9 @@
     python data/report.py --picture data/report.svg    ... and the picture of the README
 
 The page has no script and asks no network for anything; what came out of a CSV is escaped. In every
-chart a plain run is hollow and dashed, its personalized twin filled and solid; colour repeats that.
+chart a plain run is hollow, its personalized twin filled; colour repeats that.
 """
 import argparse
-import json
 import math
 import os
 import sys
@@ -22,14 +21,14 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
 import plm  # noqa: E402
 from table import (  # noqa: E402
-    ORDER, NoRun, collect, in_order, read_predictions, table_cell, twins_of)
+    ORDER, NoRun, collect, read_predictions, table_cell, twins_of)
 
 COLORS = """body{{color:{0};background:{1}}}text{{fill:{0}}}.soft{{fill:{2}}}.rule{{stroke:{3}}}
 th,td,h2{{border-color:{3}}}.plain{{stroke:{2};fill:{1}}}.own{{stroke:{4};fill:{4}}}
 .sheet{{fill:{1}}}"""
 STYLE = """text{font:13px system-ui,sans-serif;font-variant-numeric:tabular-nums}
 text.soft{font-size:12px}.head,b{font-weight:600}.own,.plain{stroke-width:1.7}path.own,path.plain
-{fill:none}.plain.curve{stroke-dasharray:5 4}%s
+{fill:none}%s
 @media screen and (prefers-color-scheme:dark){%s}""" % (
     COLORS.format("#1d1d1f", "#fff", "#5c5c61", "#dcdce0", "#0b5cad"),
     COLORS.format("#e7e7ea", "#16181b", "#b0b0b6", "#3a3d42", "#7fb8ff"))
@@ -188,55 +187,6 @@ def users_chart(model, plain, own):
     return chart
 
 
-def labels_chart(model, plain, own):
-    """The Chart of F1 of each label, without and with the user ID."""
-    pairs = list(zip(own["labels"], plain["per_label"], own["per_label"]))
-    chart = rows_chart(len(pairs), 1, "F1 of a label")
-    for i, (label, before, after) in enumerate(pairs):
-        chart.row(i, f"{safe(label, 12)} {after - before:+.2f}")
-        chart.line([(before, i), (after, i)], "own")
-        chart.dot(before, i, "plain", f"{safe(label)} without the ID {before:.3f}", r=3)
-        chart.dot(after, i, "own", f"{safe(label)} with the ID {after:.3f}", r=3)
-    higher = sum(after > before for _, before, after in pairs)
-    chart.title = (f"{safe(model)}, seed {own['seed']}: F1 is higher with {own['method']} (filled) "
-                   f"than with {plain['method']} (hollow) for {higher} of {len(pairs)} labels")
-    return chart
-
-
-def read_epochs(folder):
-    """list of the lines of log.jsonl that end an epoch; empty if nothing was trained."""
-    path = f"{folder}/log.jsonl"
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
-        lines = [json.loads(line) for line in f]
-    return [line for line in lines if "val_loss" in line]
-
-
-def loss_chart(model, runs):
-    """The Chart of validation loss by epoch of some runs, None if none was trained."""
-    logs = {m["method"]: read_epochs(folder) for folder, m in runs}
-    logs = {method: log for method, log in logs.items() if log}
-    if not logs:
-        return None
-    losses = [line["val_loss"] for log in logs.values() for line in log]
-    low = math.floor(100 * min(losses)) / 100
-    high = low + 0.04 * math.ceil((max(losses) - low) / 0.04 + 0.1)  # four round steps
-    last = max(2, *[log[-1]["epoch"] for log in logs.values()])
-    chart = Chart((1, last), (low, high))
-    chart.x_axis("epoch", range(1, last + 1, math.ceil(last / 8)))
-    chart.y_axis("validation loss", np.linspace(low, high, 5))
-    for method, log in logs.items():
-        kind = kind_of(method)
-        chart.line([(line["epoch"], line["val_loss"]) for line in log], f"{kind} curve")
-        for line in log:
-            says = f"{method}, epoch {line['epoch']}: {line['val_loss']:.3f}"
-            chart.dot(line["epoch"], line["val_loss"], kind, says)
-    ends = ", ".join(f"{method} {log[-1]['val_loss']:.3f}" for method, log in logs.items())
-    chart.title = f"{safe(model)}: validation loss by epoch; in the end {ends}"
-    return chart
-
-
 # -------------------- tables
 
 def figure_of(title, head, rows, kind='class="wide" tabindex="0"'):
@@ -268,10 +218,23 @@ def main_table(cells):
                      "excludes 0.", ["method", *map(safe, models)], rows)
 
 
+def labels_table(cells):
+    """HTML of F1 of each label, of the first run of each method."""
+    names = []
+    columns = []
+    for (model, method), runs in cells.items():
+        _, m = list(runs.values())[0]
+        names.append(f"{method}<small>{safe(model)}</small>")
+        columns.append([f"{f1:.3f}" for f1 in m["per_label"]])
+    rows = [[safe(label), *scores] for label, *scores in zip(m["labels"], *columns)]
+    return figure_of("F1 of each label, by the first seed.", ["label", *names], rows)
+
+
 CONTROLS = {  # key of the metrics -> head of its column
     "f1_macro": "F1-macro", "f1_macro_tuned": "rule tuned", "f1_macro_nobody": "read for nobody",
     "f1_macro_user_bias": "... and a bias for each user", "f1_macro_shuffled": "IDs shuffled",
-    "f1_disagreed": "texts read differently", "model": "listens: model", "people": "listens: people",
+    "f1_disagreed": "texts read differently", "model": "listens: model",
+    "people": "listens: people",
 }
 
 
@@ -282,7 +245,8 @@ def controls_table(cells):
         for (split, seed), (_, m) in runs.items():
             known = m | m["listens"]
             numbers = [f"{known[key]:.3f}" if key in known else "–" for key in CONTROLS]
-            rows.append([f"{method}<small>{safe(model)} {safe(split or '')} {seed}</small>", *numbers])
+            name = f"{method}<small>{safe(model)} {safe(split or '')} {seed}</small>"
+            rows.append([name, *numbers])
     return "<h3>Controls</h3>" + figure_of(
         "A personalized run has to beat its plain twin with a bias for each user, or it has learned"
         " no more than a table; with shuffled user IDs its gain has to vanish. Listens is the share "
@@ -347,22 +311,17 @@ def dataset(title, cells):
     """HTML of all runs on a dataset."""
     charts = [intervals_chart(cells)]
     for model, plain, own in twin_runs(cells):
-        charts += [users_chart(model, plain, own), labels_chart(model, plain, own)]
-    for model in dict.fromkeys(model for model, _ in cells):
-        for head in ("cls", "lm"):
-            pair = [cells.get((model, head)), cells.get((model, f"{head}_p"))]
-            first = [list(runs.values())[0] for runs in pair if runs]
-            charts.append(loss_chart(model, first))
+        charts.append(users_chart(model, plain, own))
     figures = ""
     for chart in charts:
-        if chart:
-            figures += (f'<figure><figcaption>{chart.title}.</figcaption><svg role="img" viewBox="0 '
-                        f'0 {Chart.WIDTH} {chart.height}">{chart.content()}</svg></figure>')
+        figures += (f'<figure><figcaption>{chart.title}.</figcaption><svg role="img" viewBox="0 0 '
+                    f'{Chart.WIDTH} {chart.height}">{chart.content()}</svg></figure>')
     _, m = list(list(cells.values())[0].values())[0]
     sizes = ", ".join(f"{n:,} rows for {part}" for part, n in m["rows"].items() if part)
     return (f"<section><h2>{safe(title, 99)}</h2><p>{sizes}; {len(m['f1_per_user'])} users in the "
             f"test; {len(m['labels'])} labels: {', '.join(map(safe, m['labels']))}.</p>"
-            f"{main_table(cells)}{figures}{controls_table(cells)}{readers(cells)}</section>")
+            f"{main_table(cells)}{figures}{labels_table(cells)}{controls_table(cells)}"
+            f"{readers(cells)}</section>")
 
 
 def picture(tables):
@@ -389,13 +348,12 @@ def page(tables, out):
     """The HTML of all runs."""
     runs = 0
     html = ""
-    for title in sorted(tables, key=in_order):
-        cells = dict(sorted(tables[title].items(), key=lambda x: (x[0][0], ORDER.index(x[0][1]))))
+    for title, cells in tables.items():
         runs += sum(len(own) for own in cells.values())
         html += dataset(title, cells)
     intro = (f"<p>{date.today():%d %B %Y}. {runs} finished runs were read from {safe(out, 99)}. In "
-             "the charts a plain method, which is not told who reads, is hollow (○) and dashed; its "
-             "twin (_p), told the user ID, is filled (●) and solid.</p>")
+             "the charts a plain method, which is not told who reads, is hollow (○); its twin (_p), "
+             "told the user ID, is filled (●).</p>")
     return PAGE % (STYLE, intro + html)
 
 

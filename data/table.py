@@ -136,7 +136,11 @@ def collect(outs):
             tables[title_of(m)][column, m["method"]][m.get("split"), m["seed"]] = (folder, m)
     if not tables:
         raise NoRun(f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
-    return tables
+    in_rows = {}
+    for title in sorted(tables, key=in_order):
+        cells = tables[title].items()
+        in_rows[title] = dict(sorted(cells, key=lambda x: (x[0][0], ORDER.index(x[0][1]))))
+    return in_rows
 
 
 def twins_of(cells, model, method):
@@ -168,9 +172,8 @@ def main(argv=None):
                         help="folders of runs (out)")
     args = parser.parse_args(argv)
     try:
-        tables = collect(args.out)
-        for title in sorted(tables, key=in_order):
-            print_table(title, tables[title])
+        for title, cells in collect(args.out).items():
+            print_table(title, cells)
     except (NoRun, OSError) as e:
         print(f"table.py: {e}", file=sys.stderr)
         return 2
