@@ -248,9 +248,9 @@ def controls_table(cells):
             name = f"{method}<small>{safe(model)} {safe(split or '')} {seed}</small>"
             rows.append([name, *numbers])
     return "<h3>Controls</h3>" + figure_of(
-        "A personalized run has to beat its plain twin with a bias for each user, or it has learned"
-        " no more than a table; with shuffled user IDs its gain has to vanish. Listens is the share "
-        "of the variance that lies between readers of one text.",
+        "A personalized run has to beat its plain twin with a bias for each user, or it has "
+        "learned no more than a table; with shuffled user IDs its gain has to vanish. Listens is "
+        "the share of the variance that lies between readers of one text.",
         ["run, seed", *CONTROLS.values()], rows)
 
 
@@ -351,9 +351,9 @@ def page(tables, out):
     for title, cells in tables.items():
         runs += sum(len(own) for own in cells.values())
         html += dataset(title, cells)
-    intro = (f"<p>{date.today():%d %B %Y}. {runs} finished runs were read from {safe(out, 99)}. In "
-             "the charts a plain method, which is not told who reads, is hollow (○); its twin (_p), "
-             "told the user ID, is filled (●).</p>")
+    intro = (f"<p>{date.today():%d %B %Y}. {runs} finished runs were read from {safe(out, 99)}. "
+             "In the charts a plain method, which is not told who reads, is hollow (○); its twin "
+             "(_p), told the user ID, is filled (●).</p>")
     return PAGE % (STYLE, intro + html)
 
 
