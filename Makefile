@@ -8,6 +8,7 @@ DATA ?= sample
 SEED ?= 42
 SEEDS ?= $(SEED)
 MODELS ?= tiny tiny_t5
+METHOD ?= cls_p
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -86,7 +87,7 @@ adapt: $(VENV)/ready  ## RUN=out/... CSV=new.csv OUT=out: a run gets to know new
 export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: a whole model
 	$(PY) data/export.py $(RUN) $(if $(MERGE),--merge) $(ARGS)
 
-lewidi: $(VENV)/ready  ## RUN=out/...: predictions in the form of LeWiDi's shared task
+lewidi: $(VENV)/ready  ## RUN=out/...: scores as in LeWiDi's shared tasks, and a submission
 	$(PY) data/lewidi.py $(RUN) $(ARGS)
 
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
@@ -127,8 +128,8 @@ architectures: $(VENV)/ready  ## study: a decoder against an encoder-decoder, MO
 
 # Around it.
 
-bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are installed
-	$(PY) data/bench.py $(FLAGS)
+bench: $(VENV)/ready  ## METHOD=cls_p: how fast, and beside PEFT and bitsandbytes if installed
+	$(PY) data/bench.py $(METHOD) $(FLAGS)
 
 test: $(VENV)/ready  ## the tests: no network, no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q test_plm.py data
