@@ -45,12 +45,12 @@ def path_of(data):
     return path if os.path.isfile(path) else data
 
 
-def label_columns(rows):
+def label_columns(rows, split_col):
     """The columns of labels, as plm.py tells them from splits."""
     columns = []
     for column in rows[0]:
         values = {row[column] for row in rows}
-        if column not in ("text", "user", "time") and not values <= {*PARTS, ""}:
+        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
             columns.append(column)
     return columns
 
@@ -61,7 +61,7 @@ def read(data, split_col):
     if split_col is None and "split" in cells[0]:
         split_col = "split"
     found, _ = plm.read_annotations(cells, split_col)
-    columns = label_columns(cells)
+    columns = label_columns(cells, split_col)
     rows = []
     for row, (a, part) in zip(cells, found):
         labels = {column: row[column] for column in columns}
