@@ -16,13 +16,14 @@ import argparse
 import itertools
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from typing import NamedTuple
 
 HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = sys.executable
-PLM = os.path.join(os.path.dirname(HERE), "plm.py")
+PLM = os.path.normpath(os.path.join(HERE, "..", "plm.py"))
 BASELINES = ("rates", "rates_p")
 ASKED = ("q_0s", "q_0s_p", "q_1s", "q_1s_p", "q_2s", "q_2s_p")
 TRAINED = ("cls", "cls_p", "lm", "lm_p")
@@ -187,7 +188,7 @@ def run(command, stdout=None):
     except KeyboardInterrupt:  # it was heard there, too
         process.wait()
         raise
-    if status == 130:
+    if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if status:
         print(f"study.py: the study ends here, since this failed: {shlex.join(command)}",
