@@ -37,7 +37,7 @@ import plm  # noqa: E402
 SEED = 11
 VOCABULARY = 2048
 CONTEXT = 512
-TREE = 8  # rows of a batch in one tree: the mask of a larger one costs more than it shares
+TREE = 4  # rows of a batch in one tree: the mask of a larger one costs more than it shares
 DATA = plm.load_data("sample")
 PLAIN = dict(labels=DATA.labels, single=False, none=False, shots=0, personalized=False, head="lm",
              prompt="tree")  # what a run of `lm` has in its configuration for the prompt
