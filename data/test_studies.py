@@ -226,6 +226,13 @@ def test_every_csv_of_a_study_is_made_before_it_is_read():
     assert all(command[-2:] == ["--split-col", "fold1"] for command in csvs)
 
 
+def test_make_has_a_target_for_every_method_and_study():
+    done = subprocess.run(["make"], cwd=os.path.dirname(HERE), capture_output=True, text=True)
+    targets = {line.split()[0] for line in done.stdout.splitlines()}
+    assert targets >= {*plm.METHODS, *plm.COMMANDS, *study.STUDIES}
+    assert [*table.ORDER] == [*plm.METHODS]
+
+
 def test_values_and_flags_of_plm_reach_the_commands():
     csvs, jobs, _ = planned("exp3 --values 2 5 --epochs 3")
     assert [command[-1] for command in csvs] == ["2", "5"]
