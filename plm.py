@@ -2502,17 +2502,16 @@ def predict_run(args):
 
 def read_new_people(path, split_col, config):
     """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
-    by all rows are to learn from."""
+    by, all rows are to learn from."""
     rows = read_csv(path, "text", "user")
     if split_col is None and "split" in rows[0]:
         split_col = "split"
     found, what = read_annotations(rows, split_col)
-    unknown = set(what["labels"]) - set(config["labels"])
-    check(not unknown and what["single"] == config["single"],
-          f"{path}: labels {what['labels']}, but the run has {config['labels']}")
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
-        chosen = [label for label, y in zip(what["labels"], a.labels) if y]
+        chosen = {label for label, y in zip(what["labels"], a.labels) if y}
+        check(chosen <= set(config["labels"]),
+              f"{path}: {sorted(chosen)}, but the labels of the run are {config['labels']}")
         labels = tuple(int(label in chosen) for label in config["labels"])
         parts[part if split_col else "train"].append(a._replace(labels=labels))
     return parts
@@ -2583,37 +2582,33 @@ def adapt_run(args):
     start = time.perf_counter()
     check(args.csv, "adapt needs --csv FILE with rows of new people")
     config, model, tokenizer, users = load_run(args.run)
-    check(config["nobody"], f"{args.run} has no token for nobody to begin with: only cls_p and lm_p "
-                            "of our recipe have one")
+    check(config["nobody"], f"{args.run} has no token for nobody to begin with: cls_p and lm_p of "
+                            "our recipe have one")
     parts = read_new_people(args.csv, args.split_col, config)
-    new = sorted({a.user for a in parts["train"]})
-    known = sorted(set(new) & set(users))
-    check(new, f"{args.csv}: no row to learn from")
-    check(not known, f"{args.csv}: the run knows {', '.join(known[:5])} already")
+    new = sorted({a.user for a in parts["train"]} - set(users))
+    check(new, f"{args.csv}: no rows of new people to learn from")
+    learned = [a for a in parts["train"] if a.user in new]
+    test = parts["test"] or learned  # without test rows it is scored on those that it learned from
     add_users(model, len(new))
     names = name_users(config, users + new, model.V)
-    rows, _ = encode(tokenizer, config, parts["train"], [], names)
-    check_length(config, model.lm.config, rows)
+    rows, _ = encode(tokenizer, config, learned, [], names)
+    test_rows, _ = encode(tokenizer, config, test, [], names)
+    check_length(config, model.lm.config, rows + test_rows)
     adapt(model, rows, config)
-    seconds = time.perf_counter() - start
-    print(f"{len(new)} new people by {len(rows):,} rows, in {seconds:.1f} s with loading")
-    name = os.path.splitext(os.path.basename(args.csv))[0]
-    own = config | dict(data=name, split=args.split_col, adapted_from=os.path.abspath(args.run),
-                        command=" ".join(sys.argv), seconds=seconds)
-    folder = folder_of(own, args.out)
+    print(f"{len(new)} new people by {len(rows):,} rows, {time.perf_counter() - start:.1f} s in all")
+    result = predict(model, tokenizer, test_rows, config)
+    metrics = config | score(config, test, result)
+    metrics |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
+                    adapted_from=os.path.abspath(args.run), command=" ".join(sys.argv),
+                    rows=dict(train=len(learned), val=0, test=len(test)))
+    folder = folder_of(metrics, args.out)
     with alone_in(folder):
-        settle(folder, own, args.fresh)
+        settle(folder, metrics, args.fresh)
         save_adapter(f"{folder}/adapter.safetensors", model, users + new)
-        if parts["test"]:
-            rows, _ = encode(tokenizer, config, parts["test"], [], names)
-            result = predict(model, tokenizer, rows, config)
-            own |= score(config, parts["test"], result)
-            own["rows"] = {part: len(annotations) for part, annotations in parts.items()}
-            write_run(folder, own, parts["test"], result)
-        else:  # nothing to score: the scores are those of the run's own people
-            shutil.copy(f"{args.run}/predictions.csv", f"{folder}/predictions.csv")
-            write_file(f"{folder}/metrics.json", own)
-    print_summary(own, folder)
+        write_run(folder, metrics, test, result)
+    print_summary(metrics, folder)
+
+
 
 
 # 15. The command line -----------------------------------------------------------------------------

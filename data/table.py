@@ -62,9 +62,9 @@ def title_of(m):
     return f"{m['data']} ({' '.join(flags)})" if flags else m["data"]
 
 
-def in_order(title):
-    """What titles are sorted by: 5 rows come before 15."""
-    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", title)]
+def in_order(name):
+    """What titles and columns are sorted by: 5 comes before 15."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def read_predictions(folder, labels):
@@ -139,7 +139,8 @@ def collect(outs):
     in_rows = {}
     for title in sorted(tables, key=in_order):
         cells = tables[title].items()
-        in_rows[title] = dict(sorted(cells, key=lambda x: (x[0][0], ORDER.index(x[0][1]))))
+        in_rows[title] = dict(sorted(
+            cells, key=lambda x: (in_order(x[0][0]), ORDER.index(x[0][1]))))
     return in_rows
 
 
@@ -152,7 +153,7 @@ def twins_of(cells, model, method):
 
 def print_table(title, cells):
     """Prints F1-macro of methods (rows) by models (columns) on one dataset."""
-    models = sorted({model for model, _ in cells})
+    models = list(dict.fromkeys(model for model, _ in cells))
     text = {}
     for (model, method), runs in cells.items():
         text[model, method] = table_cell(runs, twins_of(cells, model, method))
