@@ -1,25 +1,33 @@
 # make                    this list
 # make cls_p              the default: tiny model, sample data
 # make cls_p MODEL=phi2 DATA=goemotions SEED=1 ARGS="--epochs 3"
-# `python plm.py --help` names the models, the datasets and what ARGS may hold.
+# `python plm.py --help` names the models and what ARGS may hold.
 
 MODEL ?= tiny
 DATA ?= sample
 SEED ?= 42
+SEEDS ?= $(SEED)
+MODELS ?= tiny tiny_t5
+METHOD ?= cls_p
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
 
 PY = $(VENV)/bin/python
-PLM = $(PY) plm.py
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
+STUDY = --model $(MODEL) --data $(DATA) --seeds $(SEEDS) $(ARGS)
+
+# How long a thread that has nothing to do spins before it sleeps. By the default of OpenMP it keeps
+# a core from whatever else wants to run for a tenth of a second.
+export GOMP_SPINCOUNT = 3000
 
 .DEFAULT_GOAL := help
-.PHONY: help majority prior cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table \
-	predict export report bench test tiny sample clean
+.PHONY: help rates rates_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p data predict \
+	adapt export lewidi table report paper exp1 exp2 exp3 unseen later private full architectures \
+	bench test sample tiny clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 15
 	@echo 'with MODEL= DATA= SEED= ARGS=, as in: make cls_p MODEL=smollm2 ARGS="--max-steps 30"'
 
 $(VENV)/ready: requirements.txt  # the virtual environment, made once
@@ -27,61 +35,103 @@ $(VENV)/ready: requirements.txt  # the virtual environment, made once
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# The rows of the paper's table.
+
 cls: $(VENV)/ready  ## CLS: fine-tune with a classification head
-	$(PLM) cls $(FLAGS)
+	$(PY) plm.py cls $(FLAGS)
 
 cls_p: $(VENV)/ready  ## CLS-P: ... and the user ID in the prompt
-	$(PLM) cls_p $(FLAGS)
+	$(PY) plm.py cls_p $(FLAGS)
 
 lm: $(VENV)/ready  ## LM: fine-tune to write the labels
-	$(PLM) lm $(FLAGS)
+	$(PY) plm.py lm $(FLAGS)
 
 lm_p: $(VENV)/ready  ## LM-P: ... and the user ID in the prompt
-	$(PLM) lm_p $(FLAGS)
+	$(PY) plm.py lm_p $(FLAGS)
 
 q_0s: $(VENV)/ready  ## Q-0S: ask the untrained model
-	$(PLM) q_0s $(FLAGS)
+	$(PY) plm.py q_0s $(FLAGS)
 
 q_0s_p: $(VENV)/ready  ## Q-0S-P: ... and the user ID in the prompt
-	$(PLM) q_0s_p $(FLAGS)
+	$(PY) plm.py q_0s_p $(FLAGS)
 
 q_1s: $(VENV)/ready  ## Q-1S: ask, with one example
-	$(PLM) q_1s $(FLAGS)
+	$(PY) plm.py q_1s $(FLAGS)
 
 q_1s_p: $(VENV)/ready  ## Q-1S-P: ... of the same user
-	$(PLM) q_1s_p $(FLAGS)
+	$(PY) plm.py q_1s_p $(FLAGS)
 
 q_2s: $(VENV)/ready  ## Q-2S: ask, with two examples
-	$(PLM) q_2s $(FLAGS)
+	$(PY) plm.py q_2s $(FLAGS)
 
 q_2s_p: $(VENV)/ready  ## Q-2S-P: ... of the same user
-	$(PLM) q_2s_p $(FLAGS)
+	$(PY) plm.py q_2s_p $(FLAGS)
 
-majority: $(VENV)/ready  ## baseline: how often everybody chooses each label
-	$(PLM) majority $(FLAGS)
+rates: $(VENV)/ready  ## baseline: how often everybody chooses each label
+	$(PY) plm.py rates $(FLAGS)
 
-prior: $(VENV)/ready  ## baseline: how often this user chooses each label
-	$(PLM) prior $(FLAGS)
+rates_p: $(VENV)/ready  ## baseline: how often this user chooses each label
+	$(PY) plm.py rates_p $(FLAGS)
 
-data: $(VENV)/ready  ## download and prepare DATA=goemotions, unhealthy or popquorn
-	$(PY) data/prepare.py $(DATA) $(ARGS)
+# Data, and what to do with a finished run.
+
+data: $(VENV)/ready  ## DATA=goemotions (known by name), or FILE=a.csv NAME=my: make data/NAME/
+	$(PY) data/prepare.py $(if $(FILE),--file $(FILE) $(if $(NAME),--name $(NAME)),$(DATA)) $(ARGS)
+
+predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b (or CSV=a.csv): some people read it
+	$(PY) plm.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT" --users "$(USERS)") $(ARGS)
+
+adapt: $(VENV)/ready  ## RUN=out/... CSV=new.csv OUT=out: a run gets to know new people
+	$(PY) plm.py adapt $(RUN) --csv $(CSV) $(if $(OUT),--out $(OUT)) $(ARGS)
+
+export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: a whole model
+	$(PY) data/export.py $(RUN) $(if $(MERGE),--merge) $(ARGS)
+
+lewidi: $(VENV)/ready  ## RUN=out/...: scores as in LeWiDi's shared tasks, and a submission
+	$(PY) data/lewidi.py $(RUN) $(ARGS)
 
 table: $(VENV)/ready  ## F1 of every finished run, and what each personalized one gains
 	$(PY) data/table.py $(ARGS)
 
-predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b: one sentence, read by some people
-	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users "$(USERS)") $(ARGS)
-
-export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one
-	$(PY) data/export.py $(RUN)
-
 report: $(VENV)/ready  ## out/report.html: every finished run, to look at
 	$(PY) data/report.py $(ARGS)
 
-bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are installed
-	@BENCH='$(FLAGS)' $(PY) -m pytest -qs -k bench -rs test_plm.py
+# Studies: data/study.py has a table of them, data/STUDIES.md has what came out. Several seeds, as
+# in SEEDS="42 43 44", are averaged; ARGS="--print" prints the commands for other machines.
 
-test: $(VENV)/ready  ## the tests: under five minutes, no network, no GPU
+paper: $(VENV)/ready  ## study: the whole table of the paper, ten methods and two baselines
+	$(PY) data/study.py paper $(STUDY)
+
+exp1: $(VENV)/ready  ## study: is it worth training? Q-0S against CLS-P
+	$(PY) data/study.py exp1 $(STUDY)
+
+exp2: $(VENV)/ready  ## study: does an example help? Q-1S against Q-0S
+	$(PY) data/study.py exp2 $(STUDY)
+
+exp3: $(VENV)/ready  ## study: CLS-P against LM-P with the 2, 4 and 7 most frequent labels
+	$(PY) data/study.py exp3 $(STUDY)
+
+unseen: $(VENV)/ready  ## study: new people, known by 0, 5 or 15 rows
+	$(PY) data/study.py unseen $(STUDY)
+
+later: $(VENV)/ready  ## study: train on the earlier, test on the later (column `time` of DATA)
+	$(PY) data/study.py later $(STUDY)
+
+private: $(VENV)/ready  ## study: IDs hashed (export PLM_KEY=...), as words, or partly at random
+	$(PY) data/study.py private $(STUDY)
+
+full: $(VENV)/ready  ## study: LoRA of rank 2, 8, 64 against full fine-tuning; NF4 against none
+	$(PY) data/study.py full $(STUDY)
+
+architectures: $(VENV)/ready  ## study: a decoder against an encoder-decoder, MODELS="tiny tiny_t5"
+	$(PY) data/study.py architectures --model $(MODELS) --data $(DATA) --seeds $(SEEDS) $(ARGS)
+
+# Around it.
+
+bench: $(VENV)/ready  ## METHOD=cls_p: how fast, and beside PEFT and bitsandbytes if installed
+	$(PY) data/bench.py $(METHOD) $(FLAGS)
+
+test: $(VENV)/ready  ## the tests: no network, no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q test_plm.py data
 
 sample: $(VENV)/ready  ## make the simulated annotations anew
@@ -90,90 +140,7 @@ sample: $(VENV)/ready  ## make the simulated annotations anew
 tiny: $(VENV)/ready  ## pretrain the tiny models anew
 	$(PY) data/make_tiny.py
 
-# Studies of what the paper leaves open. A study runs rows of the table on CSVs that data/vary.py makes
-# of DATA, and prints the table. Stopped, it goes on by the same command. `paper`, `exp1`, `exp2` and
-# `architectures` keep their runs in OUT with all others; the rest in a folder of their own below it.
-
-OUT ?= out
-SEEDS ?= 42 43 44
-MODELS ?= tiny tiny_t5
-COUNTS ?= 2 4 7
-KNOWN ?= 0 5 15
-FULL_LR ?= 3e-4
-TIME ?= time
-COLS ?=   # flags of data/vary.py for a CSV of yours: --text-col comment --user-col worker
-
-NAME = $(basename $(notdir $(DATA)))
-VARY = $(PY) data/vary.py $(DATA)
-TABLE = $(PY) data/table.py --out
-LATER = $(OUT)/later/$(NAME)_later.csv
-BASELINES = majority prior
-METHODS = q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p cls cls_p lm lm_p
-
-.PHONY: paper exp1 exp2 exp3 unseen later private full architectures
-
-paper: $(VENV)/ready  ## the paper's table: ten methods and two baselines, SEEDS="42 43 44"
-	@set -ex; for seed in $(SEEDS); do for method in $(BASELINES) $(METHODS); do \
-	    $(PLM) $$method $(FLAGS) --seed $$seed --out $(OUT); done; done
-	$(TABLE) $(OUT) --says \
-	    'The whole table of the paper: every method on the same test rows; a gain is of a _p over its plain twin.'
-
-exp1: $(VENV)/ready  ## is it worth training? Q-0S against CLS-P
-	$(PLM) q_0s $(FLAGS) --out $(OUT)
-	$(PLM) cls_p $(FLAGS) --out $(OUT)
-	$(TABLE) $(OUT) --says \
-	    'What training is worth: q_0s asks the model as it comes; cls_p is trained, and told the reader.'
-
-exp2: $(VENV)/ready  ## does an example help? Q-1S against Q-0S
-	$(PLM) q_0s $(FLAGS) --out $(OUT)
-	$(PLM) q_1s $(FLAGS) --out $(OUT)
-	$(TABLE) $(OUT) --says \
-	    'What an example is worth: q_1s shows one solved row in the prompt, q_0s none.'
-
-exp3: $(VENV)/ready  ## CLS-P against LM-P with the COUNTS="2 4 7" most frequent labels
-	@set -ex; for n in $(COUNTS); do csv=$(OUT)/exp3/$(NAME)_labels$$n.csv; \
-	    $(VARY) $$csv --labels $$n $(COLS); for method in cls_p lm_p; do \
-	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/exp3; done; done
-	$(TABLE) $(OUT)/exp3 --says \
-	    'Which head: cls_p scores each label, lm_p writes them; the data are the same with fewer labels.'
-
-unseen: $(VENV)/ready  ## new people, of whom training has KNOWN="0 5 15" rows
-	@set -ex; for k in $(KNOWN); do csv=$(OUT)/unseen/$(NAME)_known$$k.csv; \
-	    $(VARY) $$csv --unseen --known $$k --seed $(SEED) $(COLS); \
-	    for method in $(BASELINES) cls cls_p q_2s q_2s_p; do \
-	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/unseen; done; done
-	$(TABLE) $(OUT)/unseen --says \
-	    'New people: of the test users training has 0, 5 or 15 rows, and q_2s_p two of these as examples.'
-
-later: $(VENV)/ready  ## does it last? train on the earlier, test on the later by the column TIME
-	$(VARY) $(LATER) --by-time $(TIME) $(COLS)
-	@set -ex; for method in $(BASELINES) cls cls_p; do \
-	    $(PLM) $$method $(FLAGS) --data $(LATER) --out $(OUT)/later; done
-	$(TABLE) $(OUT)/later --says \
-	    'Does it last: trained on the earlier, tested on the later texts; F1 by quarter of the test period.'
-	$(PY) data/vary.py $(LATER) --quarters
-
-private: $(VENV)/ready  ## IDs hashed (export PLM_KEY=...), as words, at random with epsilon 1, 3, 8
-	@set -ex; for ids in "dp --epsilon inf" hash words "dp --epsilon 1" "dp --epsilon 3" \
-	    "dp --epsilon 8"; do csv=$(OUT)/private/$(NAME)_$$(echo $$ids | tr -d ' -').csv; \
-	    $(VARY) $$csv --ids $$ids --seed $(SEED) $(COLS); \
-	    for method in prior cls_p; do \
-	    $(PLM) $$method $(FLAGS) --data $$csv --out $(OUT)/private; done; done
-	$(PLM) cls $(FLAGS) --data $(OUT)/private/$(NAME)_dpepsiloninf.csv --out $(OUT)/private
-	$(TABLE) $(OUT)/private --says \
-	    'What hiding an ID costs: hashes and words nothing, if cls_p stays; the lower epsilon, the more noise.'
-
-full: $(VENV)/ready  ## LoRA r 2, 8, 64 against full fine-tuning; NF4 against weights as stored
-	@set -ex; for how in "--r 2" "--r 8" "--r 64" "--r 8 --no-quant" "--tune full --lr $(FULL_LR)"; do \
-	    $(PLM) cls_p $(FLAGS) $$how --out $(OUT)/full/$$(echo $$how | tr -d ' -'); done
-	$(TABLE) $(OUT)/full/* --says \
-	    'What LoRA and NF4 cost: the same cls_p with other ranks, unquantized, and with every weight trained.'
-
-architectures: $(VENV)/ready  ## a decoder against an encoder-decoder, MODELS="tiny tiny_t5"
-	@set -ex; for model in $(MODELS); do for method in cls cls_p lm lm_p; do \
-	    $(PLM) $$method $(FLAGS) --model $$model --out $(OUT); done; done
-	$(TABLE) $(OUT) --says \
-	    'A decoder against an encoder-decoder: the same rows, heads and prompts.'
-
 clean:  ## remove the runs, but for answers that were paid for
-	if [ -d out ]; then find out -type f ! -name answers.jsonl -delete; find out -type d -empty -delete; fi
+	mkdir -p out
+	find out -type f ! -name answers.jsonl -delete
+	find out -depth -type d -empty -delete

@@ -336,6 +336,12 @@ def in_file(path):
                        "the form of nearly any file") from None
 
 
+def file_sha(path):
+    """16 hex digits that stand for a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
 def load_data(name, split_col=None, max_eval=0):
     """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
     path = f"{HERE}/data/{name}/annotations.csv"
@@ -356,10 +362,8 @@ def load_data(name, split_col=None, max_eval=0):
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
     none = not all(any(a.labels) for a, _ in found)
-    with open(path, "rb") as f:
-        sha = hashlib.file_digest(f, "sha256").hexdigest()[:16]
     name = os.path.splitext(os.path.basename(name))[0]
-    return Dataset(name, **what, none=none, parts=parts, notes=notes, sha=sha)
+    return Dataset(name, **what, none=none, parts=parts, notes=notes, sha=file_sha(path))
 
 
 def print_data(data):
@@ -2352,12 +2356,12 @@ def peak_memory_mb():
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))  # macOS counts bytes
 
 
-def circumstances(data, start):
+def circumstances(parts, start):
     """dict of what metrics.json says of a run besides its scores."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     versions["python"] = sys.version.split()[0]
-    return dict(rows={part: len(annotations) for part, annotations in data.parts.items()},
-                notes=data.notes, versions=versions, command=" ".join(sys.argv),
+    return dict(rows={part: len(annotations) for part, annotations in parts.items()},
+                versions=versions, command=" ".join(sys.argv),
                 peak_memory_mb=peak_memory_mb(), seconds=round(time.perf_counter() - start, 1))
 
 
@@ -2381,7 +2385,7 @@ def run(args):
                 result, scores = run_chat(config, data, folder)
             else:
                 result, scores = run_model(config, data, folder)
-            metrics = config | scores | circumstances(data, start)
+            metrics = config | scores | dict(notes=data.notes) | circumstances(data.parts, start)
             write_run(folder, metrics, data.parts["test"], result)
     print_summary(metrics, folder)
 
@@ -2440,7 +2444,6 @@ def print_summary(m, folder):
 
 ADAPT_STEPS = 40    # of AdamW, on all rows of a person
 ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
-KEPT = ("base_sha", "computed_in", "device", "weights_trained", "rule")  # by a run that is adapted
 
 
 def load_run(folder):
@@ -2615,17 +2618,17 @@ def adapt_run(args):
     check_length(config, model.lm.config, rows + test_rows)
     adapt(model, rows, config)
     print(f"{len(new)} new people by {len(rows):,} rows, {time.perf_counter() - start:.1f} s in all")
-    result = predict(model, tokenizer, test_rows, config)
-    asked = dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
-                 adapted_from=os.path.abspath(args.run))
-    settings = read_json(f"{args.run}/run.json") | asked
-    kept = {key: config[key] for key in KEPT if key in config}  # no score of other people
-    metrics = settings | kept | score(config, test, result)
-    metrics |= dict(command=" ".join(sys.argv), rows=dict(train=len(learned), val=0, test=len(test)))
-    folder = folder_of(metrics, args.out)
+    own = read_json(f"{args.run}/run.json")
+    own |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
+                data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
+    folder = folder_of(own, args.out)
     with alone_in(folder):
-        settle(folder, settings, args.fresh)
+        settle(folder, own, args.fresh)
+        result = predict(model, tokenizer, test_rows, config)
         save_adapter(f"{folder}/adapter.safetensors", model, users + new)
+        parts = dict(train=learned, val=[], test=test)
+        metrics = own | score(config, test, result) | circumstances(parts, start)
+        metrics |= {key: config[key] for key in ("base_sha", "computed_in")}
         write_run(folder, metrics, test, result)
     print_summary(metrics, folder)
 

@@ -17,6 +17,7 @@ import json
 import random
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,11 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from plm import split_of  # noqa: E402  (models and yardstick must agree on the test rows)
 
-SEED, TEXTS, USERS, ANNOTATORS_PER_TEXT = 7, 1500, 40, (3, 4, 5)
-TOO_SIMILAR = 0.5                     # two comments may share at most this part of their words
+SEED = 7
+TEXTS = 1500
+USERS = 40
+ANNOTATORS_PER_TEXT = (3, 4, 5)
+TOO_SIMILAR = 0.5  # two comments may share at most this part of their words
 LABELS = ["funny", "sarcastic", "hostile", "dismissive", "supportive", "curious", "sad"]
 
 # -------------------- the readers
@@ -57,7 +61,9 @@ TONES = {
 }
 AMBIGUOUS = [tone for tone, (trait, *_) in TONES.items() if trait]
 PLAIN = [tone for tone in TONES if tone not in AMBIGUOUS]
-SHARE_AMBIGUOUS, SHARE_TWO_TONES, SECOND_TONE = 0.78, 0.2, 0.55
+SHARE_AMBIGUOUS = 0.78
+SHARE_TWO_TONES = 0.2
+SECOND_TONE = 0.55  # how strong it is
 
 # -------------------- the grammar
 # {slot} is filled from the topic or from WORDS, {Slot} the same with a capital, and [this|that]
@@ -197,8 +203,9 @@ TOPICS = {
         fact="Room {n} smells of paint.|The exam is before the holidays.|"
              "Half the class chose geography."),
 }
-TOPICS = {name: {slot: lines(words) for slot, words in slots.items()}
-          for name, slots in TOPICS.items()}
+for slots in TOPICS.values():
+    for slot in slots:
+        slots[slot] = lines(slots[slot])
 
 WORDS = {slot: lines(words) for slot, words in dict(
     goose="walnut|muppet|turnip|clown|donkey|pudding|noodle|goose|melon|pickle|hamster|teapot",
@@ -407,7 +414,8 @@ SAYS = {
         "eyes|pull the other one].",
         "Slow clap.|Pull the other one.|Yeah, and pigs fly.|As if."),
 }
-SAYS = {tone: tuple(lines(part) for part in parts) for tone, parts in SAYS.items()}
+for tone, (says, closing) in SAYS.items():
+    SAYS[tone] = lines(says), lines(closing)
 
 
 def fill(line, topic, rng):
@@ -449,7 +457,9 @@ class Distinct:
     words that two texts share, divided by all the words of both."""
 
     def __init__(self):
-        self.sets, self.by_word, self.highest = [], {}, 0.0
+        self.sets = []
+        self.by_word = {}  # word -> the sets that have it
+        self.highest = 0.0
 
     def similarity(self, text):
         words = set(re.findall(r"\w+", text.lower()))
@@ -457,7 +467,10 @@ class Distinct:
         for word in words:
             for i in self.by_word.get(word, ()):
                 shared[i] = shared.get(i, 0) + 1
-        return max((n / (len(words) + len(self.sets[i]) - n) for i, n in shared.items()), default=0)
+        highest = 0
+        for i, n in shared.items():
+            highest = max(highest, n / (len(words) + len(self.sets[i]) - n))
+        return highest
 
     def add(self, text):
         words = set(re.findall(r"\w+", text.lower()))
@@ -516,7 +529,8 @@ def best_f1(p):
 
 def annotate(tones_of, users, rng):
     """-> [(text, user, 0/1 labels, P(label | text, reader), its mean over all readers)]."""
-    rows, deck = [], []
+    rows = []
+    deck = []
     for text, tones in tones_of.items():
         p = {user: probabilities(tones, users[user]) for user in users}
         mean = np.mean(list(p.values()), axis=0)
@@ -551,8 +565,7 @@ def write_sample(folder, rows, best, highest):
         out.writerow(["text", "user", *LABELS])
         out.writerows([text, user, *ticks] for text, user, ticks, *_ in rows)
     (folder / "best.json").write_text(json.dumps(best, indent=2) + "\n")
-    count = {part: sum(split_of(row[0]) == part for row in rows)
-             for part in ("train", "val", "test")}
+    count = Counter(split_of(row[0]) for row in rows)
     (folder / "README.md").write_text(README.format(
         rows=len(rows), texts=len({row[0] for row in rows}), users=len({row[1] for row in rows}),
         highest=highest, labels=", ".join(LABELS), without=best["without_reader"]["f1_macro"],
@@ -580,7 +593,9 @@ It shows what personalization can gain where readers differ this much, nothing a
 
 def main():
     rng = random.Random(SEED)
-    users, distinct, tones_of = make_users(rng), Distinct(), {}
+    users = make_users(rng)
+    distinct = Distinct()
+    tones_of = {}
     while len(tones_of) < TEXTS:
         text, tones = comment(rng)
         if distinct.take(text):

@@ -13,8 +13,10 @@ or a comment that is too much like one of the sample's validation or test commen
 
     python data/make_tiny.py                # both, one after the other
     python data/make_tiny.py --model tiny   # one of the two
+    python data/make_tiny.py --comments 200 --to out/models   # a few steps, to see that it runs
 """
 import argparse
+import functools
 import math
 import random
 import sys
@@ -32,14 +34,20 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import make_sample as sample  # noqa: E402
 import plm  # noqa: E402
 
-SEED, VOCABULARY, CONTEXT = 11, 2048, 512
+SEED = 11
+VOCABULARY = 2048
+CONTEXT = 512
+TREE = 4  # rows of a batch in one tree: the mask of a larger one costs more than it shares
 DATA = plm.load_data("sample")
-METHOD = plm.METHODS["lm"]  # its prompt is the unpersonalized one, without examples
+PLAIN = dict(labels=DATA.labels, single=False, none=False, shots=0, personalized=False, head="lm",
+             prompt="tree")  # what a run of `lm` has in its configuration for the prompt
+PERSONALIZED = PLAIN | dict(personalized=True, head="ask")
+MARKER = "\n### Response:"  # what the plain prompt ends with
 USER = "\n### User ID:"  # as in the personalized prompt, where the user follows
 
 
 # -------------------- what they learn from
-# A passer-by may be described: for every trait, the word for a reader near +1 and for one near -1.
+# A passer-by may be described: for every trait, the word for a reader near +1 and one for near -1.
 WORDS = {"thick_skin": ("tough", "tender"), "ear_for_irony": ("wry", "literal"),
          "trust": ("trusting", "wary"), "light_heart": ("cheerful", "gloomy")}
 
@@ -52,7 +60,10 @@ def passer_by(rng):
 
 def describe(reader, rng):
     """-> (who reads, None): some of the reader's traits in words, in any order, "wry gloomy"."""
-    words = [word[reader[trait] < 0] for trait, word in WORDS.items() if rng.random() < 0.8]
+    words = []
+    for trait, (high, low) in WORDS.items():
+        if rng.random() < 0.8:
+            words.append(low if reader[trait] < 0 else high)
     rng.shuffle(words)
     return f"\n### Reader: {' '.join(words)}" if words else "", None
 
@@ -68,9 +79,11 @@ def number(reader, rng):
 def fresh_comments(rng, n, readers, introduce):
     """-> [(text, [(who reads, character, answer) of some passers-by])], by `introduce` (`describe`
     or `number`); no text is too similar to one that the models will be judged by."""
-    held_out, comments, dropped = sample.Distinct(), [], 0
-    for text in {a.text: 0 for a in DATA.val + DATA.test}:
+    held_out = sample.Distinct()
+    for text in dict.fromkeys(a.text for a in DATA.parts["val"] + DATA.parts["test"]):
         held_out.add(text)
+    comments = []
+    dropped = 0
     while len(comments) < n:
         text, tones = sample.comment(rng)
         if held_out.similarity(text) > sample.TOO_SIMILAR:
@@ -117,10 +130,13 @@ def make_tokenizer(texts, specials, template):
 def tokenizer_texts(comments):
     """The comments and, often enough for their words to become tokens, the pieces of the prompts
     and all numbers of two digits."""
-    prompts = [plm.prompt_parts(plm.METHODS[m], DATA, "", "") for m in ("lm", "lm_p")]
-    pieces = [piece for parts in prompts for part in parts for piece in part]
+    pieces = []
+    for config in (PLAIN, PERSONALIZED):
+        pieces += [string for _, string in plm.prompt_pieces(config, "", "")]
     answers = [plm.answer_text(sample.LABELS, [1] * len(sample.LABELS)), ",".join(sample.LABELS)]
-    readers = ["\n### Reader:"] + [f" {word}" for pair in WORDS.values() for word in pair]
+    readers = ["\n### Reader:"]
+    for pair in WORDS.values():
+        readers += [f" {word}" for word in pair]
     numbers = [f" {n}" for n in range(10, 100)]
     return [" " + text for text, _ in comments] + (pieces + answers + readers + numbers) * 500
 
@@ -133,26 +149,33 @@ def examples(tokenizer, comments, rng, batch, answered):
     def ids(piece):
         return plm.tokenize(tokenizer, piece)
 
-    *_, (marker,) = plm.prompt_parts(METHOD, DATA, "", "")
-    end, kinds = [tokenizer.eos_token_id], {"answer": [], "write": []}
+    end = [tokenizer.eos_token_id]
+    kinds = {"answer": [], "write": []}
     for text, answers in comments:
         if rng.random() < answered:
-            kinds["answer"].append((ids(" " + text), [
-                (ids(who) + ids(marker), character, ids(answer) + end)
-                for who, character, answer in answers]))
+            behind = []
+            for who, character, answer in answers:
+                behind.append((ids(who) + ids(MARKER), character, ids(answer) + end))
+            kinds["answer"].append((ids(" " + text), behind))
         else:
             line = text if rng.random() < 0.5 else number_line(rng)
             kinds["write"].append((ids(" " + line) + end, []))
-    batches = [(kind, rows[at:at + batch]) for kind, rows in kinds.items()
-               for at in range(0, len(rows), batch)]
+    batches = []
+    for kind, rows in kinds.items():
+        for at in range(0, len(rows), batch):
+            batches.append((kind, rows[at:at + batch]))
     rng.shuffle(batches)
     return batches
 
 
+@functools.cache
 def instruction(tokenizer):
-    """Token ids of what all prompts begin with."""
-    shared, *_ = plm.prompt_parts(METHOD, DATA, "", "")
-    return [token for piece in shared for token in plm.tokenize(tokenizer, piece)]
+    """Token ids of what all prompts begin with, up to the text."""
+    ids = []
+    for kind, string in plm.prompt_pieces(PLAIN, "", ""):
+        if kind == "text":
+            return ids
+        ids += plm.tokenize(tokenizer, string)
 
 
 def pad(rows, value=0):
@@ -161,48 +184,81 @@ def pad(rows, value=0):
 
 
 # -------------------- training
+def decoder_lines(prefix, kind, rows):
+    """list of (path, where what is to be learned begins in it, weight of its tokens)."""
+    lines = []
+    for text, answers in rows:
+        lines.append(((*prefix, *text), len(prefix), 1.0 if kind == "write" else 0.1))
+        for asked, _, answer in answers:
+            begin = len(prefix) + len(text) + len(asked)
+            lines.append(((*prefix, *text, *asked, *answer), begin, 1.0))
+    return lines
+
+
+def tree_losses(model, lines):
+    """(cross-entropy of every token to be learned of some lines, their weights). The tree computes
+    what the lines begin with once."""
+    ids, positions, parents, branches = plm.prompt_tree([path for path, _, _ in lines])
+    at = []
+    target = []
+    weight = []
+    for (path, begin, w), branch in zip(lines, branches):
+        at += branch[begin - 1:-1]  # the state at a token predicts the next
+        target += path[begin:]
+        weight += [w] * (len(path) - begin)
+    mask = plm.additive_mask(plm.tree_mask(parents), torch.float32)
+    hidden = model.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]),
+                         attention_mask=mask, use_cache=False).last_hidden_state[0]
+    loss = F.cross_entropy(model.lm_head(hidden[at]), torch.tensor(target), reduction="none")
+    return loss, torch.tensor(weight)
+
+
 def decoder_loss(model, tokenizer, kind, rows):
-    """Cross-entropy of lines and answers, and of the text in a prompt with a small weight. The tree
-    computes what the rows of a batch begin with once."""
+    """Cross-entropy of lines and answers, and of the text in a prompt with a small weight."""
     prefix = (tokenizer.bos_token_id, *(instruction(tokenizer) if kind == "answer" else []))
-    lines = [(group, (*prefix, *text), len(prefix), 1.0 if kind == "write" else 0.1)
-             for group, (text, _) in enumerate(rows)]  # (group, path, where it begins, weight)
-    lines += [(group, (*prefix, *text, *asked, *answer), len(prefix) + len(text) + len(asked), 1.0)
-              for group, (text, answers) in enumerate(rows) for asked, _, answer in answers]
-    paths = sorted({line[:2] for line in lines})
-    ids, position, parent, groups, nodes = plm.prompt_tree(paths, len(prefix))
-    nodes = dict(zip(paths, nodes))
-    said = [(nodes[group, path][i - 1], path[i], weight)  # (node, token to come after it, weight)
-            for group, path, start, weight in lines for i in range(start, len(path))]
-    blocks = plm.attention_blocks(parent, groups, len(prefix), 64, torch.float32)
-    inputs = dict(input_ids=torch.tensor([ids]), position_ids=torch.tensor([position]),
-                  tree=dict(S=len(prefix), blocks=blocks, cache=None))
-    at, target, weight = map(torch.tensor, zip(*said))
-    hidden = model.model(**inputs, use_cache=False).last_hidden_state[0]
-    loss = F.cross_entropy(model.lm_head(hidden[at]), target, reduction="none")
-    return (loss * weight).sum() / weight.sum()
+    total = 0
+    weights = 0
+    for at in range(0, len(rows), TREE):
+        loss, weight = tree_losses(model, decoder_lines(prefix, kind, rows[at:at + TREE]))
+        total = total + (loss * weight).sum()
+        weights = weights + weight.sum()
+    return total / weights
+
+
+def seq2seq_pairs(tokenizer, kind, rows):
+    """(what the encoder is given, what is to be said, places of user IDs, their characters)."""
+    end = [tokenizer.eos_token_id]
+    mark = plm.tokenize(tokenizer, USER)
+    shared = instruction(tokenizer) if kind == "answer" else []
+    given = []
+    said = []
+    places = []  # (row, position of the user's number)
+    characters = []
+    for text, answers in rows:
+        for asked, character, answer in answers:
+            if character:
+                places.append((len(given), len(shared) + len(text) + len(mark)))
+                characters.append(character)
+            given.append(shared + text + asked + end)
+            said.append(answer)
+    return given, said, places, characters
+
+
+def with_holes(line, unknown):
+    """A line of which the encoder sees a part."""
+    holes = torch.rand(len(line)) < 0.3
+    return [unknown if hole else token for token, hole in zip(line, holes)]
 
 
 def seq2seq_loss(model, tokenizer, kind, rows):
     """Cross-entropy of the answers, or of a line of which the encoder sees a part. The embedding
     of a passer-by's user ID is that of the number plus `model.character` by the traits."""
-    end, mark = [tokenizer.eos_token_id], plm.tokenize(tokenizer, USER)
-    places, characters = [], []  # places: (row, position of the user's number)
-    if kind != "write":
-        shared = instruction(tokenizer) if kind == "answer" else []
-        given, said = [], []
-        for text, answers in rows:
-            for asked, character, answer in answers:
-                if character:
-                    places.append((len(given), len(shared + text + mark)))
-                    characters.append(character)
-                given.append(shared + text + asked + end)
-                said.append(answer)
-    else:
-        holes = [torch.rand(len(line)) < 0.3 for line, _ in rows]
-        given = [[tokenizer.unk_token_id if hole else token for token, hole in zip(line, where)]
-                 for (line, _), where in zip(rows, holes)]
+    places = []
+    if kind == "write":
+        given = [with_holes(line, tokenizer.unk_token_id) for line, _ in rows]
         said = [line for line, _ in rows]
+    else:
+        given, said, places, characters = seq2seq_pairs(tokenizer, kind, rows)
     embedded = model.shared(pad(given))
     if places:
         where = tuple(torch.tensor(places).T)
@@ -216,7 +272,8 @@ def pretrain(model, tokenizer, loss_of, examples, lr):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=len(examples), pct_start=0.1)
-    start, recent = time.time(), {}
+    start = time.time()
+    recent = {}
     model.train()
     for step, (kind, rows) in enumerate(examples, 1):
         loss = loss_of(model, tokenizer, kind, rows)
@@ -231,15 +288,15 @@ def pretrain(model, tokenizer, loss_of, examples, lr):
             print(f"step {step}/{len(examples)}{losses}  {time.time() - start:.0f} s", flush=True)
 
 
-def make_decoder(rng):
-    comments = fresh_comments(rng, 36_000, readers=4, introduce=describe)
+def make_decoder(rng, n):
+    comments = fresh_comments(rng, n, readers=4, introduce=describe)
     specials = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>")
     tokenizer = make_tokenizer(tokenizer_texts(comments), specials, "<s> $A")
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=5,
         num_attention_heads=4, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
         initializer_range=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        attn_implementation="tree"))
+        attn_implementation="eager"))
     # Numbers are used alike, so training moves them alike: what tells them apart is their start.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.1)
     batches = examples(tokenizer, comments, rng, batch=32, answered=0.8)
@@ -247,14 +304,20 @@ def make_decoder(rng):
     return model, tokenizer
 
 
-def make_t5(rng):
+def by_length(comments, window=512):
+    """The comments, those of similar length together: less padding."""
+    found = []
+    for at in range(0, len(comments), window):
+        found += sorted(comments[at:at + window], key=lambda comment: len(comment[0]))
+    return found
+
+
+def make_t5(rng, n):
     """T5's attention is sharp from the start, and its heads look for the *content* of a word. Told
     of readers in words it would look for these words, and give a user ID no glance and therefore no
     gradient, ever. So it learns on user IDs, each with a character that is added to its embedding
     and thrown away afterwards: what is left is a model that looks at the user ID."""
-    comments = fresh_comments(rng, 36_000, readers=4, introduce=number)
-    comments = [c for at in range(0, len(comments), 512)  # of similar length: less padding
-                for c in sorted(comments[at:at + 512], key=lambda c: len(c[0]))]
+    comments = by_length(fresh_comments(rng, n, readers=4, introduce=number))
     specials = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
     tokenizer = make_tokenizer(tokenizer_texts(comments), specials, "$A </s>")
     model = T5ForConditionalGeneration(T5Config(
@@ -285,18 +348,20 @@ MODELS = {"tiny": make_decoder, "tiny_t5": make_t5}
 def main():
     parser = argparse.ArgumentParser(description="Build and pretrain the tiny models.")
     parser.add_argument("--model", choices=MODELS, help="only this one")
-    only = parser.parse_args().model
-    for name in [only] if only else MODELS:
+    parser.add_argument("--comments", type=int, default=36_000, help="to learn from (36,000)")
+    parser.add_argument("--to", type=Path, default=HERE / "models", help="folder (data/models)")
+    args = parser.parse_args()
+    for name in [args.model] if args.model else MODELS:
         rng = random.Random(SEED)
         torch.manual_seed(SEED)
-        model, tokenizer = MODELS[name](rng)
-        folder = HERE / "models" / name
+        model, tokenizer = MODELS[name](rng, args.comments)
+        folder = args.to / name
         model.generation_config = GenerationConfig.from_model_config(model.config)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         size = sum(file.stat().st_size for file in folder.iterdir())
-        print(f"{folder.relative_to(HERE.parent)}: {model.num_parameters() / 1e6:.2f} million "
-              f"parameters, {size / 1e6:.1f} MB")
+        print(f"{folder}: {model.num_parameters() / 1e6:.2f} million parameters, "
+              f"{size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -8,139 +8,174 @@ its plain twin in per cent, paired by seed and split, on the same rows only, and
 paired interval excludes 0. Of several folders each model stands with its folder.
 """
 import argparse
+import csv
 import glob
+import json
 import os
+import re
 import sys
 from collections import defaultdict
 
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import plm  # noqa: E402
+
+ORDER = ["rates", "rates_p", "q_0s", "q_0s_p", "q_1s", "q_1s_p", "q_2s", "q_2s_p",
+         "cls", "cls_p", "lm", "lm_p"]  # of the rows
+TRIAL = ("max_eval", "max_steps")  # a run with one of these flags does not stand beside whole ones
+NEEDED = ("method", "model", "data", "data_sha", "seed", "labels", "rows", "f1_macro",
+          "f1_macro_ci", "f1_per_user", "per_label", "listens")
 
 
-def fits(value, like):
-    """Is a value out of a file of the same form as `like`?"""
-    if isinstance(like, dict):
-        return isinstance(value, dict) and all(fits(value.get(k), x) for k, x in like.items())
-    if isinstance(like, list):
-        return isinstance(value, list) and all(fits(x, like[0]) for x in value)
-    return isinstance(value, (int, float) if type(like) in (int, float) else type(like))
-
-
-TRIAL = "max_eval", "max_steps"  # a run with one of them is not set beside whole ones
-METRICS = dict(  # the form of what tables and the report read of metrics.json
-    method="", model="", data="", data_sha="", seed=0, labels=[""], f1_macro=0.0,
-    f1_macro_ci=[0.0], per_label=[0.0], f1_per_user=dict(users={}), spread=0.0,
-    rows=dict(train=0, val=0, test=0), listens=dict(model=0.0, people=0.0))
+class NoRun(Exception):
+    """There is nothing to make a table of."""
 
 
 def finished_runs(out):
-    """Yields (folder, metrics) of every finished run; what cannot be read is named on stderr."""
+    """list of (folder, metrics) of every finished run in a folder of runs. One whose metrics.json
+    cannot be used is named on stderr."""
+    found = []
     pattern = os.path.join(glob.escape(out), "*", "*", "*", "seed*", "metrics.json")
-    for folder in map(os.path.dirname, sorted(glob.glob(pattern))):
+    for path in sorted(glob.glob(pattern)):
+        folder = os.path.dirname(path)
         try:
-            m = plm.read_json(f"{folder}/metrics.json")
-            odd = [key for key, form in METRICS.items() if not fits(m.get(key), form)]
-            plm.check(not odd and m["method"] in plm.METHODS, f"metrics.json: damaged {odd[:3]}")
-            low, high = m["f1_macro_ci"]
-            plm.check(0 <= low <= high <= 1 and 0 <= m["f1_macro"] <= 1 <= m["rows"]["test"]
-                      and all(fits(m.get(key, 0), 0) for key in TRIAL)
-                      and fits(m.get("split") or "", ""), "no F1")
-            yield folder, m
-        except (OSError, plm.BadInput, ValueError) as e:
-            print(f"table.py: {folder} is left out ({e})", file=sys.stderr)
+            with open(path, encoding="utf-8") as f:
+                metrics = json.load(f)
+            missing = [key for key in NEEDED if key not in metrics]
+        except (ValueError, TypeError) as e:
+            missing = [str(e)]
+        if missing or metrics["method"] not in ORDER:
+            print(f"{folder} is left out: metrics.json lacks {missing[:3]}", file=sys.stderr)
+        else:
+            found.append((folder, metrics))
+    return found
 
 
-def table_of(m):
-    """(dataset of a run, the flags that made it a trial): what stands in one table."""
+def model_column(folder):
+    """The name of a run's model, as its folder has it: .../<data>/<model>/<method>/seed<S>."""
+    return os.path.normpath(folder).split(os.sep)[-3]
+
+
+def title_of(m):
+    """What runs of one table have in common: their dataset, and the flags that made them trials."""
     flags = [f"--{key.replace('_', '-')} {m[key]}" for key in TRIAL if m.get(key)]
-    return m["data"], f" ({' '.join(flags)})" if flags else ""
+    return f"{m['data']} ({' '.join(flags)})" if flags else m["data"]
+
+
+def in_order(name):
+    """What titles and columns are sorted by: 5 comes before 15."""
+    return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def read_predictions(folder, labels):
     """(gold (R, L), predicted (R, L), (text id, user) of each row) of a run's predictions.csv."""
-    def ticks(cell):
-        names = [cell] if cell in labels else cell.split(", ")
-        return [int(label in names) for label in labels]
+    gold = []
+    predicted = []
+    rows = []
+    csv.field_size_limit(1 << 30)
+    with open(f"{folder}/predictions.csv", newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f):
+            rows.append((row["text_id"], row["user"]))
+            for ticks, cell in ((gold, row["gold"]), (predicted, row["predicted"])):
+                names = [cell] if cell in labels else cell.split(", ")
+                ticks.append([label in names for label in labels])
+    return np.array(gold), np.array(predicted), rows
 
-    needed = "text_id", "user", "gold", "predicted"
-    rows = [row for _, row in plm.csv_rows(f"{folder}/predictions.csv", needed)]
-    gold, predicted = (np.array([ticks(r[key]) for r in rows]) for key in ("gold", "predicted"))
-    return gold, predicted, [(r["text_id"], r["user"]) for r in rows]
+
+def bootstrap_gain(gold, plain, personal, texts):
+    """(low, high) of the difference of two macro F1 on the same rows, by a bootstrap over texts."""
+    import plm  # costs four seconds, which a table without gains does not need
+    first = plm.bootstrap_f1(gold, plain, texts)
+    second = plm.bootstrap_f1(gold, personal, texts)
+    return np.percentile(second - first, [2.5, 97.5])
 
 
-def gain(plain, personal):
+def gain(plain_run, personal_run):
     """(gain in per cent of a personalized run over its plain twin, does the paired interval exclude
     0?) of two (folder, metrics); None if they were not scored on the same rows, or plain is 0."""
-    (a, m), (b, n) = plain, personal
-    try:
-        gold, first, rows = read_predictions(a, m["labels"])
-        gold_too, second, rows_too = read_predictions(b, n["labels"])
-    except plm.BadInput as e:
-        print(f"table.py: no gain of {b} over {a} ({e})", file=sys.stderr)
+    labels = plain_run[1]["labels"]
+    f1 = plain_run[1]["f1_macro"]
+    if labels != personal_run[1]["labels"] or f1 == 0:
         return None
-    if rows != rows_too or m["labels"] != n["labels"] or (gold != gold_too).any() \
-            or not m["f1_macro"]:  # of nothing there is no per cent
+    gold, plain, rows = read_predictions(plain_run[0], labels)
+    own_gold, personal, own_rows = read_predictions(personal_run[0], labels)
+    if rows != own_rows or (gold != own_gold).any():
         return None
     texts = [text for text, _ in rows]
-    draws = plm.bootstrap_f1(gold, second, texts) - plm.bootstrap_f1(gold, first, texts)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return 100 * (n["f1_macro"] / m["f1_macro"] - 1), not low <= 0 <= high
+    low, high = bootstrap_gain(gold, plain, personal, texts)
+    return 100 * (personal_run[1]["f1_macro"] / f1 - 1), low > 0 or high < 0
 
 
 def table_cell(runs, twins):
-    """One cell of the table: F1-macro of a run with its interval (of several: mean and standard
-    deviation), and the gain over the plain twins, * where every paired interval excludes 0."""
+    """One cell of the table, of dicts (split, seed) -> (folder, metrics): F1-macro of a run with
+    its interval (of several: mean and standard deviation), and the gain over the plain twins, *
+    where every paired interval excludes 0."""
     f1 = [m["f1_macro"] for _, m in runs.values()]
-    low, high = next(iter(runs.values()))[1]["f1_macro_ci"]
-    spread = f"[{low:.3f} {high:.3f}]"
     if len(f1) > 1:
         spread = f"+-{np.std(f1, ddof=1):.3f} of {len(f1)}"
+    else:
+        _, metrics = list(runs.values())[0]
+        low, high = metrics["f1_macro_ci"]
+        spread = f"[{low:.3f} {high:.3f}]"
     gains = [gain(twins[key], runs[key]) for key in runs if key in twins]
     if not gains or None in gains:
         return f"{np.mean(f1):.3f} {spread}"
-    percent, sure = zip(*gains)
-    return f"{np.mean(f1):.3f} {spread} {np.mean(percent):+.0f} %" + "*" * all(sure)
+    percent = np.mean([more for more, _ in gains])
+    star = "*" if all(sure for _, sure in gains) else ""
+    return f"{np.mean(f1):.3f} {spread} {percent:+.0f} %{star}"
 
 
-def print_table(*outs):
-    """F1-macro of every finished run: methods in rows, models in columns (of several folders: each
-    with its folder), a table a dataset, one for its trials. Runs of several seeds and splits are
-    averaged; gains are paired by both."""
-    cells = defaultdict(dict)
+def collect(outs):
+    """dict title -> dict (model, method) -> dict (split, seed) -> (folder, metrics)."""
+    tables = defaultdict(lambda: defaultdict(dict))
     for out in outs:
         for folder, m in finished_runs(out):
-            column = plm.model_name(m["model"]) + f" {os.path.basename(out)}" * (len(outs) > 1)
-            key = table_of(m), m["method"], column
-            cells[key][m.get("split"), m.get("seed")] = folder, m
-    plm.check(cells, f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
-    for data in sorted({data for data, *_ in cells}):
-        models = sorted({model for d, _, model in cells if d == data})
-        text = {}
-        for (d, method, model), runs in cells.items():
-            if d == data:
-                twin = method.removesuffix("_p") if method.endswith("_p") else None
-                text[method, model] = table_cell(runs, cells.get((d, twin, model), {}))
-        width = max(map(len, [*text.values(), *models])) + 2
-        print(f"\n{''.join(data)}: F1-macro [95 %], gain over the plain twin, * where it is more "
-              "than chance")
-        for method in ("", *plm.METHODS):
-            cell = {model: text.get((method, model), "" if method else model) for model in models}
-            if any(cell.values()):
-                print(f"{method:9}" + "".join(f"{cell[model]:>{width}}" for model in models))
+            column = model_column(folder)
+            if len(outs) > 1:
+                column += f" {os.path.basename(os.path.normpath(out))}"
+            tables[title_of(m)][column, m["method"]][m.get("split"), m["seed"]] = (folder, m)
+    if not tables:
+        raise NoRun(f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
+    in_rows = {}
+    for title in sorted(tables, key=in_order):
+        cells = tables[title].items()
+        in_rows[title] = dict(sorted(
+            cells, key=lambda x: (in_order(x[0][0]), ORDER.index(x[0][1]))))
+    return in_rows
+
+
+def twins_of(cells, model, method):
+    """The runs of the plain twin of a personalized method, by the same model; {} without any."""
+    if not method.endswith("_p"):
+        return {}
+    return cells.get((model, method.removesuffix("_p")), {})
+
+
+def print_table(title, cells):
+    """Prints F1-macro of methods (rows) by models (columns) on one dataset."""
+    models = list(dict.fromkeys(model for model, _ in cells))
+    text = {}
+    for (model, method), runs in cells.items():
+        text[model, method] = table_cell(runs, twins_of(cells, model, method))
+    width = 2 + max(len(x) for x in (*text.values(), *models))
+    print(f"\n{title}: F1-macro [95 %], gain over the plain twin, * where it is more than chance")
+    print(" " * 9 + "".join(f"{model:>{width}}" for model in models))
+    for method in ORDER:
+        row = [text.get((model, method), "") for model in models]
+        if any(row):
+            print(f"{method:9}" + "".join(f"{cell:>{width}}" for cell in row))
 
 
 def main(argv=None):
-    """Prints the table; returns the exit status."""
+    """Prints the tables; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=["out"], nargs="+", help="folder of all runs (out)")
-    parser.add_argument("--says", default="", help="a sentence below the tables")
+    parser.add_argument("--out", default=["out"], nargs="+", metavar="DIR",
+                        help="folders of runs (out)")
+    args = parser.parse_args(argv)
     try:
-        args = parser.parse_args(argv)
-        print_table(*args.out)
-        print(f"\n{args.says}" * bool(args.says))
-    except plm.BadInput as e:
+        for title, cells in collect(args.out).items():
+            print_table(title, cells)
+    except (NoRun, OSError) as e:
         print(f"table.py: {e}", file=sys.stderr)
         return 2
     return 0
