@@ -856,11 +856,12 @@ def additive_mask(sees, dtype):
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
 # trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
 # classification head reads the decoder's state at its start token. Users with a token of their own
-# have the ids V, V + 1, ... and a row each of one more trained matrix; its last row is nobody's.
+# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's, who
+# has the mean of all words and is not trained: it is LoRA that learns to read for nobody.
 
 class PersonalizedLM(nn.Module):
-    """A backbone with a head, "cls" or "lm". user_rows (U + 1, D): what the embeddings of users and
-    nobody start as. label_tokens: where an LM begins to tell labels apart (see label_tokens)."""
+    """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
+    label_tokens: where an LM begins to tell labels apart (see label_tokens)."""
     def __init__(self, lm, head, n_labels, user_rows=None, label_tokens=None):
         super().__init__()
         self.lm = lm
@@ -871,6 +872,8 @@ class PersonalizedLM(nn.Module):
         self.user_embedding = None
         if user_rows is not None:
             self.user_embedding = nn.Parameter(user_rows.float())
+            words = lm.get_input_embeddings().weight.detach()
+            self.register_buffer("nobody", words.float().mean(0, keepdim=True), persistent=False)
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
@@ -902,7 +905,8 @@ class PersonalizedLM(nn.Module):
             return words(input_ids)
         is_user = input_ids >= self.V
         word_rows = words(input_ids.masked_fill(is_user, 0))
-        user_rows = F.embedding((input_ids - self.V).clamp(min=0), self.user_embedding)
+        rows = torch.cat([self.user_embedding, self.nobody])
+        user_rows = F.embedding((input_ids - self.V).clamp(min=0), rows)
         user_rows = user_rows * getattr(words, "embed_scale", 1)  # Gemma 3 scales its words so
         return torch.where(is_user[..., None], user_rows.to(word_rows.dtype), word_rows)
 
@@ -1125,8 +1129,7 @@ def load_model(config, users=()):
     user_rows = None
     if trained and users and config["ids"] == "token":
         words = lm.get_input_embeddings().weight.detach()
-        some = torch.randint(len(words), (len(users),)).to(device)  # begin as words do
-        user_rows = torch.cat([words[some], words.mean(0, keepdim=True)])
+        user_rows = words[torch.randint(len(words), (len(users),)).to(device)]  # begin as words do
     tokens = label_tokens(tokenizer, config) if config["head"] == "lm" else None
     head = "cls" if config["head"] == "cls" else "lm"
     model = PersonalizedLM(lm, head, len(config["labels"]), user_rows, tokens).train(False)
@@ -1462,13 +1465,14 @@ def score_table(config, data, scores):
 # The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
 # that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
 # however its rows are cut into micro-batches. A personalized model of ours also learns to read for
-# nobody: each text of a step is read once more behind nobody's token, and what its readers chose
-# counts there as one row. AdamW in float32, a cosine schedule with warm-up, clipped gradients; the
+# nobody: each text of a step is read once more behind nobody's token (a single node of the tree), and
+# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine schedule with warm-up, clipped gradients; the
 # epoch with the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a
 # run that is taken up again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
+NOBODY_WEIGHT = 0.3          # of a row that is read for nobody, beside 1 for its reader
 
 
 def summed_loss(out, batch, head, single):
@@ -1484,12 +1488,8 @@ def summed_loss(out, batch, head, single):
 
 
 def for_nobody(rows):
-    """The rows as nobody in particular reads them; together those of a text weigh as one."""
-    found = []
-    for own in by_text(rows):
-        for row in own:
-            found.append(row._replace(prompt=row.nobody, weight=1 / len(own)))
-    return found
+    """The rows as nobody in particular reads them."""
+    return [row._replace(prompt=row.nobody, weight=NOBODY_WEIGHT) for row in rows]
 
 
 def learning_rate(step, steps, lr, warmup):
@@ -1517,7 +1517,7 @@ def make_optimizer(model, config):
 
 def prepare_step(model, rows, config):
     """list of batches of a step: its rows, and its texts as nobody reads them."""
-    if config["nobody"] and rows[0].nobody:
+    if config["nobody"]:
         rows = [row for own in by_text(rows) for row in (*own, *for_nobody(own))]
     size = config["micro_batch"] or len(rows)
     parts = micro_batches(rows, size, MAX_NODES[model.device.type])
@@ -2524,9 +2524,8 @@ def read_new_people(path, split_col, config):
 def add_users(model, n):
     """Gives a model n more users, who start as nobody in particular; only users are trained."""
     known = model.user_embedding.detach()
-    nobody = known[-1:]
     model.requires_grad_(False)
-    model.user_embedding = nn.Parameter(torch.cat([known[:-1], nobody.repeat(n, 1), nobody]))
+    model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
 
 
 def reader_batch(model, rows):
