@@ -2511,6 +2511,8 @@ def read_new_people(path, split_col, config):
     if split_col is None and "split" in rows[0]:
         split_col = "split"
     found, what = read_annotations(rows, split_col)
+    missing = sorted(set(config["labels"]) - set(what["labels"]))
+    check(config["single"] or not missing, f"{path}: no column for the label {missing[:1]}")
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
         chosen = {label for label, y in zip(what["labels"], a.labels) if y}
