@@ -131,7 +131,7 @@ def short(x):
 
 RECIPES = {
     "ours": dict(
-        ids="token",         # how the prompt names the user: token, word or number (section 3)
+        ids="token",         # how the prompt names the user: token or number (section 3)
         prompt="tree",       # the reader behind the text; "paper": before it, as in [1]
         nobody=True,         # learn to read for nobody in particular as well (section 10)
         tune="lora",         # "full" trains every weight
@@ -2646,7 +2646,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
     ("--fresh", dict(action="store_true", help="start a run over that is there already")),
     ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),
-    ("--ids", dict(choices=["number", "word", "token"], help="how the prompt names a user")),
+    ("--ids", dict(choices=["number", "token"], help="how the prompt names a user")),
     ("--prompt", dict(choices=["tree", "paper"], help="the reader behind the text, or before it")),
     ("--lr", dict(type=number(float, 1e-12), help="learning rate")),
     ("--epochs", dict(type=COUNT, help="passes over the training rows")),
