@@ -2484,7 +2484,7 @@ def predict_run(args):
         for user in args.users or users[:5] or ["(anybody)"]:
             asked.append(Annotation(args.text, user, nothing))
     unknown = sorted({a.user for a in asked} - set(users))
-    if unknown and config["personalized"]:
+    if unknown and config["personalized"] and config["ids"] == "token":
         print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
     rows, counts = encode(tokenizer, config, asked, [], name_users(config, users, model.V))
     check_length(config, model.lm.config, rows)
