@@ -332,6 +332,16 @@ def file_sha(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
+@contextmanager
+def in_file(path):
+    """Says of what is wrong with a CSV in which file it is, and what mends it."""
+    try:
+        yield
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" makes "
+                       "the form of nearly any file") from None
+
+
 def load_data(name, split_col=None, max_eval=0):
     """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
     path = f"{HERE}/data/{name}/annotations.csv"
@@ -339,14 +349,11 @@ def load_data(name, split_col=None, max_eval=0):
         path = name
     check(os.path.isfile(path), f"--data {name}: neither a CSV nor data/{name}/annotations.csv; "
                                 f"make data DATA={name} makes known ones, as goemotions")
-    try:
+    with in_file(path):
         rows = read_csv(path, "text", "user")
         if split_col is None and "split" in rows[0]:
             split_col = "split"
         found, what = read_annotations(rows, split_col)
-    except BadInput as e:
-        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" makes "
-                       "the form of nearly any file") from None
     notes = {"rows read": len(rows), "split by": split_col or "a hash of the text"}
     parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
@@ -2478,7 +2485,9 @@ def predict_run(args):
     asked = []
     if args.csv:
         needed = ["text", "user"] if config["personalized"] else ["text"]
-        for row in read_csv(args.csv, *needed):
+        with in_file(args.csv):
+            read = read_csv(args.csv, *needed)
+        for row in read:
             asked.append(Annotation(row["text"], row.get("user", ""), nothing))
     else:
         for user in args.users or users[:5] or ["(anybody)"]:
@@ -2507,10 +2516,11 @@ def predict_run(args):
 def read_new_people(path, split_col, config):
     """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
     by, all rows are to learn from."""
-    rows = read_csv(path, "text", "user")
-    if split_col is None and "split" in rows[0]:
-        split_col = "split"
-    found, what = read_annotations(rows, split_col)
+    with in_file(path):
+        rows = read_csv(path, "text", "user")
+        if split_col is None and "split" in rows[0]:
+            split_col = "split"
+        found, what = read_annotations(rows, split_col)
     missing = sorted(set(config["labels"]) - set(what["labels"]))
     check(config["single"] or not missing, f"{path}: no column for the label {missing[:1]}")
     parts = {part: [] for part in (*PARTS, "")}
