@@ -1653,8 +1653,7 @@ def train(model, rows, val_rows, config, facts, folder):
     and adds step, rows_per_second and val_loss to the facts."""
     optimizer = make_optimizer(model, config)
     plan = plan_steps(rows, config)
-    path = f"{folder}/{STATE}"
-    state, best = begin(path, model, optimizer, facts)
+    state, best = begin(f"{folder}/{STATE}", model, optimizer, facts)
     saved = time.time()
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
@@ -1667,7 +1666,6 @@ def train(model, rows, val_rows, config, facts, folder):
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            batches = None
             if step < len(plan):  # while a GPU computes
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
@@ -1685,12 +1683,11 @@ def train(model, rows, val_rows, config, facts, folder):
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if last or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
-                save_state(path, state, model, optimizer, best)
+                save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    for key in ("step", "val_loss"):
-        facts[key] = state[key]
-    facts["rows_per_second"] = state["rows"] / max(state["seconds"], 1e-9)
+    facts |= dict(step=state["step"], val_loss=state["val_loss"],
+                  rows_per_second=state["rows"] / max(state["seconds"], 1e-9))
 
 
 
