@@ -2458,6 +2458,8 @@ def load_run(folder):
     model, tokenizer, base_sha = load_model(config | dict(dtype=config["computed_in"]), users)
     check(base_sha == config["base_sha"], f"--model {config['model']}: other weights or another "
                                           f"tokenizer than {folder} was trained on")
+    check(set(tensors) == set(model.trainable()), f"{path} has not all that is trained: --fresh "
+                                                  "runs it again")
     model.load_state_dict(tensors, strict=False)
     return config, model, tokenizer, users
 
@@ -2531,9 +2533,8 @@ def read_new_people(path, split_col, config):
 
 
 def add_users(model, n):
-    """Gives a model n more users, who start as nobody in particular; only users are trained."""
+    """Gives a model n more users, who start as nobody in particular."""
     known = model.user_embedding.detach()
-    model.requires_grad_(False)
     model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
 
 
@@ -2564,6 +2565,9 @@ def read_behind(model, batch, cache, kept):
 def adapt(model, rows, config):
     """Trains the tokens of the users whom the rows name; all else stays as it is."""
     model.train(False)
+    others = [p for name, p in model.trainable().items() if name != "user_embedding"]
+    for p in others:
+        p.requires_grad_(False)
     of_user = defaultdict(list)
     for row in rows:
         of_user[row.annotation.user].append(row)
@@ -2587,6 +2591,8 @@ def adapt(model, rows, config):
             optimizer.zero_grad()
             bar.update()
     bar.close()
+    for p in others:  # so that they are saved
+        p.requires_grad_(True)
 
 
 def adapt_run(args):
