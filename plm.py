@@ -338,8 +338,8 @@ def in_file(path):
     try:
         yield
     except BadInput as e:
-        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" makes "
-                       "the form of nearly any file") from None
+        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" "
+                       "makes the form of nearly any file") from None
 
 
 def load_data(name, split_col=None, max_eval=0):
@@ -863,8 +863,8 @@ def additive_mask(sees, dtype):
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
 # trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
 # classification head reads the decoder's state at its start token. Users with a token of their own
-# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's, who
-# has the mean of all words and is not trained: it is LoRA that learns to read for nobody.
+# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's,
+# who has the mean of all words and is not trained: LoRA learns to read for nobody.
 
 class PersonalizedLM(nn.Module):
     """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
@@ -993,8 +993,8 @@ REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a mo
 
 
 def fit_tokenizer(name, lm, tokenizer):
-    """Gives a model its end tokens; BadInput if a tokenizer does not fit its model. Of what a folder
-    says about writing only its end tokens count: many chat models end a turn with another token
+    """Gives a model its end tokens; BadInput if a tokenizer does not fit it. Of what a folder says
+    about writing only its end tokens count: many chat models end a turn with another token
     than the tokenizer's."""
     ends = []
     for end in (tokenizer.eos_token_id, lm.generation_config.eos_token_id, lm.config.eos_token_id):
@@ -1153,8 +1153,8 @@ def load_model(config, users=()):
 
 # 8. Batches ---------------------------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P); `weight`
-# (P) of each in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
+# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P);
+# `weight` (P) in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
@@ -1270,7 +1270,7 @@ def micro_batches(rows, size, max_nodes):
 # others stand beside it: an interval from a bootstrap over texts; F1 by a decision rule tuned on
 # validation, since F1-macro depends on the rule as much as on the model; F1 of each user, and on
 # texts that people read differently; F1 with the user IDs shuffled, where the gain of knowing the
-# user has to vanish; `listens`, which is 0 for a model that is deaf to the user; and the plain model
+# user has to vanish; `listens`, which is 0 for a model deaf to the user; and the plain model
 # with a bias for each user, a table that a personalized model has to beat.
 
 def gold_labels(annotations):
@@ -1472,8 +1472,9 @@ def score_table(config, data, scores):
 # The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
 # that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
 # however its rows are cut into micro-batches. A personalized model of ours also learns to read for
-# nobody: each text of a step is read once more behind nobody's token (a single node of the tree), and
-# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine schedule with warm-up, clipped gradients; the
+# nobody: each text of a step is read once more behind nobody's token (one node of the tree), and
+# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine
+# schedule with warm-up, clipped gradients; the
 # epoch with the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a
 # run that is taken up again needs no random state.
 
@@ -1630,7 +1631,7 @@ def read_labels(model, rows, config, what):
 
 
 def begin(path, model, optimizer, facts):
-    """(state, parameters of the best epoch) to train on from: a new one, or that of a stopped run."""
+    """(state, parameters of the best epoch) to train on from: new, or those of a stopped run."""
     if not os.path.exists(path):
         return dict(step=0, rows=0, seconds=0.0, log=0, val_loss=math.inf,
                     base_sha=facts["base_sha"]), {}
@@ -1826,7 +1827,7 @@ def predict_rates(data, config, annotations, strength=5):
     """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
     train = data.parts["train"]
     overall = gold_labels(train).mean(0)
-    sums = defaultdict(lambda: strength * overall)  # of a user's rows, and `strength` of everybody's
+    sums = defaultdict(lambda: strength * overall)  # of a user's rows and `strength` of everybody's
     counts = Counter()
     if config["personalized"]:
         for a in train:
@@ -2198,7 +2199,7 @@ def settle(folder, config, fresh):
 
 
 def encode_parts(tokenizer, config, data, names):
-    """(dict part -> list of Row, Counter of texts_cut, too_few_examples): what the run will read."""
+    """(dict part -> list of Row, Counter of texts_cut, too_few_examples): what a run reads."""
     rows = {}
     counts = Counter()
     for part in PARTS if config["head"] != "ask" else ("test",):
@@ -2230,9 +2231,9 @@ def describe(model):
         device = torch.cuda.get_device_name()
     dtype = str(model.lm.dtype).removeprefix("torch.")
     dense = any(m.dense is not None for m in layers)
-    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing in "
-          f"{dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, {trained:,} "
-          "trained", flush=True)
+    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
+          f"in {dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, "
+          f"{trained:,} trained", flush=True)
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
@@ -2436,7 +2437,7 @@ def print_summary(m, folder):
 # 14. A trained run reads new sentences, and gets to know new people -------------------------------
 # ... with the very model that it ended with: the scores of its own test rows are the same bits. A
 # new person gets a token that starts as nobody's, and that alone is trained, on that person's rows
-# alone. In a decoder nothing before the reader changes by it, so texts are computed once, and a step
+# alone. In a decoder nothing before the reader changes by it, so texts are computed once; a step
 # is as cheap as the few nodes behind them.
 
 ADAPT_STEPS = 40    # of AdamW, on all rows of a person
@@ -2613,7 +2614,8 @@ def adapt_run(args):
     test_rows, _ = encode(tokenizer, config, test, [], names)
     check_length(config, model.lm.config, rows + test_rows)
     adapt(model, rows, config)
-    print(f"{len(new)} new people by {len(rows):,} rows, {time.perf_counter() - start:.1f} s in all")
+    seconds = time.perf_counter() - start
+    print(f"{len(new)} new people by {len(rows):,} rows, {seconds:.1f} s in all")
     own = read_json(f"{args.run}/run.json")
     own |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
                 data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
