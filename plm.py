@@ -326,20 +326,20 @@ def some_texts(annotations, n):
     return [a for a in annotations if order[a.text] <= last]
 
 
+def file_sha(path):
+    """16 hex digits that stand for a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
 @contextmanager
 def in_file(path):
     """Says of what is wrong with a CSV in which file it is, and what mends it."""
     try:
         yield
     except BadInput as e:
-        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" makes "
-                       "the form of nearly any file") from None
-
-
-def file_sha(path):
-    """16 hex digits that stand for a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+        raise BadInput(f"{path}: {e}; make data FILE={path} ARGS=\"--text-col A --user-col B\" "
+                       "makes the form of nearly any file") from None
 
 
 def load_data(name, split_col=None, max_eval=0):
@@ -863,11 +863,12 @@ def additive_mask(sees, dtype):
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
 # trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
 # classification head reads the decoder's state at its start token. Users with a token of their own
-# have the ids V, V + 1, ... and a row each of one more trained matrix; its last row is nobody's.
+# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's,
+# who has the mean of all words and is not trained: LoRA learns to read for nobody.
 
 class PersonalizedLM(nn.Module):
-    """A backbone with a head, "cls" or "lm". user_rows (U + 1, D): what the embeddings of users and
-    nobody start as. label_tokens: where an LM begins to tell labels apart (see label_tokens)."""
+    """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
+    label_tokens: where an LM begins to tell labels apart (see label_tokens)."""
     def __init__(self, lm, head, n_labels, user_rows=None, label_tokens=None):
         super().__init__()
         self.lm = lm
@@ -878,6 +879,8 @@ class PersonalizedLM(nn.Module):
         self.user_embedding = None
         if user_rows is not None:
             self.user_embedding = nn.Parameter(user_rows.float())
+            words = lm.get_input_embeddings().weight.detach()
+            self.register_buffer("nobody", words.float().mean(0, keepdim=True), persistent=False)
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
@@ -909,7 +912,8 @@ class PersonalizedLM(nn.Module):
             return words(input_ids)
         is_user = input_ids >= self.V
         word_rows = words(input_ids.masked_fill(is_user, 0))
-        user_rows = F.embedding((input_ids - self.V).clamp(min=0), self.user_embedding)
+        rows = torch.cat([self.user_embedding, self.nobody])
+        user_rows = F.embedding((input_ids - self.V).clamp(min=0), rows)
         user_rows = user_rows * getattr(words, "embed_scale", 1)  # Gemma 3 scales its words so
         return torch.where(is_user[..., None], user_rows.to(word_rows.dtype), word_rows)
 
@@ -989,8 +993,8 @@ REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a mo
 
 
 def fit_tokenizer(name, lm, tokenizer):
-    """Gives a model its end tokens; BadInput if a tokenizer does not fit its model. Of what a folder
-    says about writing only its end tokens count: many chat models end a turn with another token
+    """Gives a model its end tokens; BadInput if a tokenizer does not fit it. Of what a folder says
+    about writing only its end tokens count: many chat models end a turn with another token
     than the tokenizer's."""
     ends = []
     for end in (tokenizer.eos_token_id, lm.generation_config.eos_token_id, lm.config.eos_token_id):
@@ -1132,8 +1136,7 @@ def load_model(config, users=()):
     user_rows = None
     if trained and users and config["ids"] == "token":
         words = lm.get_input_embeddings().weight.detach()
-        some = torch.randint(len(words), (len(users),)).to(device)  # begin as words do
-        user_rows = torch.cat([words[some], words.mean(0, keepdim=True)])
+        user_rows = words[torch.randint(len(words), (len(users),)).to(device)]  # begin as words do
     tokens = label_tokens(tokenizer, config) if config["head"] == "lm" else None
     head = "cls" if config["head"] == "cls" else "lm"
     model = PersonalizedLM(lm, head, len(config["labels"]), user_rows, tokens).train(False)
@@ -1150,8 +1153,8 @@ def load_model(config, users=()):
 
 # 8. Batches ---------------------------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P); `weight`
-# (P) of each in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
+# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P);
+# `weight` (P) in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
@@ -1267,7 +1270,7 @@ def micro_batches(rows, size, max_nodes):
 # others stand beside it: an interval from a bootstrap over texts; F1 by a decision rule tuned on
 # validation, since F1-macro depends on the rule as much as on the model; F1 of each user, and on
 # texts that people read differently; F1 with the user IDs shuffled, where the gain of knowing the
-# user has to vanish; `listens`, which is 0 for a model that is deaf to the user; and the plain model
+# user has to vanish; `listens`, which is 0 for a model deaf to the user; and the plain model
 # with a bias for each user, a table that a personalized model has to beat.
 
 def gold_labels(annotations):
@@ -1469,13 +1472,15 @@ def score_table(config, data, scores):
 # The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
 # that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
 # however its rows are cut into micro-batches. A personalized model of ours also learns to read for
-# nobody: each text of a step is read once more behind nobody's token, and what its readers chose
-# counts there as one row. AdamW in float32, a cosine schedule with warm-up, clipped gradients; the
+# nobody: each text of a step is read once more behind nobody's token (one node of the tree), and
+# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine
+# schedule with warm-up, clipped gradients; the
 # epoch with the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a
 # run that is taken up again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
+NOBODY_WEIGHT = 0.3          # of a row that is read for nobody, beside 1 for its reader
 
 
 def summed_loss(out, batch, head, single):
@@ -1491,12 +1496,8 @@ def summed_loss(out, batch, head, single):
 
 
 def for_nobody(rows):
-    """The rows as nobody in particular reads them; together those of a text weigh as one."""
-    found = []
-    for own in by_text(rows):
-        for row in own:
-            found.append(row._replace(prompt=row.nobody, weight=1 / len(own)))
-    return found
+    """The rows as nobody in particular reads them."""
+    return [row._replace(prompt=row.nobody, weight=NOBODY_WEIGHT) for row in rows]
 
 
 def learning_rate(step, steps, lr, warmup):
@@ -1524,7 +1525,7 @@ def make_optimizer(model, config):
 
 def prepare_step(model, rows, config):
     """list of batches of a step: its rows, and its texts as nobody reads them."""
-    if config["nobody"] and rows[0].nobody:
+    if config["nobody"]:
         rows = [row for own in by_text(rows) for row in (*own, *for_nobody(own))]
     size = config["micro_batch"] or len(rows)
     parts = micro_batches(rows, size, MAX_NODES[model.device.type])
@@ -1630,7 +1631,7 @@ def read_labels(model, rows, config, what):
 
 
 def begin(path, model, optimizer, facts):
-    """(state, parameters of the best epoch) to train on from: a new one, or that of a stopped run."""
+    """(state, parameters of the best epoch) to train on from: new, or those of a stopped run."""
     if not os.path.exists(path):
         return dict(step=0, rows=0, seconds=0.0, log=0, val_loss=math.inf,
                     base_sha=facts["base_sha"]), {}
@@ -1653,8 +1654,7 @@ def train(model, rows, val_rows, config, facts, folder):
     and adds step, rows_per_second and val_loss to the facts."""
     optimizer = make_optimizer(model, config)
     plan = plan_steps(rows, config)
-    path = f"{folder}/{STATE}"
-    state, best = begin(path, model, optimizer, facts)
+    state, best = begin(f"{folder}/{STATE}", model, optimizer, facts)
     saved = time.time()
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
@@ -1667,7 +1667,6 @@ def train(model, rows, val_rows, config, facts, folder):
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            batches = None
             if step < len(plan):  # while a GPU computes
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
@@ -1685,12 +1684,11 @@ def train(model, rows, val_rows, config, facts, folder):
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if last or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
-                save_state(path, state, model, optimizer, best)
+                save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    for key in ("step", "val_loss"):
-        facts[key] = state[key]
-    facts["rows_per_second"] = state["rows"] / max(state["seconds"], 1e-9)
+    facts |= dict(step=state["step"], val_loss=state["val_loss"],
+                  rows_per_second=state["rows"] / max(state["seconds"], 1e-9))
 
 
 
@@ -1829,7 +1827,7 @@ def predict_rates(data, config, annotations, strength=5):
     """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
     train = data.parts["train"]
     overall = gold_labels(train).mean(0)
-    sums = defaultdict(lambda: strength * overall)  # of a user's rows, and `strength` of everybody's
+    sums = defaultdict(lambda: strength * overall)  # of a user's rows and `strength` of everybody's
     counts = Counter()
     if config["personalized"]:
         for a in train:
@@ -2201,7 +2199,7 @@ def settle(folder, config, fresh):
 
 
 def encode_parts(tokenizer, config, data, names):
-    """(dict part -> list of Row, Counter of texts_cut, too_few_examples): what the run will read."""
+    """(dict part -> list of Row, Counter of texts_cut, too_few_examples): what a run reads."""
     rows = {}
     counts = Counter()
     for part in PARTS if config["head"] != "ask" else ("test",):
@@ -2233,9 +2231,9 @@ def describe(model):
         device = torch.cuda.get_device_name()
     dtype = str(model.lm.dtype).removeprefix("torch.")
     dense = any(m.dense is not None for m in layers)
-    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing in "
-          f"{dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, {trained:,} "
-          "trained", flush=True)
+    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
+          f"in {dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, "
+          f"{trained:,} trained", flush=True)
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
@@ -2439,7 +2437,7 @@ def print_summary(m, folder):
 # 14. A trained run reads new sentences, and gets to know new people -------------------------------
 # ... with the very model that it ended with: the scores of its own test rows are the same bits. A
 # new person gets a token that starts as nobody's, and that alone is trained, on that person's rows
-# alone. In a decoder nothing before the reader changes by it, so texts are computed once, and a step
+# alone. In a decoder nothing before the reader changes by it, so texts are computed once; a step
 # is as cheap as the few nodes behind them.
 
 ADAPT_STEPS = 40    # of AdamW, on all rows of a person
@@ -2538,8 +2536,7 @@ def read_new_people(path, split_col, config):
 def add_users(model, n):
     """Gives a model n more users, who start as nobody in particular."""
     known = model.user_embedding.detach()
-    nobody = known[-1:]
-    model.user_embedding = nn.Parameter(torch.cat([known[:-1], nobody.repeat(n, 1), nobody]))
+    model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
 
 
 def reader_batch(model, rows):
@@ -2617,7 +2614,8 @@ def adapt_run(args):
     test_rows, _ = encode(tokenizer, config, test, [], names)
     check_length(config, model.lm.config, rows + test_rows)
     adapt(model, rows, config)
-    print(f"{len(new)} new people by {len(rows):,} rows, {time.perf_counter() - start:.1f} s in all")
+    seconds = time.perf_counter() - start
+    print(f"{len(new)} new people by {len(rows):,} rows, {seconds:.1f} s in all")
     own = read_json(f"{args.run}/run.json")
     own |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
                 data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
