@@ -975,14 +975,14 @@ def test_a_model_that_reads_no_prompt_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-def test_a_users_token_is_a_row_of_its_own_and_the_last_is_nobodys(tmp_path, name):
+def test_a_users_token_is_a_row_of_its_own_and_nobodys_the_mean_of_all_words(tmp_path, name):
     path, _ = random_model(tmp_path, name)
     users = torch.randn(4, 64)
     model = lora_model(path, "cls", users)
     V = model.V
     words = model.lm.get_input_embeddings().weight
-    told = model.embed(torch.tensor([V + 2, V + 3, 5, V - 1]))
-    assert torch.equal(told, torch.stack([users[2], users[3], words[5], words[V - 1]]))
+    told = model.embed(torch.tensor([V + 2, V + 4, 5, V - 1]))
+    assert torch.equal(told, torch.stack([users[2], words.mean(0), words[5], words[V - 1]]))
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
@@ -995,12 +995,12 @@ def test_a_row_trains_the_token_of_its_own_user_alone(tmp_path, name):
     assert model.user_embedding.grad.any(1).tolist() == [False, True, False, False]
 
 
-def test_tokens_of_users_begin_as_words_and_nobody_as_their_mean():
+def test_tokens_of_users_begin_as_words():
     model, tokenizer, _ = plm.load_model(configured("cls_p"), ["a", "b"])
     words = model.lm.get_input_embeddings().weight
     for user in (0, 1):
         assert (words == model.user_embedding[user]).all(1).any()
-    assert torch.allclose(model.user_embedding[2], words.mean(0))
+    assert len(model.user_embedding) == 2
 
 
 def test_what_is_trained_stays_float32_and_scores_are_float32_in_bfloat16():
@@ -1496,10 +1496,10 @@ def test_users_learn_at_a_rate_that_fits_the_size_of_the_embeddings():
     assert larger[2] == pytest.approx(3 * times[2])
 
 
-def test_for_nobody_the_readers_of_a_text_weigh_as_one_row():
-    rows = numbered_rows(7)  # of three texts
+def test_rows_are_read_for_nobody_with_the_labels_of_their_readers():
+    rows = numbered_rows(7)
     found = plm.for_nobody(rows)
-    assert [row.weight for row in found] == pytest.approx([1 / 3] * 6 + [1])
+    assert [row.weight for row in found] == [plm.NOBODY_WEIGHT] * 7
     assert [row.prompt for row in found] == [row.nobody for row in rows]
     assert [row.labels for row in found] == [row.labels for row in rows]
 
@@ -1509,7 +1509,7 @@ def with_nobody(model, rows):
     found = []
     for row in rows:
         told = row.prompt[:row.reader_at] + (model.V,)
-        nobody = row.prompt[:row.reader_at] + (model.V + 1,)
+        nobody = row.prompt[:row.reader_at] + (model.V + len(model.user_embedding),)
         found.append(row._replace(prompt=told, nobody=nobody))
     return found
 
@@ -1517,21 +1517,21 @@ def with_nobody(model, rows):
 @pytest.mark.parametrize("size", [0, 3])
 def test_a_step_reads_every_text_once_more_for_nobody(tmp_path, size):
     path, _ = random_model(tmp_path, "llama")
-    model = lora_model(path, "cls", torch.randn(2, 64))
+    model = lora_model(path, "cls", torch.randn(1, 64))
     rows = with_nobody(model, random_rows())
     config = configured("cls_p") | dict(micro_batch=size)
     batches = plm.prepare_step(model, rows, config)
     optimizer = plm.make_optimizer(model, config)
     expected = 0.0
     with torch.no_grad():
-        for own in plm.by_text(rows):
-            for row in own:
-                for prompt, weight in ((row.prompt, 1), (row.nobody, 1 / len(own))):
-                    batch = plm.make_batch(model, [row._replace(prompt=prompt)])
-                    loss = plm.summed_loss(model(batch), batch, "cls", False)
-                    expected += loss.item() * weight
+        for row in rows:
+            for prompt, weight in ((row.prompt, 1), (row.nobody, plm.NOBODY_WEIGHT)):
+                batch = plm.make_batch(model, [row._replace(prompt=prompt)])
+                loss = plm.summed_loss(model(batch), batch, "cls", False)
+                expected += loss.item() * weight
+    expected /= len(rows) * (1 + plm.NOBODY_WEIGHT)
     loss = plm.train_step(model, batches, optimizer, 0.0, config)
-    assert loss.item() == pytest.approx(expected / (len(rows) + 4), rel=1e-5)  # 4 texts
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 @torch.no_grad()
@@ -2264,11 +2264,9 @@ def test_each_new_person_gets_a_token_of_its_own_and_nothing_else_changes(
     found = adapted(folder, new_csv, tmp_path / "out")
     people, after = user_rows(found)
     assert people == users + NEW_PEOPLE
-    assert torch.equal(after[:3], before[:3])
-    assert torch.equal(after[-1], before[-1])  # nobody
-    learned = after[3:6]
-    assert len(learned.unique(dim=0)) == 3
-    assert (learned != before[-1]).any(1).all()
+    assert torch.equal(after[:3], before)
+    assert len(after) == 6
+    assert len(after[3:].unique(dim=0)) == 3  # they all started as nobody
     assert other_tensors(found) == other_tensors(folder)
 
 
