@@ -3,6 +3,7 @@
 PEFT where it is installed, prompts word for word), by properties, and by runs of the commands. They
 need no network and no GPU. The scripts in data/ have tests of their own."""
 import ast
+import contextlib
 import copy
 import csv
 import errno
@@ -10,6 +11,7 @@ import fcntl
 import functools
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -17,13 +19,20 @@ import pathlib
 import random
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import traceback
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 import tokenizers
 import torch
 import torch.nn as nn
@@ -31,6 +40,7 @@ import torch.nn.functional as F
 import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import plm
 
@@ -1804,7 +1814,466 @@ def test_peft_computes_the_same_with_our_lora(tmp_path, name):
 
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
-# (the tests of branch chat go here)
+KEY = "sk-test-Zx81-nobody-may-see-this"
+
+
+def answer(content, finish="stop", **message):
+    """The body of a reply in the protocol."""
+    choice = dict(finish_reason=finish, message=dict(message, content=content))
+    usage = dict(prompt_tokens=7, completion_tokens=2)
+    return json.dumps(dict(model="m-2026", choices=[choice], usage=usage))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers "joy PROMPT", or what server.behave(prompt, number of the request) says: a status, a
+    (status, body, headers), or None to close the connection."""
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet
+
+    def log_message(self, *args):
+        """Says nothing."""
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        prompt = body["messages"][0]["content"]
+        with self.server.lock:
+            self.server.seen.append((prompt, body, self.headers))
+            number = len(self.server.seen)
+        reply = self.server.behave(prompt, number)
+        if reply == "ok":
+            reply = (200, answer(f"joy {prompt}"), {})
+        if isinstance(reply, int):
+            reply = (reply, f"no, {self.headers['Authorization']}", {})
+        if reply is None:
+            self.close_connection = True
+            return
+        status, text, headers = reply
+        with contextlib.suppress(OSError):  # the client may have gone
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(text.encode())))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+
+class Web(ThreadingHTTPServer):
+    """A server that remembers what it was asked."""
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.lock = threading.Lock()
+        self.seen = []
+        self.behave = lambda prompt, number: "ok"
+        self.address = f"http://127.0.0.1:{self.server_port}/v1"
+        self.path = str(folder / "answers.jsonl")
+
+    def ask(self, prompts, model="m", seed=42, limit=5):
+        """What ask_chat returns: (replies, counts)."""
+        return plm.ask_chat([str(x) for x in prompts], self.path, model, seed, limit)
+
+    def refusal(self, prompts):
+        """The message that asking ends with."""
+        with pytest.raises(plm.BadInput) as e:
+            self.ask(prompts)
+        assert KEY not in "".join(traceback.format_exception(e.value))
+        return str(e.value)
+
+    def prompts(self):
+        """The prompts of all requests."""
+        return [prompt for prompt, body, headers in self.seen]
+
+
+@pytest.fixture
+def web(monkeypatch, tmp_path):
+    """A server that the environment names, with a key, and that is asked again after 1 ms."""
+    with Web(tmp_path) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.address)
+        monkeypatch.setenv("OPENAI_API_KEY", KEY)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        monkeypatch.setattr(plm, "BACKOFF", 0.001)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_the_request_is_the_one_of_the_protocol(web):
+    web.ask(["Which? ü"], model="gpt-3.5-turbo", seed=7, limit=5)
+    prompt, body, headers = web.seen[0]
+    assert headers["Authorization"] == f"Bearer {KEY}"
+    assert body == dict(model="gpt-3.5-turbo", messages=[dict(role="user", content="Which? ü")],
+                        temperature=0, seed=7, max_tokens=5)
+
+
+def test_rows_with_equal_prompts_share_a_request(web):
+    replies, counts = web.ask(["x", "y", "x"])
+    assert [reply["answer"] for reply in replies] == ["joy x", "joy y", "joy x"]
+    assert sorted(web.prompts()) == ["x", "y"]
+    assert counts == dict(
+        server=web.address, requests=2, retries=0, prompt_tokens=14, completion_tokens=4,
+        answered_by=["m-2026"], left_out=[])
+
+
+def test_a_netrc_does_not_replace_the_key(web, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    web.ask(["x"])
+    assert web.seen[0][2]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_an_answer_is_on_the_disk_before_the_next_is_heard(web, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
+    web.ask(range(30))
+    assert len(set(sizes)) == 30
+
+
+def test_the_same_command_asks_for_nothing_and_needs_no_key(web, monkeypatch):
+    first = web.ask(range(5))
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert web.ask(range(5)) == first
+    assert len(web.seen) == 5
+
+
+def test_without_a_key_it_says_what_it_would_send(web, monkeypatch, capsys):
+    web.ask(["a", "b"])
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert "set OPENAI_API_KEY" in web.refusal(["a", "b", "c" * 400, "c" * 400])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"m at {web.address}: 1 requests for 4 rows, about 100 tokens; 2 ans")
+
+
+@pytest.mark.parametrize("change", [dict(model="other"), dict(seed=1), dict(limit=6)])
+def test_the_answers_to_other_requests_are_not_used(web, change):
+    web.ask([0])
+    web.ask([0], **change)
+    assert len(web.seen) == 2
+
+
+def test_the_answers_of_another_server_are_not_used(web, monkeypatch):
+    web.ask([0])
+    monkeypatch.setenv("OPENAI_BASE_URL", web.address.replace("127.0.0.1", "localhost"))
+    assert web.ask([0])[1]["server"].startswith("http://localhost")
+    assert len(web.seen) == 2
+
+
+def test_half_a_line_of_a_killed_run_is_cut_off(web):
+    web.ask(range(3))
+    with open(web.path, "a") as f:
+        f.write('{"sha": "12')
+    replies, counts = web.ask(range(4))
+    assert [reply["answer"] for reply in replies] == ["joy 0", "joy 1", "joy 2", "joy 3"]
+    assert web.ask(range(4)) == (replies, counts)
+    assert counts["requests"] == len(web.seen) == 4
+
+
+def test_a_killed_run_goes_on_where_it_was(web):
+    code = (f"import sys, {plm.__name__} as plm\n"
+            "plm.ask_chat([str(i) for i in range(60)], sys.argv[1], 'm', 42, 5)")
+    run = subprocess.Popen([sys.executable, "-c", code, web.path], cwd=HERE)
+    web.behave = lambda prompt, number: time.sleep(0.02) or "ok"
+    while len(web.seen) < 30:
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    with open(web.path) as f:
+        kept = [json.loads(line) for line in f.read().split("\n")[:-1]]
+    answers = sum("answer" in line for line in kept)
+    assert 20 <= answers < 60
+    web.seen.clear()
+    replies, counts = web.ask(range(60))
+    assert [reply["answer"] for reply in replies] == [f"joy {i}" for i in range(60)]
+    assert len(web.seen) == 60 - answers
+
+
+@pytest.mark.parametrize("bad", [
+    429, 500, 503, None, (200, "", {}), (200, "<html>Bad gateway", {}), (200, "[]", {}),
+    (200, '{"error": "overloaded"}', {}), (200, '{"choices": []}', {}),
+    (429, "", {"Retry-After": "soon"}), (503, "", {"Retry-After": "0.002"})])
+def test_every_other_attempt_may_fail(web, bad):
+    web.behave = lambda prompt, number: "ok" if number % 2 == 0 else bad
+    replies, counts = web.ask(range(10))
+    assert [reply["answer"] for reply in replies] == [f"joy {i}" for i in range(10)]
+    assert counts["requests"] == len(web.seen) == 10 + counts["retries"]
+    assert counts["retries"] >= 9
+
+
+def test_a_row_that_always_fails_costs_no_other_row(web):
+    web.behave = lambda prompt, number: 500 if prompt == "0" else "ok"
+    assert "HTTP 500" in web.refusal(range(5))
+    assert set(web.prompts()) == {"0", "1", "2", "3", "4"}
+    assert web.prompts().count("0") <= plm.GIVE_UP + 2
+    web.behave = lambda prompt, number: "ok"
+    web.seen.clear()
+    web.ask(range(5))
+    assert web.prompts() == ["0"]
+
+
+@pytest.mark.parametrize("value, seconds", [
+    ("3", 3), ("0.417727", 0.417727), (formatdate(time.time() + 3600, usegmt=True), 3600),
+    ("soon", 0), ("", 0), ("-1", 0)])
+def test_retry_after_is_a_number_or_a_date(value, seconds):
+    response = requests.Response()
+    response.headers["Retry-After"] = value
+    assert plm.retry_after(response) == pytest.approx(seconds, abs=300)
+
+
+def test_all_wait_as_long_as_the_server_says(web):
+    times = []
+    limit = (429, "too many", {"Retry-After": "0.6"})
+    web.behave = lambda prompt, number: times.append(time.monotonic()) or (
+        limit if number == 1 else "ok")
+    web.ask(range(3))
+    assert times[1] - times[0] >= 0.6
+
+
+@pytest.mark.parametrize("status", [302, 401, 402, 403, 404])
+def test_what_every_request_would_get_ends_the_run(web, status):
+    web.behave = lambda prompt, number: status
+    message = web.refusal(range(50))
+    assert message.startswith(f"HTTP {status}: no, Bearer [key]; check OPENAI_API_KEY")
+    assert len(web.seen) == 1
+
+
+def test_the_key_does_not_follow_a_redirect(web):
+    web.behave = lambda prompt, number: (307, "moved", {"Location": f"{web.address}/elsewhere"})
+    assert web.refusal([0]).startswith("HTTP 307: moved; check OPENAI_API_KEY")
+    assert len(web.seen) == 1
+
+
+@pytest.mark.parametrize("error", [
+    "You exceeded your current quota (insufficient_quota)", "billing_hard_limit_reached"])
+def test_an_account_without_money_is_asked_once(web, error):
+    web.behave = lambda prompt, number: (429, error, {})
+    assert error in web.refusal(range(50))
+    assert len(web.seen) == 1
+
+
+def test_a_limit_per_minute_that_speaks_of_billing_is_waited_for(web):
+    limit = (429, "check your billing details.\nPlease retry in 9.5s.", {})
+    web.behave = lambda prompt, number: limit if number == 1 else "ok"
+    assert web.ask(range(3))[1]["retries"] == 1
+
+
+def test_a_server_that_wants_a_pause_of_hours_is_asked_later(web):
+    web.behave = lambda prompt, number: (429, "200 a day", {"Retry-After": "25920"})
+    message = web.refusal(range(50))
+    assert message == "HTTP 429: 200 a day; later, the same command asks for the rest"
+    assert len(web.seen) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_row_fails_alone(web, status):
+    web.behave = lambda prompt, number: status if prompt == "1" else "ok"
+    why = f"HTTP {status}: no, Bearer [key]"
+    assert web.refusal(range(4)) == f"1 of 4 requests were refused, as test row 2: {why}"
+    assert sorted(web.prompts()) == ["0", "1", "2", "3"]
+
+
+def test_a_prompt_that_is_too_long_is_told_from_others(web):
+    error = (400, "request (484 tokens) exceeds the available context size", {})
+    web.behave = lambda prompt, number: error if prompt == "1" else "ok"
+    assert web.refusal(range(4)).endswith("; a lower --max-text makes prompts shorter")
+
+
+def test_a_server_that_refuses_all_rows_is_not_asked_for_all(web):
+    web.behave = lambda prompt, number: 400 if number > 3 else "ok"
+    web.refusal(range(100))
+    assert plm.GIVE_UP <= len(web.seen) - 3 < plm.GIVE_UP + plm.AT_ONCE
+
+
+@pytest.mark.parametrize("bad", [None, 500])
+def test_a_server_that_never_answered_is_given_up_sooner(web, bad):
+    web.behave = lambda prompt, number: bad
+    message = web.refusal(range(50))
+    assert message.endswith("; later, the same command asks for the rest")
+    assert len(web.seen) == plm.GIVE_UP_EARLY
+
+
+def test_nobody_listens(web, monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{s.getsockname()[1]}/v1")
+        assert "Connection refused" in web.refusal([0])
+
+
+@pytest.mark.parametrize("names", [["max_tokens"], ["temperature"], ["temperature", "seed"]])
+def test_parameters_that_the_server_refuses_are_renamed_or_left_out(web, names):
+    def behave(prompt, number):
+        for name in names:
+            if name in web.seen[-1][1]:
+                return (400, f"Unsupported parameter: '{name}'", {})
+        return "ok"
+
+    web.behave = behave
+    counts = web.ask(range(10))[1]
+    assert counts["left_out"] == sorted(set(names) - {"max_tokens"})
+    assert counts["retries"] == len(names)
+    body = web.seen[-1][1]
+    assert ("max_completion_tokens" in body) == ("max_tokens" in names)
+    assert not set(names) & set(body)
+
+
+def test_a_server_that_has_answered_knows_the_parameters(web):
+    web.behave = lambda prompt, number: (400, "max_tokens, seed", {}) if number == 2 else "ok"
+    web.refusal(range(5))
+    assert all(body.keys() == web.seen[0][1].keys() for prompt, body, headers in web.seen)
+    assert len(web.seen) == 5
+
+
+def test_a_fast_server_gets_eight_requests_at_once(web):
+    now = [0]
+    seen = []
+
+    def behave(prompt, number):
+        with web.lock:
+            now[0] += 1
+            seen.append(now[0])
+        time.sleep(0.1)
+        with web.lock:
+            now[0] -= 1
+        return "ok"
+
+    web.behave = behave
+    web.ask(range(60))
+    assert seen[0] == 1
+    assert max(seen) == plm.AT_ONCE
+
+
+def test_a_server_that_takes_two_at_once_is_seldom_asked_for_three(web):
+    now = [0]
+
+    def behave(prompt, number):
+        with web.lock:
+            now[0] += 1
+            full = now[0] > 2
+        time.sleep(0.001 if full else 0.03)
+        with web.lock:
+            now[0] -= 1
+        return 429 if full else "ok"
+
+    web.behave = behave
+    assert 1 <= web.ask(range(100))[1]["retries"] <= 15
+
+
+def test_a_slow_server_that_computes_one_by_one_answers_all(web, monkeypatch):
+    # It is slow for a while: at eight at once, most would time out again and again.
+    monkeypatch.setattr(plm, "READ", 0.5)
+    monkeypatch.setattr(plm, "READ_ALONE", 10)
+    monkeypatch.setattr(plm, "QUICK", 0.15)
+    computing = threading.Lock()
+
+    def behave(prompt, number):
+        with computing:  # also for those who have gone
+            time.sleep(0.2 if number > 20 else 0.001)
+        return "ok"
+
+    web.behave = behave
+    replies, counts = web.ask(range(40))
+    assert len(replies) == 40
+    assert 1 <= counts["retries"] <= 8
+
+
+def test_the_bar_says_that_the_server_is_slow_and_what_went_wrong(web, monkeypatch):
+    shown = io.StringIO()
+    monkeypatch.setattr(plm, "QUICK", 0.1)
+    monkeypatch.setattr(plm, "BACKOFF", 0.05)
+    monkeypatch.setattr(plm, "progress", lambda items, what, unit, total: tqdm(
+        items, what, total, file=shown, mininterval=0, ncols=150))
+    web.behave = lambda prompt, number: 503 if number == 1 else time.sleep(0.4) or "ok"
+    web.ask([0])
+    assert "1 at once, the server is slow, last error: HTTP 503: no" in shown.getvalue()
+
+
+def test_ctrl_c_ends_at_once_and_nobody_keeps_sending(web):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it
+
+    def behave(prompt, number):
+        if number == 12:
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(3 if number > 10 else 0)
+        return "ok"
+
+    web.behave = behave
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        web.ask(range(100))
+    assert time.monotonic() - start < 2
+    assert all(t.daemon for t in threading.enumerate() if "attempt" in t.name)
+    time.sleep(0.3)  # what is on its way arrives
+    sent = len(web.seen)
+    time.sleep(3)  # what is answered brings no more
+    assert len(web.seen) == sent
+
+
+@pytest.mark.parametrize("body, text", [
+    (answer(None), ""), (answer(None, refusal="I can't"), ""), (answer(" joy\n"), "joy"),
+    (answer([dict(type="text", text="joy, "), dict(type="text", text="sad")]), "joy, sad"),
+    (answer([dict(type="refusal", refusal="No")]), ""), (answer("half \ud83d"), "half ?"),
+    ('{"choices": [{"message": {"content": "joy"}}], "usage": null}', "joy")])
+def test_an_answer_of_any_form_is_read(web, body, text):
+    web.behave = lambda prompt, number: (200, body, {})
+    assert web.ask([0])[0][0]["answer"] == text
+
+
+@pytest.mark.parametrize("text", ["", "joy, sa"])
+def test_an_answer_that_the_limit_cut_says_so(web, text):
+    web.behave = lambda prompt, number: (200, answer(text, "length"), {})
+    reply = web.ask([0])[0][0]
+    assert (reply["answer"], reply["cut"]) == (text, True)
+
+
+def test_the_key_is_in_no_file_and_no_line(web, capfd):
+    web.behave = lambda prompt, number: 503 if number % 2 else "ok"
+    web.ask(range(5))
+    with open(web.path) as f:
+        assert KEY not in f.read() + "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("value", [
+    f"http://me:{KEY}@h/v1", f"http://h/v1?key={KEY}", "h:1/v1", "http://h:port/v1"])
+def test_an_address_with_a_key_is_refused_without_showing_it(web, monkeypatch, value):
+    monkeypatch.setenv("OPENAI_BASE_URL", value)
+    assert "OPENAI_BASE_URL has to be like https://api.openai.com/v1" in web.refusal([0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_mistake_of_ours_ends_the_run_with_its_traceback(web, monkeypatch):
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_type))
+    monkeypatch.setattr(requests.Session, "post", lambda *args, **more: 1 / 0)
+    with pytest.raises(RuntimeError):
+        web.ask([0])
+    assert errors == [ZeroDivisionError]
+
+TINY = HERE / "data/models/tiny"
+
+
+def test_transformers_serve_answers(web, monkeypatch, tmp_path):
+    for package in ("fastapi", "uvicorn", "openai"):
+        pytest.importorskip(package, reason="transformers[serving] is not installed")
+    shutil.copytree(TINY, tmp_path / "tiny")
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    (tmp_path / "tiny" / "chat_template.jinja").write_text(template)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{port}/v1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(plm, "BACKOFF", 1)  # it needs seconds to start
+    model = str(tmp_path / "tiny")
+    code = "from transformers.cli.transformers import main; main()"
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, "serve", model, "--port", str(port), "--device", "cpu"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        replies, counts = web.ask(["How are you?", "Is it funny?"], model=model)
+    finally:
+        server.kill()
+        server.wait()
+    assert all(reply["answer"] for reply in replies)
+    assert counts["completion_tokens"] > 0
 
 
 # 13. One experiment from end to end ---------------------------------------------------------------
