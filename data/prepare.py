@@ -1,330 +1,537 @@
-"""Write data/NAME/annotations.csv, the form that plm.py reads, from a dataset's original files.
+"""Write data/NAME/annotations.csv, the form that plm.py reads, from annotations of any form.
 
-    python data/prepare.py goemotions|unhealthy|popquorn [--dir DIR]
+    python data/prepare.py NAME [--dir DIR]            a dataset known by name: see known.py
+    python data/prepare.py --file a.csv --name my      a file of yours, whatever its form
+    python data/prepare.py --file train.json,dev.json,test.json --name my
+                                                       ... or the files of its splits
 
-Originals that are missing are downloaded. GoEmotions and Unhealthy Conversations are prepared as
-the authors of arXiv 2402.09269 did it, and their counts are printed beside those found here. Other
-files NAME_*.csv of the same columns are prepared by the same rules, without counts to compare with.
+The form: UTF-8, comma, a header; columns `text`, `user`, if there is one `split`, and labels. Which
+columns these are, a flag says, or the form of the file, or else their names; what was taken is
+printed, and what was left out, and why. What could be read in two ways is refused.
 """
 import argparse
-import csv
-import glob
-import math
 import os
-import random
+import re
 import sys
-import threading
-import time
-from collections import Counter, defaultdict, namedtuple
-
-import requests
+from collections import Counter, defaultdict
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-sys.path.insert(0, os.path.dirname(HERE))
-from plm import BadInput, csv_rows, progress, split_of, text_id  # noqa: E402
+sys.path[:0] = [os.path.dirname(HERE), HERE]
+import known  # noqa: E402
+from cells import (  # noqa: E402
+    any_number_of, check_no_lists, check_users, few, is_missing, one_choice, spelling, split_cell,
+    user_id, word_of, zero_one)
+from formats import SPLITS, Table, named_lines, read_file  # noqa: E402
+from plm import BadInput, check, split_of, text_id  # noqa: E402
 
-# values: what a label may be; 0 and nothing chose nothing. splits: the files that say which text is
-# in which split, the strongest last, and form: how they are written. draws: how many random splits
-# there are instead. expected: what the authors' notebooks printed after each rule, as (train, val,
-# test, users); the count of the stage `whole` tells a damaged original. Unhealthy may be off by
-# `tolerance`: the authors' sample had no seed and took identical rows along, so that two runs of
-# their own notebook ended with 168,503 and 168,506 training annotations.
-GITHUB = "https://raw.githubusercontent.com"
-GOEMOTIONS_RAW = "https://storage.googleapis.com/gresearch/goemotions/data/full_dataset"
-GOEMOTIONS_SPLITS = f"{GITHUB}/google-research/google-research/master/goemotions/data"
-UNHEALTHY = f"{GITHUB}/conversationai/unhealthy-conversations/main"
-POPQUORN = f"{GITHUB}/Jiaxin-Pei/Potato-Prolific-Dataset/main/dataset/offensiveness"
-
-DATASETS = {
-    "goemotions": dict(
-        text="text", user="rater_id", time="created_utc", values=("0", "1"),
-        labels="admiration amusement anger annoyance approval caring confusion curiosity desire "
-               "disappointment disapproval disgust embarrassment excitement fear gratitude grief "
-               "joy love nervousness optimism pride realization relief remorse sadness surprise "
-               "neutral".split(),
-        splits=dict(val="dev.tsv", test="test.tsv", train="train.tsv"),
-        form=dict(fieldnames=("text", "labels", "id"), delimiter="\t", quoting=csv.QUOTE_NONE),
-        urls={f"goemotions_{i}.csv": f"{GOEMOTIONS_RAW}/goemotions_{i}.csv" for i in (1, 2, 3)} | {
-            f"{part}.tsv": f"{GOEMOTIONS_SPLITS}/{part}.tsv" for part in ("train", "dev", "test")},
-        license="CC BY 4.0 (Demszky et al. 2020)",
-        whole="annotations", tolerance=0, expected={
-            "annotations": (211_225,), "with a label": (207_814,),
-            "in a split": (153_797, 19_049, 19_123, 82),
-            "of users in all three": (153_796, 19_049, 19_123, 81),
-            "rare users dropped": (153_390, 19_017, 19_063),
-            "busy users cut": (146_659, 18_199, 18_244),
-            "of users in all three again": (146_574, 18_160, 18_233, 72)}),
-    "unhealthy": dict(
-        text="comment", user="_worker_id", values=("0", "1"), form={},
-        labels="antagonize condescending dismissive generalisation generalisation_unfair healthy "
-               "hostile sarcastic".split(),
-        splits=dict(val="corpus/val.csv", test="corpus/test.csv", train="corpus/train.csv"),
-        urls={file: f"{UNHEALTHY}/{file}" for file in (
-            "unhealthy_full.csv", "corpus/train.csv", "corpus/val.csv", "corpus/test.csv")},
-        license="CC BY-NC-SA 4.0, not for commercial use (Price et al. 2020)",
-        whole="annotations", tolerance=0.001, expected={
-            "annotations": (227_975,), "with a label": (215_265,),
-            "in a split": (172_550, 20_893, 21_822, 588),
-            "of users in all three": (171_873, 20_847, 21_765, 510),
-            "rare users dropped": (171_058, 20_770, 21_679),
-            "of users in all three again": (168_503, 20_352, 21_289, 427)}),
-    "popquorn": dict(  # how offensive, from 1 to 5; splits of the sizes in arXiv 2502.20897
-        text="text", user="user_id", values=("", *"12345"), labels=["offensiveness"], draws=5,
-        urls={"raw_data.csv": f"{POPQUORN}/raw_data.csv"},
-        license="none is named, the repository has no licence file (Pei and Jurgens 2023)",
-        whole="with a label", tolerance=0, expected={
-            "with a label": (13_036,), "texts": (1_500,), "users": (262,)}),
-}
-
-# split, time: "" where there is none. labels: dict of what is written, draws behind the labels.
-Row = namedtuple("Row", "text user split time labels")
+PARTS = ("train", "val", "test")
+FORM = ("text", "user", "split", "time")  # columns that are no labels
 
 
-# -------------------- the splits. A rule takes rows and returns those that are left, in order.
+# -------------------- which column is what: a flag, the form of the file, or a name says it
 
-def users_in_all(rows):
-    """The rows of the users that are in all three parts."""
-    parts = [{a.user for a in rows if a.split == part} for part in ("train", "val", "test")]
-    everywhere = set.intersection(*parts)
-    return [a for a in rows if a.user in everywhere]
-
-
-def by_user(rows):
-    """(dict part, user -> indices of the rows, dict part -> its busiest user's number of rows)"""
-    own, most = defaultdict(list), Counter()
-    for i, a in enumerate(rows):
-        own[a.split, a.user].append(i)
-        most[a.split] = max(most[a.split], len(own[a.split, a.user]))
-    return own, most
+TEXTS = ("text comment commenttext tweet tweettext sentence post message body content utterance "
+         "document displayedtext").split()
+USERS = ("user userid username annotator annotatorid annotatorname worker workerid rater raterid "
+         "reader readerid coder coderid judge judgeid participant participantid prolificid "
+         "labeler labelerid annotatedby completedby").split()
+LABELS = "label labels annotation rating answer class".split()
+TOOLS = re.compile("^(input:|assignment:|output:|input[.]|answer[.])", re.IGNORECASE)
+NAMELESS = re.compile(r"\(column \d+\)|Unnamed: \d+")  # the numbers of rows, mostly
+ANSWERS = re.compile("^(output:|answer[.])", re.IGNORECASE)  # of Toloka, of Mechanical Turk
 
 
-def drop_rare_users(rows, share=0.01):
-    """The rows of the users with at least `share` of the number that a part's busiest one has."""
-    own, most = by_user(rows)
-    return [a for a in rows if len(own[a.split, a.user]) >= share * most[a.split]]
+def plain(column):
+    """A column's name without what tools put around it: "ASSIGNMENT:worker_id" is workerid."""
+    return re.sub("[^a-z0-9]", "", TOOLS.sub("", column).lower())
 
 
-def cut_busy_users(rows, share=0.60):
-    """The rows; of users above `share` of a part's busiest one only a sample of that size."""
-    (own, most), kept = by_user(rows), set()
-    for (part, user), ids in own.items():  # seeded by the user: nobody else changes the sample
-        n = math.ceil(share * most[part])
-        kept.update(ids if len(ids) <= n else random.Random(user).sample(ids, n))
-    return [a for i, a in enumerate(rows) if i in kept]
+def by_name(columns, names):
+    """list of the columns that have one of the names; if one has the first name, only that."""
+    exact = [c for c in columns if c.lower() == names[0]]
+    return exact or [c for c in columns if plain(c) in names]
 
 
-RULES = {"of users in all three": users_in_all, "rare users dropped": drop_rare_users,
-         "busy users cut": cut_busy_users, "of users in all three again": users_in_all}
+def said(table, flag, value):
+    """list of the columns that a flag names."""
+    columns = table.columns
+    named = [column.strip() for column in value.split(",")]
+    if value in columns:  # a column's name may hold a comma
+        named = [value]
+    for column in named:
+        check(column in columns, f"{flag}: no column {column!r}; there are: {few(columns, 40)}")
+    return named
 
 
-def official_splits(folder, row):
-    """dict text -> its split by the dataset's own files. A text in two of them stays in training,
-    or else in test, as the authors had it. Texts are equal to the letter or different: anything
-    softer does not arrive at the authors' counts."""
-    where = {}
-    for part, file in row["splits"].items():
-        path = os.path.join(folder, file)
-        with open(path, newline="", encoding="utf-8-sig", errors="replace") as f:
-            lines = list(csv.DictReader(f, **row["form"]))
-        if not lines or row["text"] not in lines[0] or None in lines[0].values():
-            raise BadInput(f"{path}: no column {row['text']!r} in it, or not the others beside it; "
-                           "delete it, then run this again")
-        where |= {line[row["text"]]: part for line in lines}
-    return where
+def choose_text(table, flag):
+    """list of the columns that hold the text."""
+    if flag:
+        return said(table, "--text-col", flag)
+    found = table.text or by_name(table.columns, TEXTS)
+    there = few(table.columns, 40)
+    check(found, f"no column is named like a text: say --text-col (there are: {there}); a text that "
+          "stands in another file has to be joined by its ID first")
+    check(table.text or len(found) == 1, f"{few(found)} may be the text: say --text-col")
+    return found
 
 
-def counts(rows):
-    """dict(train, val, test, users) of numbers."""
-    n = Counter(a.split for a in rows)
-    return {p: n[p] for p in ("train", "val", "test")} | {"users": len({a.user for a in rows})}
+def choose_user(table, flag):
+    """The column that says who annotated."""
+    if flag:
+        column, *more = said(table, "--user-col", flag)
+        check(not more, "--user-col: one column")
+        return column
+    if table.user:
+        return table.user
+    found = [c for c in table.columns if plain(c) in USERS]
+    there = few(table.columns, 40)
+    check(found, f"no column is named like a user: say --user-col or, where each user has a column, "
+          f"--user-cols A,B,C (there are: {there})")
+    check(len(found) == 1, f"{few(found)} may be who annotated: say --user-col")
+    return found[0]
 
 
-def as_the_authors(rows, row, folder):
-    """(rows that are left, what each rule left over)"""
-    files = row["splits"].values()
-    official = any(os.path.exists(os.path.join(folder, file)) for file in files)
-    where = official_splits(folder, row) if official else {a.text: split_of(a.text) for a in rows}
-    rows = [a._replace(split=where[a.text]) for a in rows if a.text in where]
-    notes = {"split by": ", ".join(files) if official else "a hash of the text",
-             "in a split": counts(rows)}
-    for stage, rule in RULES.items():
-        rows = rule(rows)
-        notes[stage] = counts(rows)
-    often = [n for n in Counter(a.text for a in rows).values() if n > 20]  # control comments stay
-    return rows, notes | {"texts judged over 20 times": len(often),
-                          "annotations of these": sum(often)}
+def is_split(table, column):
+    """Does the column say which row is for training, validation and test?"""
+    values = {word_of(row.get(column)) for row in table.rows} - {""}
+    return bool(values) and values <= SPLITS.keys()
 
 
-def at_random(rows, row, _):
-    """(the rows with their draws, counts). A draw is a split of the texts, 70 : 10 : 20, with every
-    user in training. Neither the order of the rows nor another draw changes it."""
-    ids, users = [text_id(a.text) for a in rows], {a.user for a in rows}
-    texts, notes = sorted(set(ids)), {"texts": len(set(ids)), "users": len(users)}
-    for name in (f"draw{i + 1}" for i in range(row["draws"])):
-        n = len(texts) // 10
-        parts = ["train"] * 7 * n + ["val"] * n + ["test"] * (len(texts) - 8 * n)
-        where = dict(zip(random.Random(name).sample(texts, len(texts)), parts))
-        rows = [a._replace(labels=a.labels | {name: where[i]}) for a, i in zip(rows, ids)]
-        notes[name] = counts([a._replace(split=a.labels[name]) for a in rows])
-        if users - {a.user for a in rows if a.labels[name] == "train"}:
-            raise BadInput(f"{name} has users who are not in training; more texts are needed")
-    return rows, notes
+def choose_splits(table, flag, taken):
+    """(the column of the split or "", list of the columns of further splits)"""
+    if flag == "none":
+        return "", []
+    rest = [column for column in table.columns if column not in taken]
+    named = [column for column in rest if column.lower() == "split"]
+    if flag:
+        named = said(table, "--split-col", flag)
+    for column in named:
+        for place, row in zip(table.places, table.rows):
+            word = word_of(row.get(column))
+            check(not word or word in SPLITS, f"{place}: {column!r} is {word!r}, not train, val or "
+                  "test; --split-col none ignores it")
+    found = [column for column in rest if is_split(table, column)]
+    first = [column for column in (*named, table.split) if column in found]
+    if len(found) == 1:
+        first = found
+    if not first:
+        return "", found
+    return first[0], [column for column in found if column != first[0]]
 
 
-# -------------------- from files to a file
-
-def read_rows(path, row):
-    """list of Row of a file of the original form."""
-    lines, rows, text, user = csv_rows(path), [], row["text"], row["user"]
-    for column in (text, user, *row["labels"]):
-        if column not in lines[0][1]:
-            raise BadInput(f"{path}: no column {column!r}; there are: {', '.join(lines[0][1])}")
-    for number, cells in lines:
-        labels = {label: cells[label].strip().removesuffix(".0") for label in row["labels"]}
-        wrong = [column for column in (text, user) if not cells[column].strip()]
-        wrong += [label for label, value in labels.items() if value not in row["values"]]
-        if wrong:
-            raise BadInput(f"{path}: row {number}: {wrong[0]!r} cannot be {cells[wrong[0]][:40]!r}")
-        rows.append(Row(cells[text], cells[user], "", cells.get(row.get("time"), ""), labels))
-    return rows
+def choose_time(table, flag):
+    """The column of the time, which plm.py does not read and vary.py does; "" if there is none."""
+    if flag:
+        return said(table, "--time-col", flag)[0]
+    named = [column for column in table.columns if column.lower() == "time"]
+    return named[0] if named else ""
 
 
-def write_rows(path, rows):
-    """None; the file has its name when it is complete. Columns that are empty stay away."""
-    lines = [("text", "user", "split", "time", *rows[0].labels)]
-    lines += [(*a[:4], *a.labels.values()) for a in rows]
-    with open(path + ".part", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows(zip(*(column for column in zip(*lines) if any(column[1:]))))
-    os.replace(path + ".part", path)
+def choose_labels(table, options, taken):
+    """list of the columns of labels."""
+    if options.labels or options.label_col:
+        check(not (options.labels and options.label_col), "--labels or --label-col, not both")
+        flag = "--labels" if options.labels else "--label-col"
+        found = said(table, flag, options.labels or options.label_col)
+        check(options.labels or len(found) == 1, f"{flag}: one column; several are --labels A,B")
+        return found
+    if table.labels:
+        several = f"{few(table.labels)} hold labels: say --label-col, as in {table.labels[0]}"
+        check(len(table.labels) == 1, several)
+        return table.labels
+    rest = [c for c in table.columns if c not in taken]
+    rest = [c for c in rest if not NAMELESS.match(c)]
+    rest = [c for c in rest if ANSWERS.match(c)] or rest
+    kinds = defaultdict(list)
+    for column in rest:
+        spelled = spelling(cells_of(table, column))
+        if spelled:
+            kinds["/".join(word or "blank" for word in spelled)].append(column)
+    ticks = {c for columns in kinds.values() for c in columns}
+    named = [c for c in rest if plain(c) in LABELS and c not in ticks]
+    if not kinds and len(named) == 1:
+        return named
+    if not kinds and len(rest) == 1 and ANSWERS.match(rest[0]):
+        return rest
+    there = "; ".join(f"{few(columns)} ({spelled})" for spelled, columns in kinds.items())
+    there = "; ".join(filter(None, [there, few(named)])) or f"no column of 0 and 1 ({few(rest, 40)})"
+    check(len(kinds) == 1 and not named,
+          f"{there}: say --labels A,B or, for one choice, --label-col C")
+    return kinds.popitem()[1]
 
 
-def print_counts(notes, row, original):
-    """None; the counts stage by stage, and below them the authors' where these are known."""
-    differ = False
-    print(f"{'':30}", *(f"{part:>8}" for part in ("train", "val", "test", "users")))
-    for stage, found in notes.items():
-        found = tuple(found.values()) if isinstance(found, dict) else (found,)
-        print(f"{stage:30}", *(f"{n:>8,}" if isinstance(n, int) else n for n in found))
-        known = row["expected"].get(stage, ()) if original else ()
-        if known:
-            print(f"{'    the authors':30}", *(f"{n:>8,}" for n in known))
-        differ |= any(abs(n - m) > row["tolerance"] * m for n, m in zip(found, known))
+# -------------------- what is blank, what is missing, and several in one cell
+
+def cells_of(table, column):
+    """list of the cells of a column; "" where a record has no such field."""
+    return [row.get(column, "") for row in table.rows]
+
+
+def fill_blanks(table, columns, options):
+    """list of the columns in which blank was read as 0: those that are ticked or blank, with any
+    one mark for a tick, or with --blank 0 all columns of labels."""
+    filled = []
+    for column in columns:
+        cells = cells_of(table, column)
+        lists = bool(options.list_sep) or any(isinstance(cell, list) for cell in cells)
+        ticked = not lists and (spelling(cells) or ("?", ""))[0] == ""
+        if not (ticked or options.blank) or all(word_of(cell) or cell == [] for cell in cells):
+            continue
+        for row, cell in zip(table.rows, cells):
+            if isinstance(cell, str) and not cell.strip():
+                row[column] = [] if lists else "0"
+            elif ticked and not is_missing(cell):
+                row[column] = "1"
+        filled.append(column)
+    return filled
+
+
+def drop_missing(table, text, user, labels, options):
+    """list of notes; rows in which a cell is missing are left out if a flag says so, else refused."""
+    missing = {}
+    for i, row in enumerate(table.rows):
+        empty = [column for column in labels if is_missing(row.get(column))]
+        if is_missing(row.get(user)) or word_of(row.get(user)) == "none":
+            empty = [user]
+        if all(is_missing(row.get(column)) for column in text):
+            empty = [" + ".join(text)]
+        if empty:
+            missing[i] = empty[0]
+    for i, column in missing.items():
+        ticks = column in labels and (len(labels) > 1 or options.list_sep)
+        hint = "; --blank 0: a blank is a 0" if ticks else ""
+        check(options.skip_missing, f"{table.places[i]}: no {column!r} "
+              f"(--skip-missing: {len(missing):,} rows less{hint})")
+    kept = [i for i in range(len(table.rows)) if i not in missing]
+    check(kept, f"no row has {few([*text, user, *labels])}")
+    table.rows = [table.rows[i] for i in kept]
+    table.places = [table.places[i] for i in kept]
+    left_out = Counter(missing.values())
+    return [f"left out: {n:,} rows without {column!r}" for column, n in left_out.items()]
+
+
+def split_lists(table, user, columns, mark):
+    """None; splits cells by --list-sep: answers into lists, several people into rows of their own
+    where there is an answer for each of them."""
+    people = []
+    for place, row in zip(table.places, table.rows):
+        people.append(split_cell(place, row.get(user), mark))
+    parallel = len(columns) == 1 and any(len(names) > 1 for names in people)
+    rows = []
+    places = []
+    for place, row, names in zip(table.places, table.rows, people):
+        found = {c: split_cell(place, row[c], mark) for c in columns if row.get(c)}
+        if not parallel:
+            rows.append(row | found)
+            places.append(place)
+            continue
+        answers = found.get(columns[0], [])
+        check(len(names) == len(answers), f"{place}: {len(names)} in {user!r} and {len(answers)} in "
+              f"{columns[0]!r}: whose are they?")
+        for name, answer in zip(names, answers):
+            rows.append(row | {user: name, columns[0]: answer})
+            places.append(f"{place}, {name}")
+    table.rows = rows
+    table.places = places
+
+
+def columns_to_rows(table, columns):
+    """The Table with a row for each user instead of a column, and the blanks that were left out."""
+    rows = []
+    places = []
+    blanks = 0
+    for place, row in zip(table.places, table.rows):
+        rest = {name: cell for name, cell in row.items() if name not in columns}
+        for column in columns:
+            if is_missing(row.get(column)):
+                blanks += 1
+                continue
+            rows.append(rest | {"user": column, "label": row[column]})
+            places.append(f"{place}, {column}")
+    check(rows, f"{few(columns)}: nothing in these columns")
+    notes = [f"left out: {blanks:,} blanks in the columns of users"] if blanks else []
+    return Table(table.form, rows, places, table.text, "user", ["label"], table.split,
+                 notes=table.notes + notes)
+
+
+# -------------------- several files are one dataset
+
+def split_in_name(path):
+    """The split that a file's name names; "" if it names none, or several."""
+    stem = os.path.splitext(os.path.basename(path))[0].lower()
+    found = {SPLITS[word] for word in re.split("[^a-z]+", stem) if word in SPLITS}
+    return found.pop() if len(found) == 1 else ""
+
+
+def gather(paths, encoding=""):
+    """The Table of all files; where they are the files of splits, with a column `split`."""
+    tables = [read_file(path, encoding) for path in paths]
+    names = [split_in_name(path) for path in paths]
+    by_name = len(paths) > 1 and all(names) and len(set(names)) > 1
+    first = tables[0]
+    whole = Table(first.form, [], [], first.text, first.user, split=first.split)
+    for path, table, name in zip(paths, tables, names):
+        print(f"{path}: {table.form}, {len(table.rows):,} rows", flush=True)
+        several = len(paths) > 1
+        if table.one_file_a_user and several and not by_name:
+            user = os.path.splitext(os.path.basename(path))[0]
+            table.rows = [row | {"user": user} for row in table.rows]
+            whole.notes.append(f"{path} names no user: its name is taken, {user!r}")
+            whole.user = "user"
+        split = table.split or next((c for c in table.columns if c.lower() == "split"), "split")
+        for place, row in zip(table.places, table.rows):
+            if by_name:
+                own = SPLITS.get(word_of(row.get(split)), name)
+                check(own == name, f"{path}: {place}: {split!r} is {row.get(split)!r}, not {name}")
+                row[split] = name
+            whole.rows.append(row)
+            whole.places.append(f"{path}: {place}")
+        whole.labels += [c for c in table.labels if c not in whole.labels]
+        whole.notes += [f"{path}: {note}" if several else note for note in table.notes]
+    if len(paths) > 1 and not by_name:
+        whole.notes.append("the files' names name no splits: they are taken as one file")
+    return whole
+
+
+# -------------------- a file of one's own
+
+def read_own(options):
+    """(dict column -> cells in the one form, lines that say what was taken and left out)"""
+    table = gather([path.strip() for path in options.file.split(",")], options.encoding)
+    if options.user_cols:
+        table = columns_to_rows(table, said(table, "--user-cols", options.user_cols))
+    text = choose_text(table, options.text_col)
+    user = choose_user(table, options.user_col)
+    split, draws = choose_splits(table, options.split_col, [*text, user])
+    time = choose_time(table, options.time_col)
+    taken = [*text, user, split, *draws, time]
+    labels = choose_labels(table, options, taken)
+    twice = [column for column in labels if column in taken]
+    check(not twice, f"{few(twice)}: a label, and also the text, the user, the time or the split?")
+    if options.list_sep not in (None, "none"):
+        split_lists(table, user, labels, options.list_sep)
+    filled = fill_blanks(table, labels, options)
+    notes = table.notes + drop_missing(table, text, user, labels, options)
+    if filled:
+        notes.append(f"blank was read as 0, not ticked, in: {few(filled, 40)}")
+    columns = {"text": [text_of(row, text) for row in table.rows],
+               "user": users_of(table, user, options)}
+    if split:
+        columns["split"] = parts_of(table, split)
+    if time:
+        columns["time"] = cells_of(table, time)
+    for draw in draws:
+        columns[draw] = parts_of(table, draw)
+    found, words = labels_of(table, labels, options, notes)
+    clash = [name for name in found if name.lower() in (*FORM, *draws)]
+    check(not clash, f"a label has the name {few(clash)}, as a column of the form: rename it")
+    lines = [f"text: {' + '.join(text)} · user: {user} · split: {split or 'by a hash of the text'}",
+             f"labels: {few(labels, 40)}: {words}"]
+    if draws:
+        lines.append(f"further splits: {few(draws, 40)}")
+    rest = [c for c in table.columns if c not in (*taken, *labels)]
+    rest = [c for c in rest if c.partition(":::")[0] not in labels]
+    if rest:
+        lines.append(f"not taken: {few(rest, 40)}")
+    return columns | found, lines + notes
+
+
+def text_of(row, columns):
+    """The text of a row; that of several columns is named lines."""
+    parts = {column: row.get(column) or "" for column in columns}
+    for column, part in parts.items():
+        check(isinstance(part, str), f"column {column!r} holds lists, not a text")
+    text = named_lines(parts) if len(columns) > 1 else parts[columns[0]]
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)  # halves of letters, which no file can hold
+
+
+def users_of(table, column, options):
+    """list of the users' IDs."""
+    cells = cells_of(table, column)
+    for place, cell in zip(table.places, cells):
+        check(isinstance(cell, str), f"{place}: {column!r} is a list: several people in one record? "
+              "--list-sep json makes a row of each")
+    check_no_lists(column, cells, table.places, options.list_sep)
+    users = [user_id(cell) for cell in cells]
+    check_users(users)
+    return users
+
+
+def parts_of(table, column):
+    """list of the splits that the rows are in; "" is in none."""
+    return [SPLITS.get(word_of(cell), "") for cell in cells_of(table, column)]
+
+
+def labels_of(table, columns, options, notes):
+    """(dict name of a label column -> its cells, what they are in words)"""
+    if len(columns) > 1:
+        found = {}
+        for column in columns:
+            found[column] = zero_one(column, cells_of(table, column), table.places)
+        if all(cells.count("1") == 1 for cells in zip(*found.values())):
+            notes.append("NOTE: every row has exactly one of the labels; one column that names it "
+                         "would be a single choice")
+        return {TOOLS.sub("", column): cells for column, cells in found.items()}, "any number of them"
+    column = columns[0]
+    cells = cells_of(table, column)
+    if any(isinstance(cell, list) for cell in cells):
+        lists = [cell if isinstance(cell, list) else [cell] for cell in cells]
+        if any(len(set(words)) != 1 for words in lists):
+            return any_number_of(column, lists)
+        cells = [words[0] for words in lists]
+    cells = [cell.strip() for cell in cells]
+    check_no_lists(column, cells, table.places, options.list_sep)
+    cells, words = one_choice(column, cells, notes)
+    return {TOOLS.sub("", column): cells}, words
+
+
+# -------------------- what was written, in numbers
+
+def what_is_odd(columns):
+    """list of lines: what is in the rows that may not have been meant."""
+    labels = [c for c in columns if c not in FORM and not set(columns[c]) <= {*PARTS, ""}]
+    split = columns.get("split") or [split_of(text) for text in columns["text"]]
+    lines = odd_people(columns, list(zip(*(columns[label] for label in labels))))
+    where = defaultdict(set)
+    for text, part in zip(columns["text"], split):
+        where[text_id(text)].add(part)
+    empty = [part for part in PARTS if part not in split]
+    if empty:
+        lines.append(f"NOTE: no row is in {few(empty)}, and plm.py needs all three: give the files of "
+                     "all splits, or say --split-col none")
+    twice = sum(len(parts - {""}) > 1 for parts in where.values())
+    if twice:
+        lines.append(f"NOTE: {twice:,} texts are in two splits")
+    for label in labels:
+        seen = Counter(zip(split, columns[label]))
+        values = {value for _, value in seen}
+        if len(values) == 1:
+            lines.append(f"NOTE: {label!r} is {few(values)} in every row: leave it out by --labels")
+            continue
+        late = sorted(value for value in values if "train" in split and not seen["train", value])
+        if late:
+            n = sum(seen["val", value] + seen["test", value] for value in late)
+            lines.append(f"NOTE: no training row has {label} {few(late)}, {n:,} other rows have")
+    return lines
+
+
+def odd_people(columns, answers):
+    """list of lines: who answered a text twice, and users of one row."""
+    lines = []
+    pairs = defaultdict(set)
+    for text, user, answer in zip(columns["text"], columns["user"], answers):
+        pairs[text, user].add(answer)
+    repeated = len(answers) - len(pairs)
+    differ = sum(len(found) > 1 for found in pairs.values())
+    if repeated:
+        lines.append(f"NOTE: {repeated:,} rows repeat a text and user")
     if differ:
-        print("WARNING: these counts are not the authors'; scores do not compare with theirs")
-    elif not original:
-        print("These are not the original files, so there are no counts to compare with.")
+        lines.append(f"NOTE: {differ:,} times one person gave one text different answers: is each "
+                     "of several choices in a row of its own, or is the user no person?")
+    if len(set(columns["user"])) == len(answers):
+        lines.append("NOTE: every row has a user of its own: nothing can be learned about a user")
+    cases = Counter(user.lower() for user in set(columns["user"]))
+    alike = [user for user, n in cases.items() if n > 1]
+    if alike:
+        lines.append(f"NOTE: users whose IDs differ in case alone: {few(alike)}")
+    return lines
 
 
-def prepare(name, folder):
-    """None; downloads what is missing, applies the rules, prints the counts, writes the CSV."""
-    row, out = DATASETS[name], os.path.join(folder, "annotations.csv")
-    if os.path.exists(out) and not start_of(out).startswith("text,user,"):
-        raise BadInput(f"{out}: not of this script; move it away, or choose another --dir DIR")
-    paths = [os.path.join(folder, file) for file in row["urls"]
-             if file not in row.get("splits", {}).values()]
-    others = sorted(glob.glob(f"{glob.escape(folder)}/{name}_*.csv"))
-    original = not others or any(map(os.path.exists, paths))
-    if original:
-        print(f"{name}, licence: {row['license']}", flush=True)
-        download_all(name, folder)
-    else:
-        paths = others
-    rows = [a for path in paths for a in read_rows(path, row)]
-    notes = {"annotations": len(rows)}
-    rows = [a for a in rows if set(a.labels.values()) - {"0", ""}]
-    notes["with a label"] = len(rows)
-    whole, found = row["expected"][row["whole"]][0], notes[row["whole"]]
-    if original and found != whole:
-        raise BadInput(f"{', '.join(paths)}: {found:,} annotations, the original has {whole:,}; "
-                       "delete what is damaged, then run this again")
-    rows, more = (as_the_authors if "splits" in row else at_random)(rows, row, folder)
-    print_counts(notes | more, row, original)
-    if not rows or "splits" in row and not all(counts(rows).values()):
-        raise BadInput(f"{', '.join(paths)}: nothing is left for a part; more texts are needed")
-    write_rows(out, rows)
-    print(f"{out}: {len(rows):,} annotations")
+def print_parts(columns, expected=None):
+    """None; how many rows, texts and users there are, and how many there should be."""
+    split = columns.get("split") or [split_of(text) for text in columns["text"]]
+    print(f"{'':8}{'rows':>9}{'texts':>9}{'users':>9}" + f"{'source':>9}" * bool(expected))
+    for part in (*PARTS, ""):
+        own = [i for i, there in enumerate(split) if there == part]
+        texts = len({columns["text"][i] for i in own})
+        users = len({columns["user"][i] for i in own})
+        line = f"{part or 'none':8}{len(own):9,}{texts:9,}{users:9,}"
+        n = (expected or {}).get(part)
+        if own or part:
+            print(line + (f"{n:9,}" if n else ""))
+        if n and n != len(own):
+            print(f"WARNING: {part} has {len(own):,} annotations, the source {n:,}: is it whole?")
 
 
-# -------------------- the downloads. A file gets its name when it is complete and can be what it
-# should be. Until then it is FILE.part, and what breaks off begins again.
-
-PAUSES = (0, 1, 3)  # seconds before a file is asked for, once, again, ...
-WRONG = {"": "nothing in it", "<": "a web page and not the file"}  # how a file must not begin
-
-
-def start_of(path):
-    """The beginning of a file, without the white space before it."""
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
-        return f.read(1000).lstrip()
-
-
-def no_answer(url, seconds=6):
-    """Why the server of an address does not answer at all; None if it does, whatever it says."""
-    why = [f"no answer in {seconds} s"]
-
-    def ask():
-        try:
-            requests.head(url, timeout=seconds)
-            why[0] = None
-        except Exception as e:
-            why[0] = type(e).__name__
-    thread = threading.Thread(target=ask, daemon=True)  # looking up a name has no timeout
-    thread.start()
-    thread.join(seconds)
-    return why[0]
+def prepare_own(options, folder, name, expected=None):
+    """None; writes the CSV of a file of one's own, and prints what it took and left out."""
+    out = os.path.join(folder, "annotations.csv")
+    here = [os.path.realpath(path.strip()) for path in options.file.split(",")]
+    check(os.path.realpath(out) not in here, f"{out} would overwrite --file: choose another --name")
+    foreign = os.path.exists(out) and not known.start_of(out).startswith("text,user,")
+    check(not foreign, f"{out}: not of this script; move it away, or choose another --name")
+    columns, lines = read_own(options)
+    for line in lines + what_is_odd(columns):
+        print(line)
+    print_parts(columns, expected)
+    known.write_csv(out, [tuple(columns), *zip(*columns.values())])
+    print(f"{out}: {len(columns['text']):,} annotations; next: make cls_p DATA={name}")
 
 
-def download(url, path):
-    """None when the file is there, else why it is not."""
-    part = path + ".part"
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    for pause in PAUSES:
-        time.sleep(pause)
-        try:
-            with requests.get(url, headers={"Accept-Encoding": "identity"}, stream=True,
-                              timeout=(5, 30)) as r, open(part, "wb") as f:
-                r.raise_for_status()
-                size = int(r.headers.get("Content-Length", 0))
-                f.writelines(progress(r.iter_content(1 << 16), os.path.basename(path), "x 64 KB",
-                                      math.ceil(size / (1 << 16)) or None))
-            if os.path.getsize(part) != size and "Transfer-Encoding" not in r.headers:
-                raise requests.ConnectionError  # only chunks say by themselves where they end
-            return WRONG.get(start_of(part)[:1]) or os.replace(part, path)
-        except requests.HTTPError as e:
-            why = f"{e.response.status_code} {e.response.reason}"
-        except requests.RequestException:
-            why = "broke off"
-    return f"{why}, {len(PAUSES)} times"
+def name_of(paths):
+    """The name of a dataset: that of its file, without the split that it names."""
+    stem = os.path.splitext(os.path.basename(paths[0]))[0]
+    words = [word for word in re.split("[^A-Za-z0-9]+", stem) if word]
+    if len(paths) > 1:
+        words = [word for word in words if word.lower() not in SPLITS]
+    check(words, f"{paths[0]}: no name for the dataset in it: say --name")
+    return "_".join(words)
 
 
-def download_all(name, folder):
-    """None; fetches the originals that the folder does not have, or says how to do it by hand."""
-    urls = {os.path.join(folder, file): url for file, url in DATASETS[name]["urls"].items()}
-    missing = [path for path in urls if not os.path.exists(path)]
-    while missing:
-        url = urls[missing[0]]
-        why = no_answer(url) or download(url, missing[0])
-        if why:
-            raise BadInput("\n".join([
-                f"cannot download {name} ({url}: {why}). By hand: save these files where the arrow "
-                "points, then run this again", *(f"  {urls[path]} -> {path}" for path in missing)]))
-        del missing[0]
-    for path in urls:  # also those that somebody put there by hand
-        if wrong := WRONG.get(start_of(path)[:1]):
-            raise BadInput(f"{path}: {wrong}; delete it, then run this again")
+# -------------------- the command
+
+def make_parser():
+    """The parser of the command line."""
+    def refuse(message):
+        raise BadInput(f"{message}; make data DATA={'|'.join(known.DATASETS)} or FILE=my.csv")
+    p = argparse.ArgumentParser("prepare.py", description=__doc__.splitlines()[0])
+    p.error = refuse
+    p.add_argument("known", choices=known.DATASETS, metavar="NAME", nargs="?",
+                   help=", ".join(known.DATASETS))
+    p.add_argument("--dir", metavar="DIR", help="folder of all the files (data/NAME)")
+    p.add_argument("--file", metavar="A,B", help="files of annotations: one dataset")
+    p.add_argument("--name", metavar="NAME", help="what to call it (the file's name)")
+    p.add_argument("--text-col", metavar="A,B", help="column of the text; several are named lines")
+    p.add_argument("--user-col", metavar="C", help="column that says who annotated")
+    p.add_argument("--user-cols", metavar="A,B", help="columns of one user's answers each")
+    p.add_argument("--label-col", metavar="C", help="column of one choice, words or a rating")
+    p.add_argument("--labels", metavar="A,B", help="columns of 0 and 1, any of which may be chosen")
+    p.add_argument("--split-col", metavar="C", help="column of train, val, test; none: no column is")
+    p.add_argument("--time-col", metavar="C", help="column of the time, which is kept")
+    p.add_argument("--skip-missing", action="store_true", help="leave out rows with a missing cell")
+    p.add_argument("--list-sep", metavar="SEP", help="what separates several answers in one cell; "
+                   "json: they are lists of JSON; none: no cell is a list")
+    p.add_argument("--blank", choices=["0"], help="a blank label is 0, not missing")
+    p.add_argument("--encoding", default="", help="of a file that is not UTF-8, as cp1252")
+    return p
+
+
+def run(args):
+    """None; does what the command line says."""
+    if args.known:
+        given = [key for key, value in vars(args).items() if value and key not in ("known", "dir")]
+        check(not given, f"{args.known} takes no --{few(given).replace('_', '-')}")
+    if args.known in known.AS_THE_PAPER:
+        known.prepare(args.known, args.dir or os.path.join(HERE, args.known))
+        return
+    check(bool(args.known) != bool(args.file), "NAME, or --file FILE: see --help")
+    if args.known:
+        folder = args.dir or os.path.join(HERE, args.known)
+        paths, _ = known.originals(args.known, folder)
+        args.file = ",".join(paths)
+        prepare_own(args, folder, args.known, known.DATASETS[args.known]["expected"])
+        return
+    name = args.name or name_of(args.file.split(","))
+    check(re.fullmatch(r"[\w.-]+", name), f"--name {name!r}: letters, digits and _ only")
+    ours = name in (*known.AS_THE_PAPER, "sample", "models")
+    check(not ours or args.dir, f"--name {name} is taken: choose another")
+    prepare_own(args, args.dir or os.path.join(HERE, name), name)
 
 
 def main(argv=None):
     """Runs the command; returns the exit status."""
-    def refuse(message):
-        raise BadInput(f"{message}; make data DATA={'|'.join(DATASETS)}")
-    p = argparse.ArgumentParser("prepare.py", description=__doc__.splitlines()[0])
-    p.error = refuse
-    p.add_argument("name", choices=DATASETS, metavar="NAME", help=", ".join(DATASETS))
-    p.add_argument("--dir", metavar="DIR", help="folder of all the files (data/NAME)")
     try:
-        args = p.parse_args(argv)
-        prepare(args.name, args.dir or os.path.join(HERE, args.name))
+        run(make_parser().parse_args(argv))
     except (BadInput, OSError) as e:
         print(f"prepare.py: {e}", file=sys.stderr)
         return 2
