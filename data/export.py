@@ -280,7 +280,8 @@ def save_tokenizer(folder, tokenizer, head):
     tokenizer.save_pretrained(folder)
     path = f"{folder}/tokenizer_config.json"
     known = plm.read_json(path)
-    known |= dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True)
+    known |= dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True,
+                  padding_side=tokenizer.padding_side)
     plm.write_file(path, known)
 
 
@@ -377,7 +378,7 @@ def write_readme(folder, config, users, names, odd, how):
     warning = ""
     if odd:
         warning = ("The tokenizer makes other ids of texts like the following than the run read:\n\n"
-                   + "".join(f"    {prompt!r}\n" for prompt in odd[:3]))
+                   + "\n".join(f"    {prompt!r}" for prompt in odd[:3]))
     tokens = ", ".join(f"`{token_of(user)}`" for user in names)
     known = ""
     if names:
@@ -450,8 +451,9 @@ def export_merged(folder):
         stored.generation_config.update(pad_token_id=pad, do_sample=False,
                                         max_new_tokens=config["answer_room"])
         stored.generation_config.save_pretrained(out)
-    safetensors.torch.save_file(whole_weights(config, model, stored), f"{out}/model.safetensors",
-                                {"format": "pt"})
+    weights = f"{out}/model.safetensors"
+    safetensors.torch.save_file(whole_weights(config, model, stored), weights, {"format": "pt"})
+    os.chmod(weights, 0o644)  # it is for others to serve
     odd = fit_prompts(out, prompts, rows)
     how = how_to_read(config, os.path.basename(out), model.seq2seq, bool(own.chat_template))
     write_readme(out, config, users, names, odd, how)
