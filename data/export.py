@@ -231,15 +231,22 @@ def awkward_rows(config, tokenizer, users, names):
 def without_spaces_of_its_own(spec):
     """A tokenizer that puts a space before what stands behind a user's token must not: only at the
     beginning of a text. None if it does not."""
+    metaspace = dict(type="Metaspace", replacement="\u2581", prepend_scheme="first", split=True)
+    normalizer = spec["normalizer"]
     before = spec["pre_tokenizer"] or {}
-    if before.get("type") == "Metaspace":
-        return spec | dict(pre_tokenizer=before | dict(prepend_scheme="first"))
-    steps = (spec["normalizer"] or {}).get("normalizers", [])
-    if [step["type"] for step in steps] == ["Prepend", "Replace"] and not before:
-        metaspace = dict(type="Metaspace", replacement="\u2581", prepend_scheme="first",
-                         split=False)
-        return spec | dict(normalizer=None, pre_tokenizer=metaspace)
-    return None
+    kinds = [step["type"] for step in before.get("pretokenizers", [before]) if step]
+    if kinds == ["Metaspace"]:
+        metaspace = before | dict(prepend_scheme="first")
+    elif kinds == ["WhitespaceSplit", "Metaspace"]:  # a T5: any white space is one space
+        one_space = dict(type="Replace", pattern={"Regex": "\\s+"}, content=" ")
+        steps = [normalizer, one_space] if normalizer else [one_space]
+        normalizer = dict(type="Sequence", normalizers=steps)
+    elif not kinds and '"Prepend"' in json.dumps(normalizer):  # a Llama 2
+        metaspace["split"] = False
+        normalizer = None
+    else:
+        return None
+    return spec | dict(normalizer=normalizer, pre_tokenizer=metaspace)
 
 
 def split_at_sections(spec):
@@ -250,26 +257,37 @@ def split_at_sections(spec):
     return spec | dict(pre_tokenizer=dict(type="Sequence", pretokenizers=steps))
 
 
-def fit_prompts(folder, prompts, rows):
+def special_tokens_apart(spec, special):
+    """A SentencePiece vocabulary has "</s>" as a word: inside a text it becomes "< /s>"."""
+    steps = [spec["normalizer"]] if spec["normalizer"] else []
+    for token in special:
+        steps.append(dict(type="Replace", pattern={"String": token},
+                          content=f"{token[0]} {token[1:]}"))
+    return spec | dict(normalizer=dict(type="Sequence", normalizers=steps))
+
+
+def fit_prompts(folder, prompts, rows, special):
     """list of the prompts of which the folder's tokenizer makes other ids than the run read, once
     it has been changed as little as makes them fewest."""
     path = f"{folder}/tokenizer.json"
     spec = plm.read_json(path)
-    tried = []
-    for change in (dict, without_spaces_of_its_own, split_at_sections):
-        changed = change(spec)
-        if changed is None:
+    spaces = without_spaces_of_its_own(spec)
+    candidates = [spec, spaces, split_at_sections(spec),
+                  special_tokens_apart(spaces or spec, special)]
+    best = []
+    for candidate in candidates:
+        if candidate is None:
             continue
-        plm.write_file(path, changed)
+        plm.write_file(path, candidate)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         odd = [prompt for prompt, row in zip(prompts, rows)
                if tuple(tokenizer(prompt).input_ids) != row.prompt]
-        tried.append((len(odd), odd, changed))
+        if not best or len(odd) < len(best[0]):
+            best = (odd, candidate)
         if not odd:
-            return []
-    _, odd, best = min(tried, key=lambda found: found[0])
-    plm.write_file(path, best)
-    return odd
+            break
+    plm.write_file(path, best[1])
+    return best[0]
 
 
 def save_tokenizer(folder, tokenizer, head):
@@ -280,6 +298,8 @@ def save_tokenizer(folder, tokenizer, head):
     tokenizer.save_pretrained(folder)
     path = f"{folder}/tokenizer_config.json"
     known = plm.read_json(path)
+    for key in ("is_local", "local_files_only", "backend"):
+        known.pop(key, None)
     known |= dict(tokenizer_class="PreTrainedTokenizerFast", split_special_tokens=True,
                   padding_side=tokenizer.padding_side)
     plm.write_file(path, known)
@@ -454,7 +474,7 @@ def export_merged(folder):
     weights = f"{out}/model.safetensors"
     safetensors.torch.save_file(whole_weights(config, model, stored), weights, {"format": "pt"})
     os.chmod(weights, 0o644)  # it is for others to serve
-    odd = fit_prompts(out, prompts, rows)
+    odd = fit_prompts(out, prompts, rows, own.all_special_tokens)
     how = how_to_read(config, os.path.basename(out), model.seq2seq, bool(own.chat_template))
     write_readme(out, config, users, names, odd, how)
     print(f"{out}: {compare(out, config, model, tokenizer, prompts, rows)}; {len(odd)} of "
