@@ -43,16 +43,19 @@ import io
 import json
 import math
 import os
+import queue
 import random
 import re
 import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from contextlib import contextmanager
+from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
@@ -60,10 +63,12 @@ if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
 
 import jinja2
 import numpy as np
+import requests
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
+import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
@@ -109,6 +114,15 @@ def read_json(path):
             return dict(json.load(f))
         except (ValueError, TypeError) as e:
             raise BadInput(f"{path} is damaged ({e}); --fresh starts the run over") from None
+
+
+def short(x):
+    """A value of metrics.json in a few characters."""
+    if isinstance(x, dict):
+        return ", ".join(f"{key} {short(value)}" for key, value in x.items())
+    if isinstance(x, list):
+        return " to ".join(map(short, x))
+    return x if isinstance(x, str) else f"{round(x, 6):,.4g}"
 
 
 # 1. What can be run -------------------------------------------------------------------------------
@@ -262,7 +276,7 @@ def read_annotations(rows, split_col):
     columns = []  # of labels
     for column in rows[0]:
         values = {row[column] for row in rows}
-        if column not in ("text", "user", "time") and not values <= {*PARTS, ""}:
+        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
     check(split_col in (None, *rows[0]), f"no column {split_col!r} to split by")
@@ -344,15 +358,16 @@ def load_data(name, split_col=None, max_eval=0):
 def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
     print(", ".join(f"{what}: {n}" for what, n in data.notes.items() if n))
-    kind = "ratings" if data.ordered else "a single choice" if data.single else "any number"
-    print(f"{len(data.labels)} labels, {kind}; how often each is chosen:")
     for part, annotations in data.parts.items():
-        chosen = np.array([a.labels for a in annotations])
-        often = [f"{x} {rate:.1%}" for x, rate in zip(data.labels, chosen.mean(0))]
         texts = len({a.text for a in annotations})
         users = len({a.user for a in annotations})
-        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users  "
-              f"{', '.join(often)}")
+        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users")
+    rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
+    often = [f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates)]
+    kind = "a rating" if data.ordered else "a single choice" if data.single else "any number"
+    print(f"labels, of which {kind} is chosen, and how often in training: {', '.join(often)}")
+
+
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
@@ -1040,15 +1055,12 @@ def check_forward(model):
 
 
 def find_device():
-    """The GPU if there is one, else the CPU; BadInput if there is one that does not start."""
-    if torch.cuda.is_available():
-        # cuDNN's attention plans every new shape anew, and shapes change every step here.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        return torch.device("cuda", torch.cuda.current_device())
-    wanted = os.environ.get("CUDA_VISIBLE_DEVICES") == ""
-    check(wanted or not os.path.exists("/proc/driver/nvidia/version"),
-          "CUDA does not start; CUDA_VISIBLE_DEVICES= computes on the CPU")
-    return torch.device("cpu")
+    """The GPU if there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # cuDNN's attention plans every new shape anew, and shapes change every step here.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def compute_dtype(device, width, asked=None):
@@ -1132,7 +1144,7 @@ def load_model(config, users=()):
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
-MAX_NODES = {"cpu": 2048, "cuda": 8192}  # of a tree: its mask has nodes x nodes
+MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -1149,15 +1161,15 @@ def targets_of(rows, head):
     return dict(target=torch.tensor(target), weight=torch.tensor(weight))
 
 
-def tree_batch(model, rows, head):
-    """The batch of some rows for a decoder: their prompt tree."""
-    paths = []
+def tree_batch(model, rows, head, before=()):
+    """The batch of some rows for a decoder: their prompt tree, behind the nodes of some paths."""
+    paths = list(before)
     for row in rows:
         answer = row.answer[:-1] if head == "lm" else ()
         paths.append(row.prompt + answer)
     input_ids, positions, parents, branches = prompt_tree(paths, model.share)
     at = []
-    for row, branch in zip(rows, branches):
+    for row, branch in zip(rows, branches[len(before):]):
         at += branch[len(row.prompt) - 1:]
     return dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
                 sees=tree_mask(parents), at=torch.tensor(at), tokens=len(input_ids))
@@ -1174,20 +1186,18 @@ def pair_batch(model, rows, head):
     """The batch of some rows for an encoder-decoder: an encoder reads both ways, so only equal
     prompts are computed once."""
     start = model.lm.config.decoder_start_token_id
-    prompts = {}
+    place_of = {}  # prompt -> its place in the batch
     prompt_of = []
     answers = []
     for i, row in enumerate(rows):
-        key = row.prompt if model.share else (i, row.prompt)
-        prompts.setdefault(key, (len(prompts), row.prompt))
-        prompt_of.append(prompts[key][0])
-        begun = row.answer[:-1] if head == "lm" else ()
-        answers.append((start, *begun))
-    input_ids, mask = padded([ids for _, ids in prompts.values()])
+        key = (row.prompt, 0 if model.share else i)
+        prompt_of.append(place_of.setdefault(key, len(place_of)))
+        answers.append((start, *(row.answer[:-1] if head == "lm" else ())))
+    input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
-    at = there.flatten().nonzero()[:, 0]
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
-                prompt_of=torch.tensor(prompt_of), at=at, tokens=int(mask.sum() + there.sum()))
+                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0],
+                tokens=int(mask.sum() + there.sum()))
 
 
 def to_device(batch, device):
@@ -1216,22 +1226,11 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order. The rows of a text stay together, since that is where
-    they share most, and so do texts of about one length, for an encoder's padding."""
+    """Lists of `size` rows in random order; the rows of a text stay together, where they share."""
     texts = by_text(rows)
     rng.shuffle(texts)
-    windows = defaultdict(list)  # of 16 steps each, within which texts are sorted
-    count = 0
-    for own in texts:
-        windows[count // (16 * size)].append(own)
-        count += len(own)
-    flat = []
-    for window in windows.values():
-        for own in sorted(window, key=lambda own: len(own[0].prompt)):
-            flat += own
-    steps = [flat[i:i + size] for i in range(0, len(flat), size)]
-    rng.shuffle(steps)
-    return steps
+    flat = [row for own in texts for row in own]
+    return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
 def micro_batches(rows, size, max_nodes):
@@ -1573,13 +1572,11 @@ def plan_steps(rows, config):
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
-        steps = shuffled_steps(rows, config["batch"], rng)
-        for i, part in enumerate(steps, 1):
-            plan.append((epoch, part, i == len(steps)))
-    if config["max_steps"] and config["max_steps"] < len(plan):
-        plan = plan[:config["max_steps"]]
-        epoch, part, _ = plan[-1]
+        for part in shuffled_steps(rows, config["batch"], rng):
+            plan.append((epoch, part, False))
         plan[-1] = (epoch, part, True)
+    plan = plan[:config["max_steps"] or None]
+    plan[-1] = (*plan[-1][:2], True)
     return plan
 
 
@@ -1633,22 +1630,16 @@ def begin(path, model, optimizer, facts):
     return state, best
 
 
-def end_epoch(model, val_rows, config, epoch, state, best, log, bar):
-    """The parameters of the best epoch so far, after the validation of this one."""
-    found = validate(model, val_rows, config)
-    print(json.dumps(dict(step=state["step"], epoch=epoch, **found)), file=log)
-    check(math.isfinite(found["val_loss"]), f"validation: {found}: lower --lr")
-    says = ", ".join(f"{key} {value:.4f}" for key, value in found.items())
-    bar.write(f"epoch {epoch}: {says}", file=sys.stdout)
-    if found["val_loss"] < state["val_loss"]:
-        state["val_loss"] = found["val_loss"]
-        best = {name: p.detach().clone() for name, p in model.trainable().items()}
-    return best
+def record(log, **line):
+    """Adds a line to log.jsonl; BadInput if a number in it is not finite."""
+    print(json.dumps(line), file=log)
+    for key, value in line.items():
+        check(math.isfinite(value), f"{key} is {value} at step {line['step']}: lower --lr")
 
 
 def train(model, rows, val_rows, config, facts, folder):
     """Trains on from the state in `folder`, if any; leaves the best epoch's parameters in the model
-    and adds steps, rows_per_second and val_loss to the facts."""
+    and adds step, rows_per_second and val_loss to the facts."""
     optimizer = make_optimizer(model, config)
     plan = plan_steps(rows, config)
     path = f"{folder}/{STATE}"
@@ -1658,36 +1649,39 @@ def train(model, rows, val_rows, config, facts, folder):
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step in range(state["step"], len(plan)):
-            epoch, part, last = plan[step]
+        for step, (epoch, part, last) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
             batches = batches or prepare_step(model, part, config)
             tokens = sum(batch["tokens"] for batch in batches)
-            lr = learning_rate(step, len(plan), config["lr"], config["warmup"])
+            lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
             batches = None
-            if step + 1 < len(plan):  # while a GPU computes
-                batches = prepare_step(model, plan[step + 1][1], config)
-            loss = loss.item()
-            line = dict(step=step + 1, epoch=epoch, loss=loss, lr=lr, tokens=tokens)
-            print(json.dumps(line), file=log)
-            check(math.isfinite(loss), f"loss {loss} at step {step + 1}: lower --lr")
-            state["step"] = step + 1
+            if step < len(plan):  # while a GPU computes
+                batches = prepare_step(model, plan[step][1], config)
+            record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
+            bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
+            bar.update()
+            state["step"] = step
             state["rows"] += len(part)
             state["seconds"] += time.perf_counter() - start
-            bar.set_postfix(dict(epoch=epoch, loss=loss), refresh=False)
-            bar.update()
             if last:
-                best = end_epoch(model, val_rows, config, epoch, state, best, log, bar)
+                found = validate(model, val_rows, config)
+                record(log, step=step, epoch=epoch, **found)
+                bar.write(f"epoch {epoch}: {short(found)}", file=sys.stdout)
+                if found["val_loss"] < state["val_loss"]:
+                    state["val_loss"] = found["val_loss"]
+                    best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if last or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
                 save_state(path, state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    facts["steps"] = state["step"]
+    for key in ("step", "val_loss"):
+        facts[key] = state[key]
     facts["rows_per_second"] = state["rows"] / max(state["seconds"], 1e-9)
-    facts["val_loss"] = state["val_loss"]
+
+
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
@@ -1698,27 +1692,25 @@ def train(model, rows, val_rows, config, facts, folder):
 
 def write_with_decoder(model, prompts, ends, limit):
     """Greedy decoding: the ids of the answers to n prompts. Each has a row of the mask."""
+    device = model.device
     input_ids, positions, parents, branches = prompt_tree(prompts, model.share)
     leaves = [branch[-1] for branch in branches]
-    n = len(prompts)
-    sees = tree_mask(parents)
-    nodes = torch.tensor([input_ids, positions])
-    start = to_device(dict(nodes=nodes, sees=sees, leaves=torch.tensor(leaves), own=torch.eye(n) > 0,
-                           position=torch.tensor([len(ids) for ids in prompts]),
-                           ends=torch.tensor(ends)), model.device)
+    sees = tree_mask(parents).to(device)
+    own = torch.eye(len(prompts), dtype=torch.bool, device=device)
+    position = torch.tensor([len(ids) for ids in prompts], device=device)
+    answers = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+    ends = torch.tensor(ends, device=device)
     cache = transformers.DynamicCache()
-    states = model.decode(start["nodes"][0], start["nodes"][1], start["sees"], cache)
-    hidden = states[start["leaves"]]
-    sees = start["sees"][start["leaves"]]  # an answer sees what the end of its prompt sees ...
-    position = start["position"]
-    answers = torch.empty(n, 0, dtype=torch.long, device=model.device)
+    nodes = torch.tensor([input_ids, positions], device=device)
+    hidden = model.decode(nodes[0], nodes[1], sees, cache)[leaves]
+    sees = sees[leaves]  # an answer sees what the end of its prompt sees ...
     while True:
         written = model.token_logits(hidden).argmax(1)
         answers = torch.cat([answers, written[:, None]], 1)
-        ended = torch.isin(answers, start["ends"]).any(1)
+        ended = torch.isin(answers, ends).any(1)
         if answers.shape[1] == limit or ended.all():
             return answers.tolist()
-        sees = torch.cat([sees, start["own"]], 1)  # ... and its own tokens, one more every time
+        sees = torch.cat([sees, own], 1)  # ... and its own tokens, one more every time
         hidden = model.decode(written, position, sees, cache)
         position = position + 1
 
@@ -1826,26 +1818,282 @@ def predict_rates(data, config, annotations, strength=5):
     """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
     train = data.parts["train"]
     overall = gold_labels(train).mean(0)
-    own = defaultdict(list)
+    sums = defaultdict(lambda: strength * overall)  # of a user's rows, and `strength` of everybody's
+    counts = Counter()
     if config["personalized"]:
         for a in train:
-            own[a.user].append(a.labels)
-    rates = []
-    for a in annotations:
-        chosen = np.array(own[a.user]).reshape(-1, len(overall))
-        rates.append((chosen.sum(0) + strength * overall) / (len(chosen) + strength))
+            sums[a.user] = sums[a.user] + np.array(a.labels)
+            counts[a.user] += 1
+    rates = [sums[a.user] / (strength + counts[a.user]) for a in annotations]
     p = np.clip(rates, 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
 
+
+
+
 # 12. ChatGPT --------------------------------------------------------------------------------------
+# A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
+# servers speak.
+#
+# An answer costs money and time. It is on the disk before the next one is heard, it is found again
+# by a hash of the server's address and the whole request, so it is never asked for twice, and rows
+# with equal prompts share it. The file also has a line for each request that was sent.
+#
+# A thread makes one attempt and ends; the main thread alone decides what is sent, and writes. So
+# nothing is sent any more once a run has stopped, and no thread waits for another.
+#
+# A server is not known beforehand: one bears hundreds of requests at once, another computes them
+# one by one. The first request goes alone, and shows whether the key, the model and the parameters
+# are right. Each quick answer lets one more request in, up to AT_ONCE; where the server limits
+# them, more and more answers are needed for that. A request that fails goes to the end of the queue
+# and sets the number back to one; once nothing is on its way all wait a second, then two, four,
+# ..., or as long as the server says. A request that is alone may take long, for the server may
+# still be busy with those that nobody waits for any more. Many failures without an answer between
+# them end the run.
+OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
+AT_ONCE = 8         # requests on their way, at most
+CONNECT = 10        # seconds for a connection
+READ = 120          # seconds of silence after which an attempt has failed,
+READ_ALONE = 600    # and those of a request that is alone
+QUICK = READ / 3    # seconds: a server that answers one by one stays far from READ
+BACKOFF = 1         # seconds of the first wait, then 2, 4, ..., 20
+LONGEST_WAIT = 600  # seconds: if the server asks for more, the run ends
+GIVE_UP = 20        # failures in a row, five minutes with the waits, end the run,
+GIVE_UP_EARLY = 7   # and these, 50 seconds, if nothing was ever answered
+SILENCE = 7         # failures that silence counts for: half an hour of it ends the run
+TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
+OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
+TOO_LONG = "context|too long|too large|maximum"
+NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
+
 
 def server_address():
-    raise BadInput("section 12 is being rewritten")
+    """The address of the server: OPENAI_BASE_URL, or OpenAI's."""
+    address = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
+    valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", address, re.I)
+    check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
+    return address
+
+
+def retry_after(response):
+    """The seconds that the server wants us to wait: a number, or until a date; else 0."""
+    value = response.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", value):
+        return float(value)
+    date = parsedate_tz(value)
+    return mktime_tz(date) - time.time() if date else 0
+
+
+def read_reply(response):
+    """What a model said, as a dict; None if the response is none in the protocol."""
+    try:
+        reply = json.loads(response.text)
+        choice = reply["choices"][0]
+        parts = choice["message"].get("content") or ""  # nothing where the model refuses
+        text = "".join(x if isinstance(x, str) else x.get("text") or "" for x in parts)
+        usage = reply.get("usage") or {}  # not every server counts
+        tokens = {name: int(usage.get(name) or 0) for name in TOKENS}
+    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
+        return None
+    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    cut = choice.get("finish_reason") == "length"
+    return dict(answer=text, cut=cut, model=str(reply.get("model") or ""), **tokens)
+
+
+def is_refused(status):
+    """Would the same request be refused again?"""
+    return 400 <= status < 500 and status not in (408, 409, 425, 429)
+
+
+def advice(status, words):
+    """What the user can do after a failure."""
+    if not is_refused(status):
+        return "; later, the same command asks for the rest"
+    return "; a lower --max-text makes prompts shorter" if re.search(TOO_LONG, words, re.I) else ""
+
+
+class Server:
+    """A server, and how much of it is asked at once."""
+
+    def __init__(self, address):
+        self.url = f"{address}/chat/completions"
+        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
+        valid = re.fullmatch("[!-~]+", self.key)
+        check(valid, "set OPENAI_API_KEY (to any word if the server needs none)")
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {self.key}"
+        self.session.auth = lambda request: request  # without one, a .netrc replaces the header
+        self.names = {}       # parameter that the server refuses -> its other name, or None
+        self.responses = queue.SimpleQueue()  # of (sha, response)
+        self.on_the_way = 0   # requests without a response
+        self.room = 1         # and how many there may be
+        self.step = 1         # answers that let one more in
+        self.answers = 0      # heard so far
+        self.failures = 0     # in a row
+        self.pause_until = 0.0
+        self.error = ""       # the last one
+
+    def is_ready(self):
+        """May one more request be sent now?"""
+        return self.on_the_way < self.room and time.monotonic() >= self.pause_until
+
+    def send(self, sha, body):
+        """Starts a thread that makes one attempt."""
+        body = {self.names.get(name, name): value for name, value in body.items()}
+        body.pop(None, None)
+        self.on_the_way += 1
+        threading.Thread(target=self.attempt, args=(sha, body), daemon=True).start()
+
+    def attempt(self, sha, body):
+        """Sends a request and queues the response, with status 0 if there was none."""
+        silence = READ if self.room > 1 else READ_ALONE
+        response = None  # after a mistake in this file
+        try:
+            response = self.session.post(
+                self.url, json=body, timeout=(CONNECT, silence), allow_redirects=False)
+            response.encoding = "utf-8"
+        except (OSError, urllib3.exceptions.HTTPError) as e:  # an error of requests is an OSError
+            response = requests.Response()
+            response.status_code = 0
+            response.reason = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
+        finally:
+            self.responses.put((sha, response))
+
+    def describe(self, response):
+        """What the server or the network said, in one line without the key."""
+        if response is None:
+            raise RuntimeError("a request ended in the error above")
+        status = response.status_code
+        words = response.text or response.reason
+        words = f"HTTP {status}: {words}" if status else words
+        return " ".join(words.replace(self.key, "[key]").split())[:500]
+
+    def learn(self, status, words):
+        """Does the server refuse a parameter by name? From now on it is renamed or left out."""
+        if self.answers == 0 and status in (400, 422):  # later ones are about their rows
+            for name, other in OTHER_NAMES.items():
+                if name not in self.names and re.search(rf"\b{name}\b", words):
+                    self.names[name] = other
+                    return True
+        return False
+
+    def speed_up(self, seconds):
+        """After an answer that took so long."""
+        self.answers += 1
+        self.failures = 0
+        if seconds < QUICK and self.answers % self.step == 0:
+            self.room = min(AT_ONCE, self.room + 1)
+
+    def slow_down(self, status, words, wait):
+        """After a failure, with the seconds that the server wants us to wait. May end the run."""
+        wrong = status in (401, 402, 403, 404) or 300 <= status < 400
+        no_money = status == 429 and re.search(NO_MONEY, words, re.I)
+        check(not wrong and not no_money,
+              f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
+        self.error = f", last error: {words[:100]}"
+        if is_refused(status):
+            self.failures += 1
+        else:
+            if status == 429 and self.room > 1:  # perhaps the server takes fewer at once
+                self.step = min(64, 2 * self.step)
+            self.room = 1
+            if self.on_the_way == 0:  # what was sent together fails together, and counts once
+                self.failures += SILENCE if "Read timed out" in words else 1
+                wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
+            self.pause_until = max(self.pause_until, time.monotonic() + wait)
+        most = GIVE_UP if self.answers or status in (429, 503) else GIVE_UP_EARLY
+        check(self.failures < most and wait <= LONGEST_WAIT, words + advice(status, words))
+
+
+def write_line(file, record):
+    """Adds a record to a file of answers."""
+    file.write(json.dumps(record).encode() + b"\n")
+    file.flush()
+
+
+def kept_answers(file):
+    """(dict sha -> answer, list of the shas that were sent) of a file of answers; half a line at
+    its end, left by a kill, is cut off."""
+    file.seek(0)
+    *lines, half = file.read().split(b"\n")
+    file.truncate(file.tell() - len(half))
+    records = [json.loads(line) for line in lines]
+    answers = {record["sha"]: record for record in records if "sha" in record}
+    return answers, [record["sent"] for record in records if "sent" in record]
+
+
+def ask_server(address, bodies, file):
+    """Asks for all of dict sha -> body; the file gets a line for each request and each answer.
+    Returns dict sha -> why of the requests that the server refused."""
+    server = Server(address)
+    waiting = deque(bodies)
+    refused = {}
+    heard_at = time.monotonic()
+    with progress(None, "ask", "requests", len(bodies)) as bar:
+        bar.dynamic_miniters = False  # or tqdm shows nothing new until the next answer
+        while waiting or server.on_the_way:
+            while waiting and server.is_ready():
+                sha = waiting.popleft()
+                write_line(file, dict(sent=sha))
+                server.send(sha, bodies[sha])
+            slow = ", the server is slow" if time.monotonic() - heard_at > QUICK else ""
+            bar.set_postfix_str(f"{server.room} at once{slow}{server.error}", refresh=False)
+            bar.update(len(bodies) - len(waiting) - server.on_the_way - bar.n)
+            try:
+                sha, response = server.responses.get(timeout=min(1, BACKOFF))
+            except queue.Empty:
+                continue
+            heard_at = time.monotonic()
+            server.on_the_way -= 1
+            words = server.describe(response)
+            status = response.status_code
+            reply = read_reply(response)
+            if reply:
+                left_out = [name for name, other in server.names.items() if other is None]
+                write_line(file, dict(sha=sha, **reply, left_out=left_out))
+                os.fsync(file.fileno())
+                server.speed_up(response.elapsed.total_seconds())
+            elif server.learn(status, words):
+                waiting.appendleft(sha)
+            else:
+                server.slow_down(status, words, retry_after(response))
+                if is_refused(status):
+                    refused[sha] = words + advice(status, words)
+                else:
+                    waiting.append(sha)
+    return refused
 
 
 def ask_chat(prompts, path, model, seed, limit):
-    raise BadInput("section 12 is being rewritten")
+    """(dict(answer, cut, ...) of each prompt, dict of counts); the file `path` keeps answers."""
+    address = server_address()
+    shas = []
+    bodies = {}
+    for prompt in prompts:
+        message = dict(role="user", content=prompt)
+        body = dict(model=model, messages=[message], temperature=0, seed=seed, max_tokens=limit)
+        sha = hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()
+        shas.append(sha)
+        bodies[sha] = body
+    with open(path, "ab+") as file:
+        answers, sent = kept_answers(file)
+        todo = {sha: body for sha, body in bodies.items() if sha not in answers}
+        tokens = sum(len(body["messages"][0]["content"]) for body in todo.values()) // 4
+        print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
+              f"{tokens:,} tokens; {len(bodies) - len(todo):,} answers are there", flush=True)
+        refused = ask_server(address, todo, file) if todo else {}
+        for sha, why in refused.items():
+            raise BadInput(f"{len(refused)} of {len(todo)} requests were refused, as test row "
+                           f"{shas.index(sha) + 1}: {why}")
+        answers, sent = kept_answers(file)
+    counts = dict(server=address, requests=len(sent), retries=len(sent) - len(set(sent)))
+    used = [answers[sha] for sha in bodies]
+    for name in TOKENS:
+        counts[name] = sum(answer[name] for answer in used)
+    counts["answered_by"] = sorted({answer["model"] for answer in used} - {""})
+    counts["left_out"] = sorted({name for answer in used for name in answer["left_out"]})
+    return [answers[sha] for sha in shas], counts
 
 
 # 13. One experiment from end to end ---------------------------------------------------------------
@@ -1980,11 +2228,11 @@ def describe(model):
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def save_adapter(path, model, users, base_sha):
+def save_adapter(path, model, users):
     """Writes what was trained, and who the users are."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
-    metadata = {"users": json.dumps(users), "base_sha": base_sha}
-    write_file(path, safetensors_bytes(tensors, metadata))
+    # safetensors writes several keys in any order: one keeps the file the same bytes in every run
+    write_file(path, safetensors_bytes(tensors, {"users": json.dumps(users)}))
 
 
 def controls(model, tokenizer, config, data, rows, names, result):
@@ -2031,7 +2279,7 @@ def run_model(config, data, folder):
     facts = dict(counts, base_sha=base_sha, **describe(model))
     if config["head"] != "ask":
         train(model, rows["train"], rows["val"], config, facts, folder)
-        save_adapter(f"{folder}/adapter.safetensors", model, users, base_sha)
+        save_adapter(f"{folder}/adapter.safetensors", model, users)
     result = predict(model, tokenizer, rows["test"], config)
     scores = score(config, data.parts["test"], result)
     scores |= controls(model, tokenizer, config, data, rows, names, result)
@@ -2159,29 +2407,22 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
 }
 
 
-def short(x):
-    """A value of metrics.json in a few characters."""
-    if isinstance(x, dict):
-        return ", ".join(f"{key} {short(value)}" for key, value in x.items())
-    if isinstance(x, list):
-        return " to ".join(map(short, x))
-    return x if isinstance(x, str) else f"{round(x, 6):,.4g}"
-
-
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
     n = m["rows"]["test"]
     print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
     for key, what in SUMMARY.items():
-        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing, a score does
-            print(f"  {key:24} {short(m[key])}  {what}".rstrip())
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
+            print(f"  {key:24} {short(m[key])}  {what}")
     for label, f1 in zip(m["labels"], m["per_label"]):
-        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}".rstrip())
+        print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
     if m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
         print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
     elif m["personalized"] and m["listens"]["model"] < 0.02:
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
+
+
 
 
 # 14. A trained run reads new sentences, and gets to know new people -------------------------------
@@ -2218,12 +2459,10 @@ def print_readings(config, annotations, result):
     shown = result["predicted"]
     if "scores" in result:
         shown = probabilities(result["scores"], config["single"])
-    print(f"{'user':12}", *(f"{label:>8}" for label in config["labels"]), sep="  ")
+    width = max(map(len, config["labels"])) + 2
+    print(f"{'user':12}" + "".join(f"{label:>{width}}" for label in config["labels"]))
     for a, line in zip(annotations, shown):
-        cells = []
-        for p, label in zip(line, config["labels"]):
-            cells.append(f"{p:>{max(len(label), 8)}.2f}")
-        print(f"{a.user[:12]:12}", *cells, sep="  ")
+        print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
 
 
 def predict_run(args):
@@ -2262,22 +2501,21 @@ def predict_run(args):
 
 
 def read_new_people(path, split_col, config):
-    """(dict part -> list of Annotation with the labels of a run, is there a split?) of a CSV. Without
-    a split all rows are to learn from."""
-    found, what, notes = read_annotations(path, split_col)
-    has_split = notes["split by"].startswith("column")
+    """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
+    by all rows are to learn from."""
+    rows = read_csv(path, "text", "user")
+    if split_col is None and "split" in rows[0]:
+        split_col = "split"
+    found, what = read_annotations(rows, split_col)
     unknown = set(what["labels"]) - set(config["labels"])
-    missing = set(config["labels"]) - set(what["labels"])
-    fits = what["single"] == config["single"] and not unknown and (what["single"] or not missing)
-    check(fits, f"{path}: labels {what['labels']}, but the run has {config['labels']}")
-    parts = {part: [] for part in PARTS}
+    check(not unknown and what["single"] == config["single"],
+          f"{path}: labels {what['labels']}, but the run has {config['labels']}")
+    parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
-        chosen = {label for label, y in zip(what["labels"], a.labels) if y}
+        chosen = [label for label, y in zip(what["labels"], a.labels) if y]
         labels = tuple(int(label in chosen) for label in config["labels"])
-        part = part if has_split else "train"
-        if part:
-            parts[part].append(a._replace(labels=labels))
-    return parts, has_split
+        parts[part if split_col else "train"].append(a._replace(labels=labels))
+    return parts
 
 
 def add_users(model, n):
@@ -2290,20 +2528,12 @@ def add_users(model, n):
 
 def reader_batch(model, rows):
     """(batch of some rows, cache of what stands before their readers, number of nodes in it)."""
-    batch = make_batch(model, rows)
     if model.seq2seq:  # an encoder reads the text anew for each reader
-        return batch, None, 0
-    # The nodes before the readers come first, so that they can be computed once for all steps.
+        return make_batch(model, rows), None, 0
     before = [row.prompt[:row.reader_at] for row in rows]
     kept = len(prompt_tree(before, model.share)[0])
-    paths = [row.prompt + (row.answer[:-1] if model.head == "lm" else ()) for row in rows]
-    input_ids, positions, parents, branches = prompt_tree(before + paths)
-    at = []
-    for row, branch in zip(rows, branches[len(rows):]):
-        at += branch[len(row.prompt) - 1:]
-    batch |= to_device(dict(
-        input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
-        sees=tree_mask(parents), at=torch.tensor(at)), model.device)
+    batch = tree_batch(model, rows, model.head, before) | targets_of(rows, model.head)
+    batch = to_device(batch, model.device)
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
@@ -2355,7 +2585,7 @@ def adapt_run(args):
     config, model, tokenizer, users = load_run(args.run)
     check(config["nobody"], f"{args.run} has no token for nobody to begin with: only cls_p and lm_p "
                             "of our recipe have one")
-    parts, has_split = read_new_people(args.csv, args.split_col, config)
+    parts = read_new_people(args.csv, args.split_col, config)
     new = sorted({a.user for a in parts["train"]})
     known = sorted(set(new) & set(users))
     check(new, f"{args.csv}: no row to learn from")
@@ -2373,7 +2603,7 @@ def adapt_run(args):
     folder = folder_of(own, args.out)
     with alone_in(folder):
         settle(folder, own, args.fresh)
-        save_adapter(f"{folder}/adapter.safetensors", model, users + new, config["base_sha"])
+        save_adapter(f"{folder}/adapter.safetensors", model, users + new)
         if parts["test"]:
             rows, _ = encode(tokenizer, config, parts["test"], [], names)
             result = predict(model, tokenizer, rows, config)
