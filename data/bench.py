@@ -77,8 +77,9 @@ def to_nf4(lm, dtype, device):
               if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings()}
     kind = dict(quant_type="nf4", compress_statistics=True)
     for path, layer in layers.items():
-        packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=dtype,
-                                            bias=layer.bias is not None, **kind)
+        packed = bitsandbytes.nn.Linear4bit(layer.in_features, layer.out_features,
+                                            bias=layer.bias is not None, compute_dtype=dtype,
+                                            **kind)
         packed.weight = bitsandbytes.nn.Params4bit(layer.weight.data, requires_grad=False, **kind)
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.data, requires_grad=False)

@@ -397,7 +397,7 @@ def write_readme(folder, config, users, names, odd, how):
         reader = f", and {readers[0]} for the user"
     warning = ""
     if odd:
-        warning = ("The tokenizer makes other ids of texts like the following than the run read:\n\n"
+        warning = ("Of texts like these the tokenizer makes other ids than the run read:\n\n"
                    + "\n".join(f"    {prompt!r}" for prompt in odd[:3]))
     tokens = ", ".join(f"`{token_of(user)}`" for user in names)
     known = ""
@@ -449,8 +449,8 @@ def export_merged(folder):
     """Writes a whole model into RUN/merged, and says how its readings compare with plm.py's."""
     config, model, tokenizer, users = plm.load_run(folder)
     plm.check(config["head"] == "lm" or not model.seq2seq,
-              f"{folder}: a classifier of a T5 reads the decoder at its start token, which no class "
-              "of transformers does; lm and lm_p can be merged, or export without --merge")
+              f"{folder}: a classifier of a T5 reads the decoder at its start token, which no "
+              "class of transformers does; lm and lm_p can be merged, or export without --merge")
     stored, _ = plm.load_pretrained(config["model"], "eager")
     plm.fit_tokenizer(config["model"], stored, tokenizer)
     names = {}

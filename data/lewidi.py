@@ -234,8 +234,8 @@ def constants(task, items, train):
 # -------------------- what the run says
 
 def of_run(config, items, found, fallback):
-    """(dict name -> list of (n, L), the mean of the readers' probabilities (L) of each item or None,
-    number of answers without a label)."""
+    """(dict name -> list of (n, L), list of the items' mean probabilities (L) or None, number
+    of answers without a label)."""
     ways = defaultdict(list)
     shares = []
     silent = 0
@@ -259,7 +259,7 @@ def of_run(config, items, found, fallback):
 # -------------------- the submission
 
 def answer_cell(task, labels):
-    """What *_pe.tsv says of one item: a list of the readers' labels; of ticks one for each label."""
+    """What *_pe.tsv says of an item: a list of the readers' labels; of ticks one for each label."""
     if task.kind == "ticks":
         return labels.T.tolist()
     return [int(x) for x in labels @ task.points]
