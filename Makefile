@@ -6,6 +6,7 @@
 MODEL ?= tiny
 DATA ?= sample
 SEED ?= 42
+METHOD ?= cls_p
 ARGS ?=
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help majority prior cls cls_p lm lm_p q_0s q_0s_p q_1s q_1s_p q_2s q_2s_p data table \
-	predict export report bench test tiny sample clean
+	predict export lewidi report bench test tiny sample clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9_]*\):.*## /\1\t/p' Makefile | expand -t 10
@@ -72,14 +73,17 @@ table: $(VENV)/ready  ## F1 of every finished run, and what each personalized on
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b: one sentence, read by some people
 	$(PY) plm.py predict $(RUN) --text "$$TEXT" $(if $(USERS),--users "$(USERS)") $(ARGS)
 
-export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one
-	$(PY) data/export.py $(RUN)
+export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: a whole model
+	$(PY) data/export.py $(RUN) $(if $(MERGE),--merge)
+
+lewidi: $(VENV)/ready  ## RUN=out/...: the scores of the LeWiDi tasks beside constants, and a submission
+	$(PY) data/lewidi.py $(RUN) $(ARGS)
 
 report: $(VENV)/ready  ## out/report.html: every finished run, to look at
 	$(PY) data/report.py $(ARGS)
 
-bench: $(VENV)/ready  ## how fast, and beside PEFT and bitsandbytes if these are installed
-	@BENCH='$(FLAGS)' $(PY) -m pytest -qs -k bench -rs test_plm.py
+bench: $(VENV)/ready  ## METHOD=cls_p: how fast, and beside PEFT and bitsandbytes if these are installed
+	$(PY) data/bench.py $(METHOD) $(FLAGS)
 
 test: $(VENV)/ready  ## the tests: under five minutes, no network, no GPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q test_plm.py data
