@@ -353,8 +353,10 @@ import json
 prompt = json.load(open("{name}/prompts.json"))["{user}"].replace("{{text}}", "well done, genius")
 ```
 
-A text of more than {max_text} tokens was cut to so many. A special token inside a text is read as
-letters (`split_special_tokens` in tokenizer_config.json); a user's token is not: break it up.
+A text of more than {max_text} tokens was cut to so many, and has to be cut here as well:
+`tokenizer.decode(tokenizer(" " + text, add_special_tokens=False).input_ids[:{max_text}]).strip()`.
+A special token inside a text is read as letters (`split_special_tokens` in tokenizer_config.json);
+a user's token is not: break it up.
 {odd}
 
 ## How to read it
