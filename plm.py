@@ -2440,7 +2440,7 @@ def print_summary(m, folder):
 # alone. In a decoder nothing before the reader changes by it, so texts are computed once; a step
 # is as cheap as the few nodes behind them.
 
-ADAPT_STEPS = 40    # of AdamW, on all rows of a person
+ADAPT_STEPS = 20    # of AdamW, on all rows of a person
 ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
 
 

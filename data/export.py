@@ -137,7 +137,7 @@ def whole_weights(config, model, stored):
     body, words, head = split_head(weights, stored)
     n = 0
     if model.user_embedding is not None:
-        users = model.user_embedding.detach().cpu()
+        users = torch.cat([model.user_embedding, model.nobody]).detach().cpu()
         n = len(users)
         body[words] = torch.cat([body[words], users])
     if model.head == "cls":
