@@ -58,9 +58,6 @@ from contextlib import contextmanager
 from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import numpy as np
 import requests
 import torch
@@ -288,8 +285,9 @@ def read_annotations(rows, split_col):
         if single:
             chosen = [int(row[columns[0]] == cell) for cell in cells]
         else:
-            odd = [label for label in labels if row[label] not in ("0", "1")]
-            check(not odd, f"row {number}: label {odd[:1]} is not 0 or 1 (--labels A,B)")
+            for label in labels:
+                check(row[label] in ("0", "1"),
+                      f"row {number}: label {label!r} is not 0 or 1 (--labels A,B)")
             chosen = [int(row[label]) for label in labels]
         part = row[split_col] if split_col else split_of(row["text"])
         check(part in (*PARTS, ""), f"row {number}: {part!r} is not train, val or test")
@@ -367,17 +365,17 @@ def print_data(data):
     for part, annotations in data.parts.items():
         texts = {a.text for a in annotations}
         users = {a.user for a in annotations}
-        print(f"{part:6}{len(annotations):8,} rows {len(texts):7,} texts {len(users):6,} users")
+        print(f"{part}:", len(annotations), "rows,", len(texts), "texts,", len(users), "users")
     rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
     often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates))
-    kind = "one point of a rating" if data.ordered else "one" if data.single else "any number"
-    print(f"{kind} is chosen of the labels, so often in training: {often}")
+    how = "a rating" if data.ordered else "one label" if data.single else "any number of labels"
+    print("chosen is", how, "in each row, so often in training:", often)
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
-# Ours asks about the text first and names the reader last, so that all readers of a text share what
-# stands before them: section 6 computes it once. The prompt ends at the reader; an LM needs a colon
-# to begin behind. This is LM-P's; CLS-P ends one token earlier and reads the class at the reader:
+# Our prompt asks about the text first and names the reader last: all readers of a text share what
+# stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -385,7 +383,8 @@ def print_data(data):
 #     ### Text: well done, genius
 #     ### User ID: 17:                        and the LM goes on: " funny, hostile"
 #
-# The paper's order (--recipe paper) costs three to four times the tokens:
+# The paper's order (--prompt paper) has the reader before the text. Readers share no text then, and
+# it costs three to four times the tokens:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -497,9 +496,9 @@ def example_chooser(config, train):
 
 
 def tokenize(tokenizer, piece, first=False):
-    """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
-    goes before it and is cut off again: a SentencePiece tokenizer would otherwise mark it as the
-    beginning of a text. Special tokens written inside a piece are read as letters or left out."""
+    """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
+    begins a text: inside, a letter goes before the piece, and its token is cut off again. Special
+    tokens that somebody wrote into a text are read as letters, or left out if they stay tokens."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
@@ -589,14 +588,17 @@ def encode(tokenizer, config, annotations, train, names):
 
 
 def label_tokens(tokenizer, config):
-    """(place, ids): the first place at which the answers of some labels differ, and the token that
-    stands there for each label."""
+    """(place, ids): the place at which the answers begin to differ, and the token of each label
+    there, whose logit is the label's score. Labels that go on alike share a token."""
     names = [*config["labels"], NONE] if config["none"] else config["labels"]
     answers = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
     check(len(set(answers)) == len(answers),
           f"--model {config['model']} has the same tokens for two labels")
     place = len(os.path.commonprefix(answers))  # " 1", " 2": for some tokenizers behind the space
-    return place, [ids[place] for ids in answers]
+    tokens = [ids[place] for ids in answers]
+    if config["single"] and len(set(tokens)) < len(tokens):
+        print("some labels begin with the same token: answers tell them apart, scores do not")
+    return place, tokens
 
 
 # 4. NF4: frozen weights in 4 bits -----------------------------------------------------------------
@@ -834,9 +836,11 @@ def additive_mask(sees, dtype):
 # The backbone is transformers' own module with its linear layers turned into NF4Linear; its own
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
 # trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
-# classification head reads the decoder's state at its start token. Users with a token of their own
-# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's,
-# who has the mean of all words and is not trained: LoRA learns to read for nobody.
+# classification head reads the decoder's state at its start token.
+#
+# Users with a token of their own have the ids V, V + 1, ..., V + U - 1, behind those of words, and
+# their embeddings (U, D) are trained. The id V + U is nobody's. Its embedding is the mean of all
+# words and stays so: it is LoRA that learns to read for nobody.
 
 class PersonalizedLM(nn.Module):
     """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
@@ -1026,8 +1030,8 @@ def check_forward(model):
     nodes = torch.tensor([input_ids, positions], device=model.device)
     try:
         states = model.decode(nodes[0], nodes[1], tree_mask(parents).to(model.device))
-    except ValueError as e:
-        raise BadInput(f"{name}: it takes no mask of ours ({e})") from e
+    except ValueError as error:
+        raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
     ours = model.token_logits(states[[branch[-1] for branch in branches]])
     off = (ours - theirs).norm() / theirs.norm()
     check(off < 1e-4, f"{name}: our forward pass is {off:.2%} off")
@@ -1121,15 +1125,12 @@ MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
 
 def targets_of(rows, head):
     """dict(target, weight) of some rows, in their order."""
-    target = []
-    weight = []
-    for row in rows:
-        if head == "cls":
-            target.append(row.labels)
-            weight.append(row.weight)
-        else:
-            target += row.answer
-            weight += [row.weight] * len(row.answer)
+    if head == "cls":
+        target = [row.labels for row in rows]
+        weight = [row.weight for row in rows]
+    else:
+        target = [token for row in rows for token in row.answer]
+        weight = [row.weight for row in rows for token in row.answer]
     return dict(target=torch.tensor(target), weight=torch.tensor(weight))
 
 
@@ -1149,9 +1150,9 @@ def tree_batch(model, rows, head, before=()):
 
 def padded(sequences):
     """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    pad = nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(s) for s in sequences], batch_first=True)
+    return ids, pad([torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True)
 
 
 def pair_batch(model, rows, head):
@@ -1210,7 +1211,7 @@ def micro_batches(rows, size, max_nodes):
     last = ()
     for row in rows:
         path = row.prompt + row.answer
-        new = len(path) - len(os.path.commonprefix([path, last]))
+        new = len(path) - len(os.path.commonprefix([path, last]))  # nodes that it adds
         if parts[-1] and (len(parts[-1]) == size or nodes + new > max_nodes):
             parts.append([])
             nodes = 0
