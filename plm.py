@@ -368,8 +368,8 @@ def print_data(data):
         print(f"{part}:", len(annotations), "rows,", len(texts), "texts,", len(users), "users")
     rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
     often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates))
-    how = "a rating" if data.ordered else "one label" if data.single else "any number of labels"
-    print("chosen is", how, "in each row, so often in training:", often)
+    kind = "one rating" if data.ordered else "one label" if data.single else "any number of labels"
+    print("a row chooses", kind + "; how often in training:", often)
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
