@@ -58,10 +58,6 @@ from contextlib import contextmanager
 from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-import jinja2
 import numpy as np
 import requests
 import torch
@@ -95,13 +91,11 @@ def progress(items, what, unit, total=None, initial=0):
 
 
 def write_file(path, content):
-    """Writes bytes, or a value as JSON; at any moment the file is the old one or the new one."""
+    """Writes bytes, or a value as JSON; a killed process leaves the old file or the new one."""
     if not isinstance(content, bytes):
         content = json.dumps(content, indent=1, allow_nan=False).encode()
     with open(path + ".part", "wb") as f:
         f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
     os.replace(path + ".part", path)
 
 
@@ -111,9 +105,9 @@ def read_json(path):
         return {}
     with open(path, encoding="utf-8") as f:
         try:
-            return dict(json.load(f))
-        except (ValueError, TypeError) as e:
-            raise BadInput(f"{path} is damaged ({e}); --fresh starts the run over") from None
+            return json.load(f)
+        except ValueError:
+            raise BadInput(f"{path} is damaged; --fresh starts the run over") from None
 
 
 def short(x):
@@ -129,27 +123,23 @@ def short(x):
 # A model, a method or a recipe is a row of a table. Our recipe is overruled by what was tuned for a
 # model, the paper's is not; a flag overrules both.
 
-RECIPES = {
-    "ours": dict(
-        ids="token",         # how the prompt names the user: token or number (section 3)
-        prompt="tree",       # the reader behind the text; "paper": before it, as in [1]
-        nobody=True,         # learn to read for nobody in particular as well (section 10)
-        tune="lora",         # "full" trains every weight
-        quant=True,          # False leaves the weights as they are stored
-        r=8, alpha=32, dropout=0.0,  # LoRA on every linear of the backbone, times alpha / r [3]
-        lr=4e-4,             # learning rate
-        head_lr=1,           # of the classification head: times lr
-        user_lr=75,          # of the user tokens: times lr, times the size of the embeddings
-        epochs=3,            # the epoch with the lowest validation loss is kept [1]
-        warmup=0.05,         # share of all steps in which the rate rises
-        clip=1.0,            # largest norm of the gradient
-        batch=32,            # annotations a step
-    ),
-    "paper": dict(
-        ids="number", prompt="paper", nobody=False, tune="lora", quant=True, r=2, alpha=32,
-        dropout=0.05, lr=1e-4, head_lr=1, user_lr=75, epochs=10, warmup=0.05, clip=1.0, batch=32,
-    ),
-}
+OURS = dict(
+    ids="token",         # how the prompt names the user: token or number (section 3)
+    prompt="tree",       # the reader behind the text; "paper": before it, as in [1]
+    nobody=True,         # learn to read for nobody in particular as well (section 10)
+    tune="lora",         # "full" trains every weight
+    quant=True,          # False leaves the weights as they are stored
+    r=8, alpha=32, dropout=0.0,  # LoRA on every linear of the backbone, times alpha / r [3]
+    lr=4e-4,             # learning rate
+    head_lr=1,           # of the classification head: times lr
+    user_lr=75,          # of the user tokens: times lr, times the size of the embeddings
+    epochs=3,            # the epoch with the lowest validation loss is kept [1]
+    warmup=0.05,         # share of all steps in which the rate rises
+    clip=1.0,            # largest norm of the gradient
+    batch=32,            # annotations a step
+)
+PAPER = dict(ids="number", prompt="paper", nobody=False, r=2, dropout=0.05, lr=1e-4, epochs=10)
+RECIPES = {"ours": OURS, "paper": OURS | PAPER}
 
 MODELS = {  # name -> hub id or folder; [1] has the last five
     "tiny": f"{HERE}/data/models/tiny",
@@ -247,83 +237,86 @@ def read_csv(path, *needed):
         raise BadInput(f"no CSV in UTF-8: {e}") from None
     check(rows, "no annotations in it")
     columns = reader.fieldnames
-    for column in needed:
+    for column in (*needed, *columns):
         check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
-    for number, row in enumerate(rows, 1):
-        whole = None not in row and None not in row.values()
+    for number, row in enumerate(rows, 1):  # DictReader has None for what is missing or too much
+        whole = None not in [*row, *row.values()]
         check(whole, f"row {number} has not {len(columns)} cells")
     return rows
 
 
-def choice_labels(column, values):
-    """(label names, dict value -> its label, is it a rating?) of the values of a single choice."""
+def choice_cells(column, values):
+    """(the values of a single choice in order, their names as labels, is it a rating?)"""
     if values <= {"0", "1"}:
-        no = f"not {column}"
-        return [no, column], {"0": no, "1": column}, False
+        return ["0", "1"], [f"not {column}", column], False
     try:
         ordered = all(math.isfinite(float(value)) for value in values)
     except ValueError:
         ordered = False
-    names = sorted(values, key=float if ordered else None)
-    check(len(names) <= 100, f"{column!r} has {len(names):,} values: no choice of one")
-    lists = [name for name in names if LIST_LIKE.search(name)]
-    check(not lists, f"{column!r} has lists in a cell, as {lists[:1]} (--list-sep splits them)")
-    return names, dict(zip(names, names)), ordered
+    cells = sorted(values, key=float if ordered else None)
+    check(len(cells) <= 100, f"{column!r} has {len(cells):,} values: no choice of one")
+    for cell in cells:
+        check(not LIST_LIKE.search(cell),
+              f"{column!r} has lists in a cell, as {cell!r} (--list-sep splits them)")
+    return cells, cells, ordered
 
 
 def read_annotations(rows, split_col):
     """(list of (Annotation, its part of the split), dict(labels, single, ordered)) of CSV rows."""
+    check(split_col is None or split_col in rows[0], f"no column {split_col!r} to split by")
     columns = []  # of labels
     for column in rows[0]:
         values = {row[column] for row in rows}
         if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
-    check(split_col in (None, *rows[0]), f"no column {split_col!r} to split by")
     single = len(columns) == 1
     labels = columns
     ordered = False
     if single:
-        labels, label_of, ordered = choice_labels(columns[0], {row[columns[0]] for row in rows})
+        cells, labels, ordered = choice_cells(columns[0], {row[columns[0]] for row in rows})
     found = []
     for number, row in enumerate(rows, 1):
         for column in ("text", "user", *columns):
             check(row[column].strip(), f"row {number}: no {column!r} (--skip-missing)")
-        check(not SPREADSHEET.fullmatch(row["user"]),
-              f"row {number}: a spreadsheet made {row['user']} of a user ID")
+        user = row["user"]
+        check(not SPREADSHEET.fullmatch(user),
+              f"row {number}: a spreadsheet made {user} of a user ID")
         if single:
-            chosen = [label == label_of[row[columns[0]]] for label in labels]
+            chosen = [int(row[columns[0]] == cell) for cell in cells]
         else:
-            odd = [label for label in labels if row[label] not in ("0", "1")]
-            check(not odd, f"row {number}: label {odd[:1]} is not 0 or 1 (--labels A,B)")
-            chosen = [row[label] == "1" for label in labels]
+            for label in labels:
+                check(row[label] in ("0", "1"),
+                      f"row {number}: label {label!r} is not 0 or 1 (--labels A,B)")
+            chosen = [int(row[label]) for label in labels]
         part = row[split_col] if split_col else split_of(row["text"])
         check(part in (*PARTS, ""), f"row {number}: {part!r} is not train, val or test")
-        found.append((Annotation(row["text"], row["user"], tuple(map(int, chosen))), part))
+        found.append((Annotation(row["text"], user, tuple(chosen)), part))
     return found, dict(labels=labels, single=single, ordered=ordered)
 
 
 def split_annotations(found, by_hash, notes):
     """dict part -> list of Annotation; what is left out goes into `notes`."""
-    parts = {part: [] for part in PARTS}
-    for annotation, part in found:
-        if part:
-            parts[part].append(annotation)
+    parts = {}
+    for name in PARTS:
+        parts[name] = [annotation for annotation, part in found if part == name]
     known = {a.user for a in parts["train"]}
-    for part in ("val", "test"):
-        strangers = [a for a in parts[part] if a.user not in known]
-        notes[f"{part} rows of users unknown to training"] = len(strangers)
+    for name in ("val", "test"):
+        met = [a for a in parts[name] if a.user in known]
+        notes[f"{name} rows of users unknown to training"] = len(parts[name]) - len(met)
         if by_hash:
-            parts[part] = [a for a in parts[part] if a.user in known]
+            parts[name] = met
     notes["rows left out"] = len(found) - sum(map(len, parts.values()))
     return parts
 
 
 def some_texts(annotations, n):
     """About n annotations, all those of texts chosen by a hash; the same ones whatever --seed."""
-    order = {a.text: hashlib.sha256(a.text.encode()).digest() for a in annotations}
-    last = sorted(order[a.text] for a in annotations)[:n][-1]
-    return [a for a in annotations if order[a.text] <= last]
+    def place(annotation):
+        return hashlib.sha256(annotation.text.encode()).digest()
+
+    last = sorted(map(place, annotations))[:n][-1]
+    return [a for a in annotations if place(a) <= last]
 
 
 def file_sha(path):
@@ -347,8 +340,8 @@ def load_data(name, split_col=None, max_eval=0):
     path = f"{HERE}/data/{name}/annotations.csv"
     if not os.path.isfile(path):
         path = name
-    check(os.path.isfile(path), f"--data {name}: neither a CSV nor data/{name}/annotations.csv; "
-                                f"make data DATA={name} makes known ones, as goemotions")
+    check(os.path.isfile(path), f"--data {name}: no CSV, nor in data/; make data DATA={name} makes "
+                                "known ones, as goemotions")
     with in_file(path):
         rows = read_csv(path, "text", "user")
         if split_col is None and "split" in rows[0]:
@@ -370,21 +363,19 @@ def print_data(data):
     """The first lines of a run: what was read, left out and why, and what there is."""
     print(", ".join(f"{what}: {n}" for what, n in data.notes.items() if n))
     for part, annotations in data.parts.items():
-        texts = len({a.text for a in annotations})
-        users = len({a.user for a in annotations})
-        print(f"{part:6}{len(annotations):8,} rows {texts:7,} texts {users:6,} users")
+        texts = {a.text for a in annotations}
+        users = {a.user for a in annotations}
+        print(f"{part}:", len(annotations), "rows,", len(texts), "texts,", len(users), "users")
     rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
-    often = [f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates)]
-    kind = "a rating" if data.ordered else "a single choice" if data.single else "any number"
-    print(f"labels, of which {kind} is chosen, and how often in training: {', '.join(often)}")
-
-
+    often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates))
+    kind = "one rating" if data.ordered else "one label" if data.single else "any number of labels"
+    print("a row chooses", kind + "; how often in training:", often)
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
-# Ours asks about the text first and names the reader last, so that all readers of a text share what
-# stands before them: section 6 computes it once. The prompt ends at the reader; an LM needs a colon
-# to begin behind. This is LM-P's; CLS-P ends one token earlier and reads the class at the reader:
+# Our prompt asks about the text first and names the reader last: all readers of a text share what
+# stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -392,7 +383,8 @@ def print_data(data):
 #     ### Text: well done, genius
 #     ### User ID: 17:                        and the LM goes on: " funny, hostile"
 #
-# The paper's order (--recipe paper) costs three to four times the tokens:
+# The paper's order (--prompt paper) has the reader before the text. Readers share no text then, and
+# it costs three to four times the tokens:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -410,7 +402,10 @@ QUESTION_P = "Which of the labels would this user choose for the text?"
 NONE = "none"     # the answer where no label is chosen
 NOBODY = None     # the user who is nobody in particular
 SECTION = "\n###"  # begins every part of a prompt but the first
-BEHIND_READER = {"cls": "", "lm": ":", "ask": f"{SECTION} Response:"}
+TEXT = ("words", "\n### Text:")
+USER_ID = ("words", "\n### User ID:")
+RESPONSE = ("words", "\n### Response:")
+BEHIND_READER = {"cls": [], "lm": [("words", ":")], "ask": [RESPONSE]}
 
 
 def instruction(config):
@@ -438,21 +433,17 @@ def answer_text(labels, chosen):
 def prompt_pieces(config, text, user, examples=()):
     """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "text" may be
     cut if it is long, "reader" may be a token, "words" are ours."""
-    reader = [("words", f"{SECTION} User ID:"), ("reader", f" {user}")]
+    reader = [USER_ID, ("reader", f" {user}")]
     pieces = [("words", instruction(config))]
     if config["personalized"] and config["prompt"] == "paper":
         pieces += reader
     for example in examples:
         answer = answer_text(config["labels"], example.labels)
-        pieces += [("words", f"{SECTION} Text:"), ("text", f" {example.text}"),
-                   ("words", f"{SECTION} Response:"), ("words", answer)]
-    pieces += [("words", f"{SECTION} Text:"), ("text", f" {text}")]
+        pieces += [TEXT, ("text", f" {example.text}"), RESPONSE, ("words", answer)]
+    pieces += [TEXT, ("text", f" {text}")]
     if config["personalized"] and config["prompt"] == "tree":
-        pieces += reader
-        pieces.append(("words", BEHIND_READER[config["head"]]))
-    else:
-        pieces.append(("words", f"{SECTION} Response:"))
-    return pieces
+        return pieces + reader + BEHIND_READER[config["head"]]
+    return pieces + [RESPONSE]
 
 
 def words_of(text):
@@ -465,26 +456,22 @@ def words_of(text):
 
 def check_labels(data, head):
     """BadInput if a label breaks a list of labels, or if an LM's answer in words could mean two."""
-    names = [*data.labels, NONE] if data.none else data.labels
-    alike = defaultdict(list)
-    for label in names:
+    said = set()
+    for label in [*data.labels, NONE] if data.none else data.labels:
         fits = "\n" not in label and label.strip() and (data.single or "," not in label)
         check(fits, f"label {label!r}: a comma-separated answer cannot hold it")
-        alike[tuple(words_of(label)) or label].append(label)
-    if head in ("lm", "ask"):
-        for same in alike.values():
-            check(len(same) == 1,
-                  f"labels {same}: an answer cannot tell them apart (cls and cls_p can)")
+        words = " ".join(words_of(label)) or label
+        check(words not in said or head not in ("lm", "ask"),
+              f"label {label!r}: an answer cannot tell it from another (cls and cls_p can)")
+        said.add(words)
 
 
 def answer_room(data):
     """How many tokens an answer may take, here and over HTTP: those of the longest in the data (a
     token holds two bytes or more), and a sentence around it."""
-    longest = 0
-    for annotations in data.parts.values():
-        for a in annotations:
-            longest = max(longest, len(answer_text(data.labels, a.labels).encode()))
-    return 32 + longest // 2
+    annotations = sum(data.parts.values(), [])
+    answers = [answer_text(data.labels, a.labels).encode() for a in annotations]
+    return 32 + max(map(len, answers), default=0) // 2
 
 
 def example_chooser(config, train):
@@ -497,35 +484,31 @@ def example_chooser(config, train):
         if not config["shots"]:
             return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
-        if config["personalized"]:
-            candidates = by_user[asked.user]
-        else:
-            candidates = [a for a in rng.choices(train, k=100) if a.user != asked.user]
-        others = [a for a in candidates if text_id(a.text) != text_id(asked.text)]
-        distinct = list(dict.fromkeys(others))
-        return rng.sample(distinct, min(config["shots"], len(distinct)))
+        own = config["personalized"]
+        candidates = by_user[asked.user] if own else rng.choices(train, k=100)
+        distinct = {}  # an annotation that stands there twice is one
+        for a in candidates:
+            if (a.user == asked.user) == own and text_id(a.text) != text_id(asked.text):
+                distinct[a] = True
+        return rng.sample(list(distinct), min(config["shots"], len(distinct)))
 
     return choose
 
 
 def tokenize(tokenizer, piece, first=False):
-    """Token ids of a piece as it stands inside a prompt (or, `first`, at its beginning). A letter
-    goes before it and is cut off again: a SentencePiece tokenizer would otherwise mark it as the
-    beginning of a text. Special tokens written inside a piece are read as letters or left out."""
+    """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
+    begins a text: inside, a letter goes before the piece, and its token is cut off again. Special
+    tokens that somebody wrote into a text are read as letters, or left out if they stay tokens."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    ids = plain(piece)
+    if not first:
+        letter = plain("a")
+        inside = plain("a" + piece)
+        if inside[:len(letter)] == letter:
+            ids = inside[len(letter):]
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    letter = "" if first else "a"
-    mark = plain(letter) if letter else []
-    apart = piece
-    for token in tokenizer.all_special_tokens:  # a SentencePiece vocabulary has "</s>" as a word
-        apart = apart.replace(token, f"{token[0]} {token[1:]}")
-    for text in (piece, apart):
-        ids = plain(letter + text)
-        ids = ids[len(mark):] if ids[:len(mark)] == mark else plain(text)
-        if not special.intersection(ids):
-            return ids
     return [i for i in ids if i not in special]
 
 
@@ -536,18 +519,15 @@ def frame(tokenizer, chat=False):
         try:
             around = tokenizer.apply_chat_template(asked, tokenize=False,
                                                    add_generation_prompt=True).split("\0")
-        except (jinja2.TemplateError, TypeError, ValueError):  # it wants a system message, or parts
+        except Exception:  # a template is a program: it may want a system message, or parts
             around = []
         if len(around) == 2:
             return [tuple(tokenizer(x, add_special_tokens=False).input_ids) for x in around]
         print("the chat template of this model takes no plain question; it is asked without one")
     alone = tokenizer("a", add_special_tokens=False).input_ids
-    framed = tokenizer("a", add_special_tokens=True).input_ids
-    for start in range(len(framed)):
-        end = start + len(alone)
-        if framed[start:end] == alone:
-            return tuple(framed[:start]), tuple(framed[end:])
-    raise BadInput("the tokenizer changes a text between its begin and end tokens")
+    framed = tokenizer("a").input_ids
+    start = framed.index(alone[0])
+    return tuple(framed[:start]), tuple(framed[start + len(alone):])
 
 
 def name_users(config, users, V):
@@ -561,7 +541,7 @@ def name_users(config, users, V):
 class Row(NamedTuple):
     """An annotation in token ids."""
     prompt: tuple
-    reader_at: int  # where the reader stands in the prompt; its length if it names none
+    reader_at: int  # where the reader stands in the prompt; None if it names none
     nobody: tuple   # the prompt as it is for nobody in particular; () if there is no such token
     answer: tuple   # with the end token
     labels: tuple
@@ -574,8 +554,11 @@ def encode(tokenizer, config, annotations, train, names):
     examples, `names` is what name_users returned."""
     before, after = frame(tokenizer, chat=config["head"] == "ask")
     choose_examples = example_chooser(config, train)
-    end = (tokenizer.eos_token_id,)
-    ids_of = {}  # a piece is tokenized once
+
+    @functools.cache
+    def ids_of(piece, first=False):
+        return tuple(tokenize(tokenizer, piece, first))
+
     cut = set()
     counts = Counter()
     rows = []
@@ -584,50 +567,48 @@ def encode(tokenizer, config, annotations, train, names):
         counts["too_few_examples"] += len(examples) < config["shots"]
         prompt = before
         reader_at = None
-        for piece in prompt_pieces(config, a.text, a.user, examples):
-            kind, string = piece
+        for kind, piece in prompt_pieces(config, a.text, a.user, examples):
+            ids = ids_of(piece, first=prompt == before)
             if kind == "reader":
                 reader_at = len(prompt)
-            if kind == "reader" and names:
-                ids_of[piece] = (names.get(a.user, names[NOBODY]),)
-            elif piece not in ids_of:
-                ids = tuple(tokenize(tokenizer, string, first=prompt == before))
-                if kind == "text" and len(ids) > config["max_text"]:
-                    cut.add(string)
-                    ids = ids[:config["max_text"]]
-                ids_of[piece] = ids
-            prompt += ids_of[piece]
+                if names:
+                    ids = (names.get(a.user, names[NOBODY]),)
+            if kind == "text" and len(ids) > config["max_text"]:
+                cut.add(piece)
+                ids = ids[:config["max_text"]]
+            prompt += ids
         prompt += after
         nobody = ()
-        if NOBODY in names:
+        if names:
             nobody = (*prompt[:reader_at], names[NOBODY], *prompt[reader_at + 1:])
-        if reader_at is None:
-            reader_at = len(prompt)
-        answer = tuple(tokenize(tokenizer, answer_text(config["labels"], a.labels))) + end
+        answer = (*ids_of(answer_text(config["labels"], a.labels)), tokenizer.eos_token_id)
         rows.append(Row(prompt, reader_at, nobody, answer, a.labels, a))
     counts["texts_cut"] = len(cut)
     return rows, counts
 
 
 def label_tokens(tokenizer, config):
-    """(place, ids): the first place at which the answers of all labels differ, and the token that
-    stands there for each label."""
+    """(place, ids): the place at which the answers begin to differ, and the token of each label
+    there, whose logit is the label's score. Labels that go on alike share a token."""
     names = [*config["labels"], NONE] if config["none"] else config["labels"]
     answers = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
     check(len(set(answers)) == len(answers),
           f"--model {config['model']} has the same tokens for two labels")
     place = len(os.path.commonprefix(answers))  # " 1", " 2": for some tokenizers behind the space
-    return place, [ids[place] for ids in answers]
+    tokens = [ids[place] for ids in answers]
+    if config["single"] and len(set(tokens)) < len(tokens):
+        print("some labels begin with the same token: answers tell them apart, scores do not")
+    return place, tokens
 
 
 # 4. NF4: frozen weights in 4 bits -----------------------------------------------------------------
 # Why quantize? The weights of the backbone are never trained, only read, so they may be stored
 # coarsely: a model of 7 billion weights takes 3.6 GB instead of 14.
 #
-# How? Trained weights are nearly normally distributed. The 16 values of NF4 are quantiles of the
-# normal distribution, so that each is used about equally often [2]. A block of 64 weights is
-# divided by its largest magnitude (absmax), and each weight becomes the index of the nearest of the
-# 16 values. Two indices fill a byte, the first in its high half:
+# How? Trained weights are nearly normally distributed: most of them are small. The 16 values of NF4
+# are quantiles of the normal distribution, and so lie closest where most weights are [2]. A block
+# of 64 weights is divided by its largest magnitude (absmax), and each weight becomes the index of
+# the nearest of the 16 values. Two indices fill a byte, the first in its high half:
 #
 #     weights   -0.31   0.02   0.11  ...   one block of 64, its absmax 0.31
 #     / absmax  -1.00   0.06   0.35  ...
@@ -647,7 +628,6 @@ NF4 = torch.tensor([  # a test computes these quantiles anew
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
-CHUNK = 2 ** 18  # weights that are rounded at once: they fit into a CPU's cache
 
 
 @functools.cache
@@ -689,17 +669,11 @@ def scaled_to_one(blocks):
 
 def quantize_nf4(weight):
     """(N, K) -> packed (N*K/2) uint8, absmax (N*K/64) float32; sizes rounded up."""
-    packed = []
-    absmax = []
-    for chunk in weight.detach().flatten().split(CHUNK):
-        scaled, largest = scaled_to_one(in_blocks(chunk.float(), 64))
-        index = nearest(scaled.flatten(), NF4).to(torch.uint8)
-        high = index[::2]
-        low = index[1::2]
-        packed.append((high << 4) | low)
-        absmax.append(largest)
+    scaled, absmax = scaled_to_one(in_blocks(weight.detach().flatten().float(), 64))
+    index = nearest(scaled.flatten(), NF4).to(torch.uint8)
+    packed = (index[::2] << 4) | index[1::2]
     n_bytes = (weight.numel() + 1) // 2
-    return torch.cat(packed)[:n_bytes], torch.cat(absmax)
+    return packed[:n_bytes], absmax
 
 
 def quantize_absmax(absmax):
@@ -862,9 +836,11 @@ def additive_mask(sees, dtype):
 # The backbone is transformers' own module with its linear layers turned into NF4Linear; its own
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
 # trained whole, the language model's (V, D) stays as it is. In an encoder-decoder the
-# classification head reads the decoder's state at its start token. Users with a token of their own
-# have the ids V, V + 1, ... and a row each of one more trained matrix. The id V + U is nobody's,
-# who has the mean of all words and is not trained: LoRA learns to read for nobody.
+# classification head reads the decoder's state at its start token.
+#
+# Users with a token of their own have the ids V, V + 1, ..., V + U - 1, behind those of words, and
+# their embeddings (U, D) are trained. The id V + U is nobody's. Its embedding is the mean of all
+# words and stays so: it is LoRA that learns to read for nobody.
 
 class PersonalizedLM(nn.Module):
     """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
@@ -910,12 +886,12 @@ class PersonalizedLM(nn.Module):
         words = self.lm.get_input_embeddings()
         if self.user_embedding is None:
             return words(input_ids)
-        is_user = input_ids >= self.V
-        word_rows = words(input_ids.masked_fill(is_user, 0))
+        as_words = words(input_ids.clamp(max=self.V - 1))
         rows = torch.cat([self.user_embedding, self.nobody])
-        user_rows = F.embedding((input_ids - self.V).clamp(min=0), rows)
-        user_rows = user_rows * getattr(words, "embed_scale", 1)  # Gemma 3 scales its words so
-        return torch.where(is_user[..., None], user_rows.to(word_rows.dtype), word_rows)
+        as_users = F.embedding((input_ids - self.V).clamp(min=0), rows)
+        as_users = as_users * getattr(words, "embed_scale", 1)  # Gemma 3 scales its words so
+        is_user = input_ids[..., None] >= self.V
+        return torch.where(is_user, as_users.to(as_words.dtype), as_words)
 
     def decode(self, input_ids, positions, sees, cache=None):
         """(T, D) the states of the nodes of a tree in a decoder; sees (T, all nodes so far). With a
@@ -980,8 +956,7 @@ def load_pretrained(name, attention):
                                         output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # whatever a library says of a file that may hold anything
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        raise BadInput(f"--model {name} cannot be used ({why}); a folder of a decoder or T5, or "
-                       "online a hub id, can") from None
+        raise BadInput(f"--model {name} cannot be used ({why})") from None
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of quantized weights
     wrong += [key for key in REFUSED if getattr(config, key, None)]
@@ -996,10 +971,9 @@ def fit_tokenizer(name, lm, tokenizer):
     """Gives a model its end tokens; BadInput if a tokenizer does not fit it. Of what a folder says
     about writing only its end tokens count: many chat models end a turn with another token
     than the tokenizer's."""
-    ends = []
-    for end in (tokenizer.eos_token_id, lm.generation_config.eos_token_id, lm.config.eos_token_id):
-        ends += end if isinstance(end, list) else [end]
-    ends = sorted(set(ends) - {None})
+    ends = lm.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ends = sorted({*ends, tokenizer.eos_token_id} - {None})
     check(ends, f"--model {name}: no end token (eos_token)")
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
@@ -1018,7 +992,7 @@ def fingerprint(lm, tokenizer):
     for name, tensor in sorted(lm.state_dict().items()):
         flat = tensor.flatten()
         some = flat[::max(len(flat) // 1000, 1)].float()  # training moves nearly all of them
-        sha.update(name.encode() + some.cpu().numpy().tobytes())
+        sha.update(name.encode() + some.numpy().tobytes())
     sha.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return sha.hexdigest()[:16]
 
@@ -1026,14 +1000,13 @@ def fingerprint(lm, tokenizer):
 def quantize(lm, device, quant=True):
     """The model, frozen, in float32 on the device, its linear layers in NF4; with the weights as
     they were stored beside unless `quant`."""
-    linear = {}
-    for path, layer in lm.named_modules():
-        if isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings():
-            linear[path] = layer
+    head = lm.get_output_embeddings()
+    linear = {path: layer for path, layer in lm.named_modules()
+              if isinstance(layer, nn.Linear) and layer is not head}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
         packed = NF4Linear(layer.to(device))
         if not quant:
-            packed.dense = layer.weight.detach().float()
+            packed.dense = nn.Parameter(layer.weight.detach())
         lm.set_submodule(path, packed)
         layer.weight = None  # so that its dense weight goes now
     for p in lm.parameters():
@@ -1043,30 +1016,26 @@ def quantize(lm, device, quant=True):
 
 @torch.no_grad()
 def check_forward(model):
-    """BadInput if our forward pass gives other numbers than transformers' own of each prompt, or
+    """BadInput if our forward pass gives other numbers than transformers' own of some prompts, or
     the same numbers for all prompts. The model has to be in float32 for that."""
     lm = model.lm
-    name = type(lm).__name__
+    name = f"{type(lm).__name__} is not supported"
     if model.seq2seq:  # its own encoder and decoder are called as they are
-        check(lm.config.model_type in ("t5", "mt5"), f"{name} is not supported: no T5")
+        check(lm.config.model_type in ("t5", "mt5"), f"{name}: no T5")
         return
     a, b, c, d, e = (model.V * i // 7 for i in range(1, 6))  # any five tokens
-    prompts = [(a, b, c, d), (a, b, e, c, b), (a, b, e, c, d), (e, a, d)]
-    theirs = []
-    for ids in prompts:
-        inputs = torch.tensor([ids], device=model.device)
-        theirs.append(lm(inputs, use_cache=False).logits[0, -1].float())
-    theirs = torch.stack(theirs)
+    prompts = [[a, b, c, d], [a, b, e, c], [a, b, e, d], [e, a, d, b]]
+    theirs = lm(torch.tensor(prompts, device=model.device), use_cache=False).logits[:, -1]
     input_ids, positions, parents, branches = prompt_tree(prompts)
     nodes = torch.tensor([input_ids, positions], device=model.device)
     try:
         states = model.decode(nodes[0], nodes[1], tree_mask(parents).to(model.device))
-    except ValueError as e:
-        raise BadInput(f"{name} takes no mask of ours ({e})") from e
+    except ValueError as error:
+        raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
     ours = model.token_logits(states[[branch[-1] for branch in branches]])
-    off = float((ours - theirs).norm() / theirs.norm())
-    check(off < 1e-4, f"{name} is not supported: our forward pass is {off:.2%} off")
-    check((ours[1:] != ours[:-1]).any(1).all(), f"{name} is not supported: it reads no prompt")
+    off = (ours - theirs).norm() / theirs.norm()
+    check(off < 1e-4, f"{name}: our forward pass is {off:.2%} off")
+    check((ours[1:] != ours[:-1]).any(1).all(), f"{name}: it reads no prompt")
 
 
 def find_device():
@@ -1095,13 +1064,10 @@ def cast(model, dtype):
     for p in model.lm.parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
-    for layer in model.modules():
-        if isinstance(layer, NF4Linear) and layer.dense is not None:
-            layer.dense = layer.dense.to(dtype)
 
 
 def keep_dense(model):
-    """Keeps dense copies of the rounded weights if a quarter of the memory holds them; did it?"""
+    """Keeps dense copies of the rounded weights if a quarter of the memory holds them."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     if model.device.type == "cuda":
         room = torch.cuda.mem_get_info()[1]
@@ -1109,11 +1075,9 @@ def keep_dense(model):
         room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     dtype = model.lm.dtype
     needed = sum(layer.N * layer.K * dtype.itemsize for layer in layers)
-    if not layers or 4 * needed > room:
-        return False
-    for layer in layers:
-        layer.dense = layer.dequantize(dtype)
-    return True
+    if 4 * needed <= room:
+        for layer in layers:
+            layer.dense = layer.dequantize(dtype)
 
 
 def load_model(config, users=()):
@@ -1134,7 +1098,7 @@ def load_model(config, users=()):
         if trained:
             add_lora(lm, config["r"], config["alpha"], config["dropout"])
     user_rows = None
-    if trained and users and config["ids"] == "token":
+    if users and config["ids"] == "token":
         words = lm.get_input_embeddings().weight.detach()
         user_rows = words[torch.randint(len(words), (len(users),)).to(device)]  # begin as words do
     tokens = label_tokens(tokenizer, config) if config["head"] == "lm" else None
@@ -1149,8 +1113,6 @@ def load_model(config, users=()):
     return model, tokenizer, base_sha
 
 
-
-
 # 8. Batches ---------------------------------------------------------------------------------------
 # What a head reads and what it should say there is the same for both heads and both kinds of model:
 # `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P);
@@ -1163,15 +1125,12 @@ MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
 
 def targets_of(rows, head):
     """dict(target, weight) of some rows, in their order."""
-    target = []
-    weight = []
-    for row in rows:
-        if head == "cls":
-            target.append(row.labels)
-            weight.append(row.weight)
-        else:
-            target += row.answer
-            weight += [row.weight] * len(row.answer)
+    if head == "cls":
+        target = [row.labels for row in rows]
+        weight = [row.weight for row in rows]
+    else:
+        target = [token for row in rows for token in row.answer]
+        weight = [row.weight for row in rows for token in row.answer]
     return dict(target=torch.tensor(target), weight=torch.tensor(weight))
 
 
@@ -1191,22 +1150,22 @@ def tree_batch(model, rows, head, before=()):
 
 def padded(sequences):
     """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
-    lengths = torch.tensor([len(s) for s in sequences])
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
-    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    pad = nn.utils.rnn.pad_sequence
+    ids = pad([torch.tensor(s) for s in sequences], batch_first=True)
+    return ids, pad([torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True)
 
 
 def pair_batch(model, rows, head):
     """The batch of some rows for an encoder-decoder: an encoder reads both ways, so only equal
     prompts are computed once."""
-    start = model.lm.config.decoder_start_token_id
+    start = (model.lm.config.decoder_start_token_id,)
     place_of = {}  # prompt -> its place in the batch
     prompt_of = []
     answers = []
     for i, row in enumerate(rows):
         key = (row.prompt, 0 if model.share else i)
         prompt_of.append(place_of.setdefault(key, len(place_of)))
-        answers.append((start, *(row.answer[:-1] if head == "lm" else ())))
+        answers.append(start + row.answer[:-1] if head == "lm" else start)
     input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
@@ -1218,17 +1177,15 @@ def to_device(batch, device):
     """A batch on the device. A GPU copies from pinned memory while the host goes on."""
     if device.type == "cpu":
         return batch
-    moved = {}
-    for name, x in batch.items():
-        moved[name] = x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
-    return moved
+    return {name: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
+            for name, x in batch.items()}
 
 
-def make_batch(model, rows, head=None):
+def make_batch(model, rows):
     """The batch of some rows for this model, on its device."""
-    head = head or model.head
-    batch = pair_batch(model, rows, head) if model.seq2seq else tree_batch(model, rows, head)
-    return to_device({**batch, **targets_of(rows, head)}, model.device)
+    of_rows = pair_batch if model.seq2seq else tree_batch
+    batch = of_rows(model, rows, model.head) | targets_of(rows, model.head)
+    return to_device(batch, model.device)
 
 
 def by_text(rows):
@@ -1254,7 +1211,7 @@ def micro_batches(rows, size, max_nodes):
     last = ()
     for row in rows:
         path = row.prompt + row.answer
-        new = len(path) - len(os.path.commonprefix([path, last]))
+        new = len(path) - len(os.path.commonprefix([path, last]))  # nodes that it adds
         if parts[-1] and (len(parts[-1]) == size or nodes + new > max_nodes):
             parts.append([])
             nodes = 0
@@ -1691,8 +1648,6 @@ def train(model, rows, val_rows, config, facts, folder):
                   rows_per_second=state["rows"] / max(state["seconds"], 1e-9))
 
 
-
-
 # 11. Prediction -----------------------------------------------------------------------------------
 # CLS ticks the labels whose scores are above 0; if only one can be chosen, that of the highest. LM
 # writes, by greedy decoding: the prompts of a batch are a tree as before, every answer grows on at
@@ -1837,8 +1792,6 @@ def predict_rates(data, config, annotations, strength=5):
     p = np.clip(rates, 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
-
-
 
 
 # 12. ChatGPT --------------------------------------------------------------------------------------
@@ -2430,8 +2383,6 @@ def print_summary(m, folder):
     elif m["personalized"] and m["listens"]["model"] < 0.02:
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
-
-
 
 
 # 14. A trained run reads new sentences, and gets to know new people -------------------------------

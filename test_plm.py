@@ -118,7 +118,8 @@ def test_byte_order_mark_and_line_ends_are_no_part_of_the_data(tmp_path):
 @pytest.mark.parametrize("content, says", [
     ("txt,user,a,b\nt,u,1,1", "not one column 'text' in txt, user, a, b"),
     ("text,user,user,b\nt,u,1,1", "not one column 'user'"),
-    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label ['a'] is not 0 or 1"),
+    ("text,user,a,a\nt,u,1,0", "not one column 'a'"),
+    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is not 0 or 1"),
     ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: no 'text'"),
     ("text,user,a,b\nt,u,1,1\nt,u,,1", "row 2: no 'a'"),
     ("text,user,a,b\nt,u,1,1\nt,u,1", "row 2 has not 4 cells"),
@@ -489,7 +490,7 @@ def test_a_user_of_the_paper_is_a_number():
 
 @pytest.mark.parametrize("labels, none, says", [
     (["Anger", "anger!"], False, "'anger!'"), (["a,b", "c"], False, "'a,b'"),
-    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "None")])
+    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "'none'")])
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         plm.check_labels(dataset(labels, none=none), "lm")
@@ -518,6 +519,14 @@ def test_labels_are_told_apart_at_the_first_token_that_differs(labels, place):
     assert found >= place
     assert tokens == [answer[found] for answer in answers]
     assert answers[0][:found] == answers[1][:found]
+
+
+def test_that_labels_begin_with_the_same_token_is_said(capsys):
+    labels = ["very calm", "very angry", "neither"]
+    config = configured("lm", dataset(labels, single=True))
+    _, tokens = plm.label_tokens(tiny_tokenizer(), config)
+    assert tokens[0] == tokens[1]  # and so have the same score
+    assert "scores do not" in capsys.readouterr().out
 
 
 # 4. NF4 and 5. LoRA -------------------------------------------------------------------------------
@@ -2831,7 +2840,7 @@ def test_a_run_without_nobodys_token_gets_to_know_no_one(capsys, new_csv, traine
 
 @pytest.mark.parametrize("line, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
-    ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "neither a CSV nor"),
+    ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "no CSV, nor in"),
     ("cls --split-col nosuch", "no column 'nosuch'"), ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --model ./nosuch", "./nosuch: no folder"), (f"cls --model {HERE}", "cannot be used"),
     ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
