@@ -58,6 +58,9 @@ from contextlib import contextmanager
 from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
+if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import numpy as np
 import requests
 import torch
