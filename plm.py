@@ -1955,10 +1955,11 @@ class Pace:
         self.failures = 0    # since the last one
         self.error = ""      # of the last failure
 
-    def describe(self):
-        """The state in words, for the bar."""
+    def show(self, bar):
+        """Says in the bar how the server is."""
         slow = ", the server is slow" if time.monotonic() - self.heard_at > QUICK else ""
-        return f"{self.room} at once{slow}{self.error}"
+        bar.set_postfix_str(f"{self.room} at once{slow}{self.error}", refresh=False)
+        bar.update(0)
 
     def speed_up(self, seconds):
         """After an answer that took so long."""
@@ -2017,10 +2018,9 @@ def kept_answers(file):
     return answers, sum("sent" in record for record in records)
 
 
-def ask_server(address, settings, prompts, file):
+def ask_server(address, key, settings, prompts, file):
     """Asks for all of dict sha -> prompt; the file gets a line for each request and each answer.
     Returns dict sha -> the server's words of the prompts that it refused."""
-    key = api_key()
     responses = queue.SimpleQueue()
     waiting = deque(prompts)
     on_the_way = 0
@@ -2036,8 +2036,7 @@ def ask_server(address, settings, prompts, file):
                 request = (address, key, sha, body, responses)
                 threading.Thread(target=attempt, args=request, daemon=True).start()
                 on_the_way += 1
-            bar.set_postfix_str(pace.describe(), refresh=False)
-            bar.update(0)
+            pace.show(bar)
             try:
                 sha, response, words = responses.get(timeout=BACKOFF)
             except queue.Empty:
@@ -2077,10 +2076,12 @@ def ask_chat(prompts, path, model, seed, limit):
         tokens = sum(map(len, todo.values())) // 4
         print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
               f"{tokens:,} tokens; {len(prompt_of) - len(todo):,} answers are there", flush=True)
-        refused = ask_server(address, settings, todo, file) if todo else {}
-        for sha, words in refused.items():
-            raise BadInput(f"{len(refused)} of {len(todo)} requests were refused, as test row "
-                           f"{shas.index(sha) + 1}: {words}; if it is too long, lower --max-text")
+        if todo:
+            refused = ask_server(address, api_key(), settings, todo, file)
+            for sha, words in refused.items():
+                raise BadInput(f"{len(refused)} requests were refused, as that of test row "
+                               f"{shas.index(sha) + 1}: {words}; if it is too long, lower "
+                               "--max-text")
         answers, sent = kept_answers(file)
     used = [answers[sha] for sha in prompt_of]
     counts = dict(server=address, requests=sent, retries=sent - len(answers))
@@ -2660,7 +2661,7 @@ def check_command(args):
     if args.command in COMMANDS:
         check(args.run, f"{args.command} needs a run's folder")
     else:
-        check(not args.run, f"{args.run}: predict and adapt alone take a run's folder")
+        check(not args.run, "predict and adapt alone take a run's folder")
         for flag in ("text", "users", "csv", "tuned"):
             check(not getattr(args, flag), f"--{flag} is not for {args.command}")
 

@@ -2065,7 +2065,8 @@ def test_a_server_that_wants_a_pause_of_hours_is_asked_later(web):
 def test_a_refused_row_fails_alone(web, status):
     web.behave = lambda prompt, number: status if prompt == "1" else "ok"
     why = f"HTTP {status}: no, Bearer [key]"
-    assert web.refusal(range(4)).startswith(f"1 of 4 requests were refused, as test row 2: {why};")
+    assert web.refusal(range(4)).startswith(
+        f"1 requests were refused, as that of test row 2: {why};")
     assert sorted(web.prompts()) == ["0", "1", "2", "3"]
 
 

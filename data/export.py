@@ -24,7 +24,7 @@ def export(folder):
     config = dict(peft_type="LORA", task_type=task, target_modules=layers, r=m["r"],
                   lora_alpha=m["alpha"], lora_dropout=m["dropout"], bias="none",
                   inference_mode=True,
-                  base_model_name_or_path=plm.MODELS.get(m["model"], {}).get("id", m["model"]),
+                  base_model_name_or_path=plm.MODELS.get(m["model"], m["model"]),
                   modules_to_save=["score"] if task == "SEQ_CLS" else None)
     adapter = {f"base_model.model.{name.removeprefix('lm.')}.weight": t
                for name, t in tensors.items() if ".lora_" in name}
