@@ -1238,6 +1238,14 @@ def gold_labels(annotations):
     return np.array([a.labels for a in annotations])
 
 
+def rows_of(keys):
+    """dict key -> list of the rows that have it."""
+    found = defaultdict(list)
+    for row, key in enumerate(keys):
+        found[key].append(row)
+    return found
+
+
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_macro_present, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays
     (R, L). F1 is 2TP / (2TP + FP + FN), and 0 where there is nothing (scikit-learn's
@@ -1256,16 +1264,26 @@ def f1_scores(gold, predicted):
         per_label=per_label.tolist())
 
 
+def f1_macro(gold, predicted):
+    """The paper's score of 0/1 arrays (R, L)."""
+    return f1_scores(gold, predicted)["f1_macro"]
+
+
+def sums_by_text(texts, values):
+    """(sums (texts, L) of values (R, L), number of each row's text (R))"""
+    names, text_of = np.unique(texts, return_inverse=True)
+    sums = np.zeros((len(names), values.shape[1]))
+    np.add.at(sums, text_of, values)
+    return sums, text_of
+
+
 def bootstrap_f1(gold, predicted, texts, draws=1000):
     """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
-    gold = np.asarray(gold, bool)
-    predicted = np.asarray(predicted, bool)
-    names, text_of = np.unique(texts, return_inverse=True)
-    n = len(names)
-    hits = np.zeros((n, gold.shape[1]))  # of each text
-    ticks = np.zeros((n, gold.shape[1]))
-    np.add.at(hits, text_of, 2 * (gold & predicted))
-    np.add.at(ticks, text_of, gold.astype(int) + predicted)
+    gold = np.asarray(gold, int)
+    predicted = np.asarray(predicted, int)
+    hits, _ = sums_by_text(texts, 2 * gold * predicted)
+    ticks, _ = sums_by_text(texts, gold + predicted)
+    n = len(hits)
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
     return (times @ hits / np.maximum(times @ ticks, 1)).mean(1)
 
@@ -1273,29 +1291,25 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
 def listens(scores, texts):
     """(share of the variance of scores (R, L) between readers of one text, standard deviation)"""
     scores = np.asarray(scores, float)
-    _, text_of = np.unique(texts, return_inverse=True)
-    sums = np.zeros((text_of.max() + 1, scores.shape[1]))
-    np.add.at(sums, text_of, scores)
+    sums, text_of = sums_by_text(texts, scores)
     means = sums / np.bincount(text_of)[:, None]
-    total = ((scores - scores.mean(0)) ** 2).mean(0).sum()
+    total = scores.var(0).sum()
     within = ((scores - means[text_of]) ** 2).mean(0).sum()
     return float(within / max(total, 1e-12)), float(math.sqrt(total / scores.shape[1]))
 
 
 def probabilities(scores, single):
     """(R, L) of scores: a softmax of a single choice, else sigmoids."""
-    if not single:
-        return 1 / (1 + np.exp(-scores))
-    e = np.exp(scores - scores.max(1, keepdims=True))
-    return e / e.sum(1, keepdims=True)
+    scores = torch.as_tensor(scores)
+    p = scores.softmax(1) if single else scores.sigmoid()
+    return p.numpy()
 
 
 def mean_loss(gold, scores, single):
     """Mean negative log-likelihood of the rows of a single choice, else of their labels."""
-    p = np.clip(probabilities(scores, single), 1e-12, 1)
-    if single:
-        return float(-np.log(p[gold.astype(bool)]).mean())
-    return float(-np.log(np.where(gold, p, np.clip(1 - p, 1e-12, 1))).mean())
+    p = probabilities(scores, single)
+    of_truth = p[gold.astype(bool)] if single else np.where(gold, p, 1 - p)
+    return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
 
 
 def chosen_labels(scores, single):
@@ -1307,8 +1321,9 @@ def chosen_labels(scores, single):
 
 def median_labels(scores):
     """(R, L) of 0 and 1: the median of each row's distribution over ratings in order."""
-    below = np.cumsum(probabilities(scores, single=True), axis=1)
-    return np.eye(scores.shape[1], dtype=int)[(below < 0.5).sum(1).clip(max=scores.shape[1] - 1)]
+    reached = np.cumsum(probabilities(scores, single=True), axis=1) >= 0.5
+    reached[:, -1] = True  # though rounding may end a sum below
+    return np.eye(scores.shape[1], dtype=int)[reached.argmax(1)]
 
 
 def best_threshold(gold, scores):
@@ -1330,21 +1345,15 @@ def tuned_shift(gold, scores, single, rates):
     if not single:
         return -np.array([best_threshold(gold[:, i], scores[:, i]) for i in range(len(rates))])
     log_rates = np.log(np.maximum(rates, 1e-6))
-    best = (-1.0, 0.0)
-    for tau in np.linspace(0, 1.5, 31):
-        predicted = chosen_labels(scores - tau * log_rates, single)
-        f1 = f1_scores(gold, predicted)["f1_macro"]
-        if f1 > best[0]:
-            best = (f1, tau)
-    return -best[1] * log_rates
+    taus = np.linspace(0, 1.5, 31)
+    f1 = [f1_macro(gold, chosen_labels(scores - tau * log_rates, single)) for tau in taus]
+    return -taus[np.argmax(f1)] * log_rates
 
 
 def user_bias(gold, scores, users, single, ridge=1.0):
     """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
-    users = np.asarray(users)
     found = {}
-    for user in sorted(set(users.tolist())):
-        own = users == user
+    for user, own in rows_of(users).items():
         bias = np.zeros(scores.shape[1])
         for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
             p = probabilities(scores[own] + bias, single)
@@ -1361,39 +1370,6 @@ def with_bias(bias, annotations, scores):
     return scores + np.array([bias.get(a.user, nothing) for a in annotations])
 
 
-def score(config, annotations, result):
-    """dict of the scores of what a run predicted for some annotations."""
-    gold = gold_labels(annotations)
-    predicted = np.asarray(result["predicted"])
-    texts = np.array([text_id(a.text) for a in annotations])
-    found = f1_scores(gold, predicted)
-    found["labels_without_test_row"] = int((~gold.any(0)).sum())
-    draws = bootstrap_f1(gold, predicted, texts)
-    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
-    rows_of = defaultdict(list)
-    answers = defaultdict(set)
-    for i, a in enumerate(annotations):
-        rows_of[a.user].append(i)
-        answers[texts[i]].add(a.labels)
-    found["f1_per_user"] = {user: f1_scores(gold[own], predicted[own])["f1_macro"]
-                            for user, own in sorted(rows_of.items())}
-    apart = [len(answers[text]) > 1 for text in texts]
-    if any(apart):
-        found["f1_disagreed"] = f1_scores(gold[apart], predicted[apart])["f1_macro"]
-    shown = predicted
-    if "scores" in result:
-        shown = probabilities(result["scores"], config["single"])
-        found["test_loss"] = mean_loss(gold, result["scores"], config["single"])
-    heard, found["spread"] = listens(shown, texts)
-    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
-    if config["ordered"]:
-        found["mean_absolute_error"] = rating_error(config, gold, predicted)
-        if "scores" in result:
-            median = median_labels(result["scores"])
-            found["mean_absolute_error_median"] = rating_error(config, gold, median)
-    return found
-
-
 def rating_error(config, gold, predicted):
     """Mean distance in points; an answer without a label is no point on a scale."""
     said = predicted.any(1)
@@ -1403,15 +1379,46 @@ def rating_error(config, gold, predicted):
     return float(np.abs(gold[said] @ points - predicted[said] @ points).mean())
 
 
+def score(config, annotations, result):
+    """dict of the scores of what a run predicted for some annotations."""
+    gold = gold_labels(annotations)
+    predicted = np.asarray(result["predicted"])
+    texts = [text_id(a.text) for a in annotations]
+    found = f1_scores(gold, predicted)
+    found["labels_without_test_row"] = int((~gold.any(0)).sum())
+    draws = bootstrap_f1(gold, predicted, texts)
+    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
+    found["f1_per_user"] = {}
+    for user, own in sorted(rows_of(a.user for a in annotations).items()):
+        found["f1_per_user"][user] = f1_macro(gold[own], predicted[own])
+    disagreed = []
+    for own in rows_of(texts).values():
+        if len({annotations[i].labels for i in own}) > 1:
+            disagreed += own
+    if disagreed:
+        found["f1_disagreed"] = f1_macro(gold[disagreed], predicted[disagreed])
+    shown = predicted
+    if config["ordered"]:
+        found["mean_absolute_error"] = rating_error(config, gold, predicted)
+    if "scores" in result:
+        shown = probabilities(result["scores"], config["single"])
+        found["test_loss"] = mean_loss(gold, result["scores"], config["single"])
+        if config["ordered"]:
+            median = median_labels(result["scores"])
+            found["mean_absolute_error_median"] = rating_error(config, gold, median)
+    heard, found["spread"] = listens(shown, texts)
+    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
+    return found
+
+
 def score_tuned(config, data, scores):
     """dict(f1_macro_tuned, rule) of scores of the validation and the test rows: the rule is tuned
     on the former and scored on the latter."""
-    train = gold_labels(data.parts["train"])
-    shift = tuned_shift(gold_labels(data.parts["val"]), scores["val"], config["single"],
-                        train.mean(0))
+    rates = gold_labels(data.parts["train"]).mean(0)
+    shift = tuned_shift(gold_labels(data.parts["val"]), scores["val"], config["single"], rates)
     predicted = chosen_labels(scores["test"] + shift, config["single"])
-    f1 = f1_scores(gold_labels(data.parts["test"]), predicted)["f1_macro"]
-    return dict(f1_macro_tuned=f1, rule=shift.tolist())
+    return dict(f1_macro_tuned=f1_macro(gold_labels(data.parts["test"]), predicted),
+                rule=shift.tolist())
 
 
 def score_table(config, data, scores):
@@ -1423,7 +1430,7 @@ def score_table(config, data, scores):
     lifted = {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
     gold = gold_labels(data.parts["test"])
     predicted = chosen_labels(lifted["test"], config["single"])
-    return dict(f1_macro_user_bias=f1_scores(gold, predicted)["f1_macro"],
+    return dict(f1_macro_user_bias=f1_macro(gold, predicted),
                 f1_macro_user_bias_tuned=score_tuned(config, data, lifted)["f1_macro_tuned"],
                 test_loss_user_bias=mean_loss(gold, lifted["test"], config["single"]))
 
@@ -1434,9 +1441,8 @@ def score_table(config, data, scores):
 # however its rows are cut into micro-batches. A personalized model of ours also learns to read for
 # nobody: each text of a step is read once more behind nobody's token (one node of the tree), and
 # what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine
-# schedule with warm-up, clipped gradients; the
-# epoch with the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a
-# run that is taken up again needs no random state.
+# schedule with warm-up, clipped gradients; the epoch with the lowest validation loss is kept [1].
+# Dropout depends on seed and step alone, so a run that is taken up again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
@@ -1474,22 +1480,33 @@ def make_optimizer(model, config):
     # A step of AdamW is as long as its rate; T5's embeddings are 100 times as long as SmolLM2's.
     words = model.lm.get_input_embeddings().weight
     size = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
-    groups = {"lm": dict(params=[], times=1.0),
-              "score": dict(params=[], times=config["head_lr"]),
-              "user_embedding": dict(params=[], times=config["user_lr"] * size)}
-    for name, p in model.trainable().items():
-        groups[name.partition(".")[0]]["params"].append(p)
-    used = [group for group in groups.values() if group["params"]]
-    return torch.optim.AdamW(used, lr=config["lr"], weight_decay=0.0, fused=True)
+    rates = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * size)
+    groups = []
+    for kind, times in rates.items():
+        params = [p for name, p in model.trainable().items() if name.startswith(kind)]
+        if params:
+            groups.append(dict(params=params, times=times))
+    return torch.optim.AdamW(groups, lr=config["lr"], weight_decay=0.0, fused=True)
 
 
 def prepare_step(model, rows, config):
     """list of batches of a step: its rows, and its texts as nobody reads them."""
     if config["nobody"]:
-        rows = [row for own in by_text(rows) for row in (*own, *for_nobody(own))]
+        texts = by_text(rows)
+        rows = []
+        for own in texts:
+            rows += own + for_nobody(own)
     size = config["micro_batch"] or len(rows)
     parts = micro_batches(rows, size, MAX_NODES[model.device.type])
     return [make_batch(model, part) for part in parts]
+
+
+def update(optimizer, lr):
+    """One step of the optimizer, of each group at its own rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["times"]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def train_step(model, batches, optimizer, lr, config):
@@ -1502,54 +1519,89 @@ def train_step(model, batches, optimizer, lr, config):
         part.backward()
         loss += part.detach()
     nn.utils.clip_grad_norm_(model.trainable().values(), config["clip"])
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["times"]
-    optimizer.step()
-    optimizer.zero_grad()
+    update(optimizer, lr)
     return loss
 
 
-def save_state(path, state, model, optimizer, best):
-    """Writes what a run needs to go on, as one file of tensors."""
-    tensors = {f"model.{name}": p for name, p in model.trainable().items()}
-    for name, p in best.items():
-        tensors[f"best.{name}"] = p
-    for i, moments in optimizer.state_dict()["state"].items():
-        for key, tensor in moments.items():
-            tensors[f"optimizer.{i}.{key}"] = tensor
+def save_tensors(path, tensors, key, value):
+    """Writes tensors and, under one key, a value as JSON. safetensors writes several keys in any
+    order; one keeps the file the same bytes in every run."""
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    write_file(path, safetensors_bytes(tensors, {"state": json.dumps(state)}))
+    write_file(path, safetensors_bytes(tensors, {key: json.dumps(value)}))
+
+
+def load_tensors(path, key):
+    """(dict name -> tensor, the value of `key`) that save_tensors wrote."""
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, json.loads(f.metadata()[key])
+    except SafetensorError as e:
+        raise BadInput(f"{path} is damaged ({e}); --fresh runs it again") from None
+
+
+def save_state(path, state, model, optimizer, best):
+    """Writes what a run needs to go on."""
+    tensors = {f"best {name}": p for name, p in best.items()}
+    for name, p in model.trainable().items():
+        tensors[f"model {name}"] = p
+        for kind, moment in optimizer.state[p].items():
+            tensors[f"{kind} {name}"] = moment
+    save_tensors(path, tensors, "state", state)
 
 
 def load_state(path, model, optimizer):
     """(state, parameters of the best epoch) that save_state wrote; the rest goes where it was."""
-    groups = dict(model={}, best={}, optimizer={})
-    with safe_open(path, "pt") as f:
-        state = json.loads(f.metadata()["state"])
-        for name in f.keys():
-            kind, _, rest = name.partition(".")
-            groups[kind][rest] = f.get_tensor(name)
-    model.load_state_dict(groups["model"], strict=False)
-    moments = defaultdict(dict)
-    for name, tensor in groups["optimizer"].items():
-        i, _, key = name.partition(".")
-        moments[int(i)][key] = tensor
-    optimizer.load_state_dict(dict(optimizer.state_dict(), state=dict(moments)))
-    best = {name: tensor.to(model.device) for name, tensor in groups["best"].items()}
+    tensors, state = load_tensors(path, "state")
+    found = defaultdict(dict)
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(" ")
+        found[kind][name] = tensor.to(model.device)
+    best = found.pop("best", {})
+    model.load_state_dict(found.pop("model"), strict=False)
+    for name, p in model.trainable().items():
+        optimizer.state[p] = {kind: moments[name] for kind, moments in found.items()}
     return state, best
 
 
 def plan_steps(rows, config):
-    """list of (epoch, rows of a step, is it the epoch's last?) of a whole run."""
+    """list of (epoch, rows) of all the steps of a run."""
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
         for part in shuffled_steps(rows, config["batch"], rng):
-            plan.append((epoch, part, False))
-        plan[-1] = (epoch, part, True)
-    plan = plan[:config["max_steps"] or None]
-    plan[-1] = (*plan[-1][:2], True)
-    return plan
+            plan.append((epoch, part))
+    return plan[:config["max_steps"] or None]
+
+
+def parts_to_read(model, rows, config):
+    """Lists of rows for one forward pass each. Neighbours share most, and are of about one length,
+    for an encoder's padding."""
+    rows = sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt))
+    size = 2 * (config["micro_batch"] or config["batch"])
+    return micro_batches(rows, size, MAX_NODES[model.device.type])
+
+
+@torch.no_grad()
+def read_labels(model, rows, config, what):
+    """(mean loss, scores (R, L)) of encoded rows. Scores of an LM are the logits of the tokens with
+    which labels begin to differ, behind what they have in common."""
+    model.train(False)
+    loss = torch.zeros((), device=model.device)
+    total = 0.0
+    scores = {}  # of each prompt
+    for part in progress(parts_to_read(model, rows, config), what, "batches"):
+        batch = make_batch(model, part)
+        out = model(batch)
+        loss += summed_loss(out, batch, model.head, config["single"])
+        total += float(batch["weight"].sum())
+        if model.head == "lm":
+            place, tokens = model.label_tokens
+            answers = out.split([len(row.answer) for row in part])
+            out = torch.stack([logits[place] for logits in answers])
+            out = out[:, tokens[:len(config["labels"])]]
+        for row, line in zip(part, out.float().cpu().numpy()):
+            scores[row.prompt] = line
+    return loss.item() / total, np.array([scores[row.prompt] for row in rows])
 
 
 def validate(model, rows, config):
@@ -1560,43 +1612,12 @@ def validate(model, rows, config):
     return dict(val_loss=loss, listens=round(heard, 4), spread=round(spread, 4))
 
 
-@torch.no_grad()
-def read_labels(model, rows, config, what):
-    """(mean loss, scores (R, L) in the order of the rows) of encoded rows. Scores of an LM are the
-    logits of the tokens with which labels begin to differ, behind what they have in common."""
-    model.train(False)
-    # Neighbours share most, and are of about one length, for an encoder's padding.
-    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].annotation.text), rows[i].prompt))
-    nodes = MAX_NODES[model.device.type]
-    size = 2 * (config["micro_batch"] or config["batch"])
-    parts = micro_batches([rows[i] for i in order], size, nodes)
-    loss = torch.zeros((), device=model.device)
-    total = 0.0
-    scores = []
-    for part in progress(parts, what, "batches"):
-        batch = make_batch(model, part)
-        out = model(batch)
-        loss += summed_loss(out, batch, model.head, config["single"])
-        total += float(batch["weight"].sum())
-        if model.head == "lm":
-            place, tokens = model.label_tokens
-            lengths = [len(row.answer) for row in part]
-            begin = np.cumsum([0, *lengths[:-1]]) + place
-            out = out[begin][:, tokens[:len(config["labels"])]]
-        scores.append(out.float().cpu().numpy())
-    sorted_scores = np.concatenate(scores)
-    restored = np.empty_like(sorted_scores)
-    restored[order] = sorted_scores
-    return loss.item() / total, restored
-
-
-def begin(path, model, optimizer, facts):
+def begin(path, model, optimizer, base_sha):
     """(state, parameters of the best epoch) to train on from: new, or those of a stopped run."""
     if not os.path.exists(path):
-        return dict(step=0, rows=0, seconds=0.0, log=0, val_loss=math.inf,
-                    base_sha=facts["base_sha"]), {}
+        return dict(step=0, seconds=0.0, log=0, val_loss=math.inf, base_sha=base_sha), {}
     state, best = load_state(path, model, optimizer)
-    check(state["base_sha"] == facts["base_sha"],
+    check(state["base_sha"] == base_sha,
           f"{path} was begun with other weights or another tokenizer: --fresh starts over")
     print(f"resuming at step {state['step']}", flush=True)
     return state, best
@@ -1609,18 +1630,18 @@ def record(log, **line):
         check(math.isfinite(value), f"{key} is {value} at step {line['step']}: lower --lr")
 
 
-def train(model, rows, val_rows, config, facts, folder):
-    """Trains on from the state in `folder`, if any; leaves the best epoch's parameters in the model
-    and adds step, rows_per_second and val_loss to the facts."""
+def train(model, rows, config, base_sha, folder):
+    """Trains on from the state in `folder`, if any, and leaves the best epoch's parameters in the
+    model. Returns dict(step, val_loss, rows_per_second)."""
     optimizer = make_optimizer(model, config)
-    plan = plan_steps(rows, config)
-    state, best = begin(f"{folder}/{STATE}", model, optimizer, facts)
+    plan = plan_steps(rows["train"], config)
+    state, best = begin(f"{folder}/{STATE}", model, optimizer, base_sha)
     saved = time.time()
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step, (epoch, part, last) in enumerate(plan[state["step"]:], state["step"] + 1):
+        for step, (epoch, part) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
             batches = batches or prepare_step(model, part, config)
             tokens = sum(batch["tokens"] for batch in batches)
@@ -1633,22 +1654,22 @@ def train(model, rows, val_rows, config, facts, folder):
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
             bar.update()
             state["step"] = step
-            state["rows"] += len(part)
             state["seconds"] += time.perf_counter() - start
-            if last:
-                found = validate(model, val_rows, config)
+            ends = step == len(plan) or plan[step][0] > epoch  # does the epoch?
+            if ends:
+                found = validate(model, rows["val"], config)
                 record(log, step=step, epoch=epoch, **found)
                 bar.write(f"epoch {epoch}: {short(found)}", file=sys.stdout)
                 if found["val_loss"] < state["val_loss"]:
                     state["val_loss"] = found["val_loss"]
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
-            if last or time.time() - saved > SAVE_EVERY:
+            if ends or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
                 save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    facts |= dict(step=state["step"], val_loss=state["val_loss"],
-                  rows_per_second=state["rows"] / max(state["seconds"], 1e-9))
+    rows_per_second = sum(len(part) for _, part in plan) / state["seconds"]
+    return dict(val_loss=state["val_loss"], step=len(plan), rows_per_second=rows_per_second)
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
@@ -1685,9 +1706,8 @@ def write_with_decoder(model, prompts, ends, limit):
 def write_with_encoder_decoder(model, prompts, ends, limit):
     """Greedy decoding: the ids of the answers to n prompts."""
     input_ids, mask = padded(prompts)
-    batch = to_device(dict(input_ids=input_ids, mask=mask), model.device)
-    mask = batch["mask"]
-    memory = model.encode(batch["input_ids"], mask)
+    mask = mask.to(model.device)
+    memory = model.encode(input_ids.to(model.device), mask)
     out = model.lm.generate(encoder_outputs=BaseModelOutput(last_hidden_state=memory),
                             attention_mask=mask, max_new_tokens=limit, do_sample=False,
                             num_beams=1, eos_token_id=ends, pad_token_id=ends[0])
@@ -1699,16 +1719,11 @@ def write_answers(model, tokenizer, rows, config):
     """list of dict(answer, cut: did it end at the limit?), one a row."""
     model.train(False)
     ends = model.lm.generation_config.eos_token_id
-    longest = max(len(row.answer) for row in rows)
-    limit = max(config["answer_room"], longest)
+    limit = max(config["answer_room"], *(len(row.answer) for row in rows))
     write = write_with_encoder_decoder if model.seq2seq else write_with_decoder
-    distinct = {}  # equal prompts are answered once
-    for row in sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt)):
-        distinct.setdefault(row.prompt, row)
-    size = 2 * (config["micro_batch"] or config["batch"])
-    parts = micro_batches(list(distinct.values()), size, MAX_NODES[model.device.type])
+    distinct = {row.prompt: row for row in rows}  # equal prompts are answered once
     replies = {}
-    for part in progress(parts, "write", "batches"):
+    for part in progress(parts_to_read(model, distinct.values(), config), "write", "batches"):
         prompts = [row.prompt for row in part]
         for prompt, ids in zip(prompts, write(model, prompts, ends, limit)):
             end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -1740,14 +1755,12 @@ def parse_answer(answer, labels, single=False):
 
 def final_words(reply, in_thought=False):
     """What a reply says in the end: behind its thoughts and before a next section of the prompt, as
-    models write that only continue a text. None if it was cut off before that."""
-    before, thought_ended, answer = reply["answer"].rpartition("</think>")
+    models write that only continue a text. "" if it was cut off before that."""
+    _, thought_ended, answer = reply["answer"].rpartition("</think>")
     if "<think>" in answer or in_thought and not thought_ended:
-        return None
+        return ""
     answer, next_section, _ = answer.partition(SECTION)
-    if reply["cut"] and not next_section:
-        return None
-    return answer
+    return "" if reply["cut"] and not next_section else answer
 
 
 def read_answers(replies, config, in_thought=False):
@@ -1757,8 +1770,8 @@ def read_answers(replies, config, in_thought=False):
     found = Counter(unknown_words=0, unreadable=0, cut=0)
     for reply in replies:
         answer = final_words(reply, in_thought)
-        labels, unknown = parse_answer(answer or "", config["labels"], config["single"])
-        nothing = words_of(answer or "") == [NONE] and not config["single"]
+        labels, unknown = parse_answer(answer, config["labels"], config["single"])
+        nothing = words_of(answer) == [NONE] and not config["single"]
         found["unknown_words"] += unknown
         found["unreadable"] += not any(labels) and not nothing
         found["cut"] += reply["cut"]
@@ -1781,18 +1794,17 @@ def predict(model, tokenizer, rows, config):
     return result | read_answers(replies, config, "<think>" in opened)
 
 
-def predict_rates(data, config, annotations, strength=5):
-    """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's."""
+def predict_rates(data, config, annotations):
+    """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's as
+    if five more of the user's rows were everybody's mean."""
     train = data.parts["train"]
-    overall = gold_labels(train).mean(0)
-    sums = defaultdict(lambda: strength * overall)  # of a user's rows and `strength` of everybody's
-    counts = Counter()
+    gold = gold_labels(train)
+    overall = gold.mean(0)
+    rates = {}
     if config["personalized"]:
-        for a in train:
-            sums[a.user] = sums[a.user] + np.array(a.labels)
-            counts[a.user] += 1
-    rates = [sums[a.user] / (strength + counts[a.user]) for a in annotations]
-    p = np.clip(rates, 1e-6, 1 - 1e-6)
+        for user, own in rows_of(a.user for a in train).items():
+            rates[user] = (gold[own].sum(0) + 5 * overall) / (len(own) + 5)
+    p = np.clip([rates.get(a.user, overall) for a in annotations], 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
 
@@ -1810,35 +1822,43 @@ def predict_rates(data, config, annotations, strength=5):
 #
 # A server is not known beforehand: one bears hundreds of requests at once, another computes them
 # one by one. The first request goes alone, and shows whether the key, the model and the parameters
-# are right. Each quick answer lets one more request in, up to AT_ONCE; where the server limits
-# them, more and more answers are needed for that. A request that fails goes to the end of the queue
-# and sets the number back to one; once nothing is on its way all wait a second, then two, four,
-# ..., or as long as the server says. A request that is alone may take long, for the server may
-# still be busy with those that nobody waits for any more. Many failures without an answer between
-# them end the run.
+# are right. Every sixth answer lets one more request in if it was quick, up to AT_ONCE. A request
+# that fails goes to the end of the queue and sets the number back to one; once nothing is on its
+# way all wait a second, then two, four, ..., or as long as the server says. Many failures without
+# an answer between them end the run. A prompt that the server refuses is not sent again; the others
+# go on.
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
 AT_ONCE = 8         # requests on their way, at most
 CONNECT = 10        # seconds for a connection
-READ = 120          # seconds of silence after which an attempt has failed,
-READ_ALONE = 600    # and those of a request that is alone
+READ = 300          # seconds of silence after which an attempt has failed
 QUICK = READ / 3    # seconds: a server that answers one by one stays far from READ
 BACKOFF = 1         # seconds of the first wait, then 2, 4, ..., 20
 LONGEST_WAIT = 600  # seconds: if the server asks for more, the run ends
 GIVE_UP = 20        # failures in a row, five minutes with the waits, end the run,
-GIVE_UP_EARLY = 7   # and these, 50 seconds, if nothing was ever answered
-SILENCE = 7         # failures that silence counts for: half an hour of it ends the run
+GIVE_UP_EARLY = 10  # and these, two minutes, if nothing was ever answered
+SILENCE = 5         # failures that a silence of READ counts for
 TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
 OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-TOO_LONG = "context|too long|too large|maximum"
+# The same request would get these again, and each other one those of HOPELESS.
+REFUSED_ROW = (400, 413, 422)
+HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
 NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
 
 
 def server_address():
     """The address of the server: OPENAI_BASE_URL, or OpenAI's."""
     address = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
-    valid = re.fullmatch(r"https?://([\w.-]+|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?", address, re.I)
+    valid = re.fullmatch(r"https?://(\w[\w-]*(\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?",
+                         address, re.I)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     return address
+
+
+def api_key():
+    """The key by which the server knows who pays."""
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY (to any word if the server needs none)")
+    return key
 
 
 def retry_after(response):
@@ -1853,7 +1873,7 @@ def retry_after(response):
 def read_reply(response):
     """What a model said, as a dict; None if the response is none in the protocol."""
     try:
-        reply = json.loads(response.text)
+        reply = json.loads(response.content)
         choice = reply["choices"][0]
         parts = choice["message"].get("content") or ""  # nothing where the model refuses
         text = "".join(x if isinstance(x, str) else x.get("text") or "" for x in parts)
@@ -1866,194 +1886,165 @@ def read_reply(response):
     return dict(answer=text, cut=cut, model=str(reply.get("model") or ""), **tokens)
 
 
-def is_refused(status):
-    """Would the same request be refused again?"""
-    return 400 <= status < 500 and status not in (408, 409, 425, 429)
+def attempt(address, key, sha, body, responses):
+    """Sends a request and queues (sha, response, what the server or the network said)."""
+    response = requests.Response()  # an empty one
+    words = ""  # stays so after a mistake in this file
+    try:
+        response = requests.post(
+            f"{address}/chat/completions", json=body, timeout=(CONNECT, READ),
+            headers={"Authorization": f"Bearer {key}"},
+            auth=lambda request: request,  # without one, a .netrc replaces the header
+            allow_redirects=False)         # no other server gets the prompts
+        words = f"HTTP {response.status_code}: {response.text or response.reason}"
+    except OSError as e:  # as all errors of requests are
+        words = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
+    finally:
+        words = " ".join(words.replace(key, "[key]").split())
+        responses.put((sha, response, words[:500]))
 
 
-def advice(status, words):
-    """What the user can do after a failure."""
-    if not is_refused(status):
-        return "; later, the same command asks for the rest"
-    return "; a lower --max-text makes prompts shorter" if re.search(TOO_LONG, words, re.I) else ""
+class Pace:
+    """How many requests a server bears at once, and when the next one may be sent."""
 
+    def __init__(self):
+        self.room = 1        # requests that may be on their way
+        self.ready_at = 0.0  # when the pause after a failure is over
+        self.answers = 0     # so far
+        self.heard_at = time.monotonic()  # when the last response came
+        self.failures = 0    # since the last one
+        self.error = ""      # of the last failure
 
-class Server:
-    """A server, and how much of it is asked at once."""
-
-    def __init__(self, address):
-        self.url = f"{address}/chat/completions"
-        self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        valid = re.fullmatch("[!-~]+", self.key)
-        check(valid, "set OPENAI_API_KEY (to any word if the server needs none)")
-        self.session = requests.Session()
-        self.session.headers["Authorization"] = f"Bearer {self.key}"
-        self.session.auth = lambda request: request  # without one, a .netrc replaces the header
-        self.names = {}       # parameter that the server refuses -> its other name, or None
-        self.responses = queue.SimpleQueue()  # of (sha, response)
-        self.on_the_way = 0   # requests without a response
-        self.room = 1         # and how many there may be
-        self.step = 1         # answers that let one more in
-        self.answers = 0      # heard so far
-        self.failures = 0     # in a row
-        self.pause_until = 0.0
-        self.error = ""       # the last one
-
-    def is_ready(self):
-        """May one more request be sent now?"""
-        return self.on_the_way < self.room and time.monotonic() >= self.pause_until
-
-    def send(self, sha, body):
-        """Starts a thread that makes one attempt."""
-        body = {self.names.get(name, name): value for name, value in body.items()}
-        body.pop(None, None)
-        self.on_the_way += 1
-        threading.Thread(target=self.attempt, args=(sha, body), daemon=True).start()
-
-    def attempt(self, sha, body):
-        """Sends a request and queues the response, with status 0 if there was none."""
-        silence = READ if self.room > 1 else READ_ALONE
-        response = None  # after a mistake in this file
-        try:
-            response = self.session.post(
-                self.url, json=body, timeout=(CONNECT, silence), allow_redirects=False)
-            response.encoding = "utf-8"
-        except (OSError, urllib3.exceptions.HTTPError) as e:  # an error of requests is an OSError
-            response = requests.Response()
-            response.status_code = 0
-            response.reason = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
-        finally:
-            self.responses.put((sha, response))
-
-    def describe(self, response):
-        """What the server or the network said, in one line without the key."""
-        if response is None:
-            raise RuntimeError("a request ended in the error above")
-        status = response.status_code
-        words = response.text or response.reason
-        words = f"HTTP {status}: {words}" if status else words
-        return " ".join(words.replace(self.key, "[key]").split())[:500]
-
-    def learn(self, status, words):
-        """Does the server refuse a parameter by name? From now on it is renamed or left out."""
-        if self.answers == 0 and status in (400, 422):  # later ones are about their rows
-            for name, other in OTHER_NAMES.items():
-                if name not in self.names and re.search(rf"\b{name}\b", words):
-                    self.names[name] = other
-                    return True
-        return False
+    def show(self, bar):
+        """Says in the bar how the server is."""
+        slow = ", the server is slow" if time.monotonic() - self.heard_at > QUICK else ""
+        bar.set_postfix_str(f"{self.room} at once{slow}{self.error}", refresh=False)
+        bar.update(0)
 
     def speed_up(self, seconds):
         """After an answer that took so long."""
+        self.heard_at = time.monotonic()
         self.answers += 1
         self.failures = 0
-        if seconds < QUICK and self.answers % self.step == 0:
+        if self.answers % 6 == 0 and seconds < QUICK:
             self.room = min(AT_ONCE, self.room + 1)
 
-    def slow_down(self, status, words, wait):
-        """After a failure, with the seconds that the server wants us to wait. May end the run."""
-        wrong = status in (401, 402, 403, 404) or 300 <= status < 400
-        no_money = status == 429 and re.search(NO_MONEY, words, re.I)
-        check(not wrong and not no_money,
+    def slow_down(self, response, words, on_the_way):
+        """After a failure that may pass. Ends the run where waiting does not help."""
+        if not words:
+            raise RuntimeError("a request ended in the error above")
+        self.heard_at = time.monotonic()
+        no_money = response.status_code == 429 and re.search(NO_MONEY, words, re.I)
+        check(response.status_code not in HOPELESS and not no_money,
               f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
         self.error = f", last error: {words[:100]}"
-        if is_refused(status):
-            self.failures += 1
-        else:
-            if status == 429 and self.room > 1:  # perhaps the server takes fewer at once
-                self.step = min(64, 2 * self.step)
-            self.room = 1
-            if self.on_the_way == 0:  # what was sent together fails together, and counts once
-                self.failures += SILENCE if "Read timed out" in words else 1
-                wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
-            self.pause_until = max(self.pause_until, time.monotonic() + wait)
-        most = GIVE_UP if self.answers or status in (429, 503) else GIVE_UP_EARLY
-        check(self.failures < most and wait <= LONGEST_WAIT, words + advice(status, words))
+        self.room = 1
+        wait = retry_after(response)
+        if on_the_way == 0:  # what was sent together fails together, and counts once
+            self.failures += SILENCE if "Read timed out" in words else 1
+            wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
+        self.ready_at = max(self.ready_at, time.monotonic() + wait)
+        most = GIVE_UP if self.answers else GIVE_UP_EARLY
+        check(self.failures < most and wait <= LONGEST_WAIT,
+              f"{words}; later, the same command asks for the rest")
+
+
+def change_refused(settings, words):
+    """Renames or leaves out a parameter that the server's words name. Did they name one?"""
+    for name, other in OTHER_NAMES.items():
+        if name in settings and re.search(rf"\b{name}\b", words):
+            value = settings.pop(name)
+            if other:
+                settings[other] = value
+            return True
+    return False
 
 
 def write_line(file, record):
-    """Adds a record to a file of answers."""
+    """Adds a record to a file of answers, and waits until it is on the disk."""
     file.write(json.dumps(record).encode() + b"\n")
     file.flush()
+    os.fsync(file.fileno())
 
 
 def kept_answers(file):
-    """(dict sha -> answer, list of the shas that were sent) of a file of answers; half a line at
-    its end, left by a kill, is cut off."""
+    """(dict sha -> answer, how many requests were sent) of a file of answers; half a line at its
+    end, left by a kill, is cut off."""
     file.seek(0)
     *lines, half = file.read().split(b"\n")
     file.truncate(file.tell() - len(half))
     records = [json.loads(line) for line in lines]
     answers = {record["sha"]: record for record in records if "sha" in record}
-    return answers, [record["sent"] for record in records if "sent" in record]
+    return answers, sum("sent" in record for record in records)
 
 
-def ask_server(address, bodies, file):
-    """Asks for all of dict sha -> body; the file gets a line for each request and each answer.
-    Returns dict sha -> why of the requests that the server refused."""
-    server = Server(address)
-    waiting = deque(bodies)
+def ask_server(address, key, settings, prompts, file):
+    """Asks for all of dict sha -> prompt; the file gets a line for each request and each answer.
+    Returns dict sha -> the server's words of the prompts that it refused."""
+    responses = queue.SimpleQueue()
+    waiting = deque(prompts)
+    on_the_way = 0
     refused = {}
-    heard_at = time.monotonic()
-    with progress(None, "ask", "requests", len(bodies)) as bar:
+    pace = Pace()
+    with progress(None, "ask", "requests", len(prompts)) as bar:
         bar.dynamic_miniters = False  # or tqdm shows nothing new until the next answer
-        while waiting or server.on_the_way:
-            while waiting and server.is_ready():
+        while waiting or on_the_way:
+            while waiting and on_the_way < pace.room and time.monotonic() >= pace.ready_at:
                 sha = waiting.popleft()
                 write_line(file, dict(sent=sha))
-                server.send(sha, bodies[sha])
-            slow = ", the server is slow" if time.monotonic() - heard_at > QUICK else ""
-            bar.set_postfix_str(f"{server.room} at once{slow}{server.error}", refresh=False)
-            bar.update(len(bodies) - len(waiting) - server.on_the_way - bar.n)
+                body = dict(settings, messages=[dict(role="user", content=prompts[sha])])
+                request = (address, key, sha, body, responses)
+                threading.Thread(target=attempt, args=request, daemon=True).start()
+                on_the_way += 1
+            pace.show(bar)
             try:
-                sha, response = server.responses.get(timeout=min(1, BACKOFF))
+                sha, response, words = responses.get(timeout=BACKOFF)
             except queue.Empty:
                 continue
-            heard_at = time.monotonic()
-            server.on_the_way -= 1
-            words = server.describe(response)
-            status = response.status_code
+            on_the_way -= 1
             reply = read_reply(response)
             if reply:
-                left_out = [name for name, other in server.names.items() if other is None]
+                pace.speed_up(response.elapsed.total_seconds())
+                left_out = [name for name in ("temperature", "seed") if name not in settings]
                 write_line(file, dict(sha=sha, **reply, left_out=left_out))
-                os.fsync(file.fileno())
-                server.speed_up(response.elapsed.total_seconds())
-            elif server.learn(status, words):
-                waiting.appendleft(sha)
+                bar.update()
+            elif response.status_code not in REFUSED_ROW:
+                pace.slow_down(response, words, on_the_way)
+                waiting.append(sha)
+            elif pace.answers or not change_refused(settings, words):
+                refused[sha] = words
+                if len(refused) == GIVE_UP:
+                    waiting.clear()
             else:
-                server.slow_down(status, words, retry_after(response))
-                if is_refused(status):
-                    refused[sha] = words + advice(status, words)
-                else:
-                    waiting.append(sha)
+                waiting.appendleft(sha)
     return refused
 
 
 def ask_chat(prompts, path, model, seed, limit):
     """(dict(answer, cut, ...) of each prompt, dict of counts); the file `path` keeps answers."""
     address = server_address()
+    settings = dict(model=model, temperature=0, seed=seed, max_tokens=limit)
+    prompt_of = {}
     shas = []
-    bodies = {}
     for prompt in prompts:
-        message = dict(role="user", content=prompt)
-        body = dict(model=model, messages=[message], temperature=0, seed=seed, max_tokens=limit)
-        sha = hashlib.sha256(json.dumps([address, body], sort_keys=True).encode()).hexdigest()
-        shas.append(sha)
-        bodies[sha] = body
+        whole = json.dumps([address, settings, prompt])
+        shas.append(hashlib.sha256(whole.encode()).hexdigest())
+        prompt_of[shas[-1]] = prompt
     with open(path, "ab+") as file:
-        answers, sent = kept_answers(file)
-        todo = {sha: body for sha, body in bodies.items() if sha not in answers}
-        tokens = sum(len(body["messages"][0]["content"]) for body in todo.values()) // 4
+        answers, _ = kept_answers(file)
+        todo = {sha: prompt for sha, prompt in prompt_of.items() if sha not in answers}
+        tokens = sum(map(len, todo.values())) // 4
         print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
-              f"{tokens:,} tokens; {len(bodies) - len(todo):,} answers are there", flush=True)
-        refused = ask_server(address, todo, file) if todo else {}
-        for sha, why in refused.items():
-            raise BadInput(f"{len(refused)} of {len(todo)} requests were refused, as test row "
-                           f"{shas.index(sha) + 1}: {why}")
+              f"{tokens:,} tokens; {len(prompt_of) - len(todo):,} answers are there", flush=True)
+        if todo:
+            refused = ask_server(address, api_key(), settings, todo, file)
+            for sha, words in refused.items():
+                raise BadInput(f"{len(refused)} requests were refused, as that of test row "
+                               f"{shas.index(sha) + 1}: {words}; if it is too long, lower "
+                               "--max-text")
         answers, sent = kept_answers(file)
-    counts = dict(server=address, requests=len(sent), retries=len(sent) - len(set(sent)))
-    used = [answers[sha] for sha in bodies]
+    used = [answers[sha] for sha in prompt_of]
+    counts = dict(server=address, requests=sent, retries=sent - len(answers))
     for name in TOKENS:
         counts[name] = sum(answer[name] for answer in used)
     counts["answered_by"] = sorted({answer["model"] for answer in used} - {""})
@@ -2079,29 +2070,26 @@ def make_config(args, data):
     by what was tuned for the model and by flags; the method; and what there is to know of the
     data."""
     method = METHODS[args.command]
+    flags = vars(args)
     config = dict(RECIPES[args.recipe])
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
-    for key, value in vars(args).items():
-        if key in config and value is not None:
-            config[key] = value
+    config |= {key: flags[key] for key in config if flags.get(key) is not None}
+    for key in ("model", "seed", "recipe", "max_text", "max_steps", "max_eval", "micro_batch",
+                "dtype", "share", "no_dense"):
+        config[key] = flags[key]
+    config |= dict(method=args.command, **method._asdict(), server=None)
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
     config["nobody"] = config["nobody"] and method.personalized and config["ids"] == "token"
-    config |= dict(method=args.command, **method._asdict())
-    for key in ("seed", "recipe", "max_text", "max_steps", "max_eval", "micro_batch", "dtype",
-                "share", "no_dense"):
-        config[key] = getattr(args, key)
-    config |= dict(model=args.model, server=None)
     if method.head == "rates":
         config["model"] = "baseline"
     elif chat_model(args.model):
         check(method.head == "ask", f"--model {args.model} can only be asked: q_0s, q_1s_p, ...")
         config["server"] = server_address()
-    config |= dict(data=data.name, split=args.split_col, data_sha=data.sha, labels=data.labels,
-                   single=data.single, ordered=data.ordered, none=data.none,
-                   answer_room=answer_room(data))
-    return config
+    return config | dict(
+        data=data.name, split=args.split_col, data_sha=data.sha, labels=data.labels,
+        single=data.single, ordered=data.ordered, none=data.none, answer_room=answer_room(data))
 
 
 def model_name(model):
@@ -2127,9 +2115,9 @@ def alone_in(folder):
     with open(f"{folder}/lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise BadInput(f"{folder}: another process runs this; wait, or use --out") from None
         except OSError as e:
-            busy = e.errno in (errno.EWOULDBLOCK, errno.EACCES)
-            check(not busy, f"{folder}: another process runs this; wait, or use --out")
             print(f"{folder}: this file system has no locks ({e.strerror}); start it only once")
         yield
 
@@ -2137,11 +2125,11 @@ def alone_in(folder):
 def settle(folder, config, fresh):
     """Makes a folder this configuration's; BadInput if another's work would be lost."""
     if fresh:
-        for name in os.listdir(folder):
+        for name in set(os.listdir(folder)) - {"lock", "answers.jsonl"}:  # answers were paid for
             path = f"{folder}/{name}"
             if os.path.isdir(path):
                 shutil.rmtree(path)
-            elif name not in ("lock", "answers.jsonl"):  # answers were paid for
+            else:
                 os.remove(path)
     if os.path.exists(f"{folder}/metrics.json") or os.path.exists(f"{folder}/{STATE}"):
         there = read_json(f"{folder}/run.json")
@@ -2154,57 +2142,50 @@ def settle(folder, config, fresh):
     write_file(f"{folder}/run.json", config)
 
 
-def encode_parts(tokenizer, config, data, names):
-    """(dict part -> list of Row, Counter of texts_cut, too_few_examples): what a run reads."""
+def encode_parts(model, tokenizer, config, users, parts, train):
+    """(dict part -> list of Row, Counter of texts_cut and too_few_examples) of the annotations of
+    parts; BadInput if a prompt with its answer is longer than what a decoder reads at once."""
+    names = name_users(config, users, model.V)
     rows = {}
     counts = Counter()
-    for part in PARTS if config["head"] != "ask" else ("test",):
-        rows[part], found = encode(tokenizer, config, data.parts[part], data.parts["train"], names)
+    longest = 0
+    for part, annotations in parts.items():
+        rows[part], found = encode(tokenizer, config, annotations, train, names)
         counts += found
-    return rows, counts
-
-
-def check_length(config, lm_config, rows):
-    """BadInput if a prompt with its answer is longer than what a decoder reads at once."""
-    longest = max(len(row.prompt) for row in rows)
+        longest = max(longest, *(len(row.prompt) for row in rows[part]))
     if config["head"] != "cls":
         longest += config["answer_room"]
-    room = getattr(lm_config, "max_position_embeddings", None) or math.inf
-    if getattr(lm_config, "use_sliding_window", True):
-        room = min(room, getattr(lm_config, "sliding_window", None) or math.inf)
-    fits = lm_config.is_encoder_decoder or longest <= room  # a T5 knows distances, not places
+    settings = model.lm.config
+    room = getattr(settings, "max_position_embeddings", None) or math.inf
+    if getattr(settings, "use_sliding_window", True):
+        room = min(room, getattr(settings, "sliding_window", None) or math.inf)
+    fits = model.seq2seq or longest <= room  # a T5 knows distances, not places
     check(fits, f"--model {config['model']} reads {room} tokens, a prompt needs {longest}: lower "
                 "--max-text")
+    return rows, counts
 
 
 def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
-    trained = sum(p.numel() for p in model.trainable().values())
-    device = "a CPU"
-    if model.device.type == "cuda":
-        device = torch.cuda.get_device_name()
-    dtype = str(model.lm.dtype).removeprefix("torch.")
     dense = any(m.dense is not None for m in layers)
+    trained = sum(p.numel() for p in model.trainable().values())
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
+    dtype = str(model.lm.dtype).removeprefix("torch.")
     print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
           f"in {dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, "
           f"{trained:,} trained", flush=True)
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def save_adapter(path, model, users):
-    """Writes what was trained, and who the users are."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in model.trainable().items()}
-    # safetensors writes several keys in any order: one keeps the file the same bytes in every run
-    write_file(path, safetensors_bytes(tensors, {"users": json.dumps(users)}))
-
-
-def controls(model, tokenizer, config, data, rows, names, result):
+def controls(model, tokenizer, config, data, users, rows, result):
     """dict of the scores that say how far the paper's score can be believed."""
     found = {}
-    trained = config["head"] in ("cls", "lm")
+    trained = config["head"] != "ask"
+    train = data.parts["train"]
     test = data.parts["test"]
+    gold = gold_labels(test)
     if "scores" in result:
         _, val = read_labels(model, rows["val"], config, "tune")
         found |= score_tuned(config, data, dict(val=val, test=result["scores"]))
@@ -2214,45 +2195,24 @@ def controls(model, tokenizer, config, data, rows, names, result):
     elif config["nobody"]:
         plain = {part: for_nobody(rows[part]) for part in PARTS}
         read = predict(model, tokenizer, plain["test"], config)
-        found["f1_macro_nobody"] = f1_scores(gold_labels(test), read["predicted"])["f1_macro"]
+        found["f1_macro_nobody"] = f1_macro(gold, read["predicted"])
         if "scores" in read:
-            found["test_loss_nobody"] = mean_loss(gold_labels(test), read["scores"],
-                                                  config["single"])
-    if config["head"] == "cls" and plain:
+            found["test_loss_nobody"] = mean_loss(gold, read["scores"], config["single"])
+    if plain and config["head"] == "cls":
         scores = {part: read_labels(model, plain[part], config, "table")[1] for part in PARTS}
         found |= score_table(config, data, scores)
     if trained and config["personalized"]:
-        users = [a.user for a in test]
-        random.Random(0).shuffle(users)
-        strangers = [a._replace(user=user) for a, user in zip(test, users)]
-        shuffled, _ = encode(tokenizer, config, strangers, data.parts["train"], names)
-        read = predict(model, tokenizer, shuffled, config)
-        found["f1_macro_shuffled"] = f1_scores(gold_labels(test), read["predicted"])["f1_macro"]
+        readers = [a.user for a in test]
+        random.Random(0).shuffle(readers)
+        strangers = [a._replace(user=user) for a, user in zip(test, readers)]
+        shuffled, _ = encode_parts(model, tokenizer, config, users, dict(test=strangers), train)
+        read = predict(model, tokenizer, shuffled["test"], config)
+        found["f1_macro_shuffled"] = f1_macro(gold, read["predicted"])
     return found
 
 
-def run_model(config, data, folder):
-    """(what is predicted for the test rows, metrics) of a model that runs here."""
-    users = []
-    if config["personalized"]:
-        users = sorted({a.user for a in data.parts["train"]})
-    torch.manual_seed(config["seed"])
-    model, tokenizer, base_sha = load_model(config, users)
-    names = name_users(config, users, model.V)
-    rows, counts = encode_parts(tokenizer, config, data, names)
-    check_length(config, model.lm.config, sum(rows.values(), []))
-    facts = dict(counts, base_sha=base_sha, **describe(model))
-    if config["head"] != "ask":
-        train(model, rows["train"], rows["val"], config, facts, folder)
-        save_adapter(f"{folder}/adapter.safetensors", model, users)
-    result = predict(model, tokenizer, rows["test"], config)
-    scores = score(config, data.parts["test"], result)
-    scores |= controls(model, tokenizer, config, data, rows, names, result)
-    return result, facts | scores
-
-
-def run_chat(config, data, folder):
-    """(what is predicted for the test rows, metrics) of a model behind HTTP."""
+def chat_prompts(config, data):
+    """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
     longest = 4 * config["max_text"]  # a token is about 4 characters
     counts = Counter()
@@ -2265,40 +2225,27 @@ def run_chat(config, data, folder):
         for kind, string in prompt_pieces(config, a.text, a.user, examples):
             prompt += string[:longest + 1] if kind == "text" else string
         prompts.append(prompt)
-    replies, chat = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
-                             config["seed"], config["answer_room"])
-    result = read_answers(replies, config)
-    return result, dict(counts, chat=chat, **score(config, data.parts["test"], result))
-
-
-def run_rates(config, data):
-    """(what is predicted for the test rows, metrics) of a table of label rates."""
-    result = predict_rates(data, config, data.parts["test"])
-    val = predict_rates(data, config, data.parts["val"])
-    scores = score(config, data.parts["test"], result)
-    scores |= score_tuned(config, data, dict(val=val["scores"], test=result["scores"]))
-    return result, scores
+    return prompts, counts
 
 
 def write_predictions(path, config, annotations, result, gold=True):
     """predictions.csv: one line a row, with what was really chosen and what is predicted."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    columns = ["text_id", "user", "gold", "predicted"] if gold else ["text_id", "user", "predicted"]
-    if "answers" in result:
-        columns.append("answer")
-    if "scores" in result:
-        columns += [f"score:{label}" for label in config["labels"]]
-    writer.writerow(columns)
+    lines = []
     for i, a in enumerate(annotations):
-        cells = [text_id(a.text), a.user]
-        for labels in (a.labels, result["predicted"][i]) if gold else (result["predicted"][i],):
-            cells.append(answer_text(config["labels"], labels).strip())
+        line = dict(text_id=text_id(a.text), user=a.user)
+        if gold:
+            line["gold"] = answer_text(config["labels"], a.labels).strip()
+        line["predicted"] = answer_text(config["labels"], result["predicted"][i]).strip()
         if "answers" in result:
-            cells.append(result["answers"][i])
+            line["answer"] = result["answers"][i]
         if "scores" in result:
-            cells += [f"{s:.5f}" for s in result["scores"][i]]
-        writer.writerow(cells)
+            for label, s in zip(config["labels"], result["scores"][i]):
+                line[f"score:{label}"] = f"{s:.5f}"
+        lines.append(line)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, lines[0])
+    writer.writeheader()
+    writer.writerows(lines)
     write_file(path, text.getvalue().encode("utf-8", "replace"))
 
 
@@ -2310,13 +2257,34 @@ def peak_memory_mb():
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))  # macOS counts bytes
 
 
-def circumstances(parts, start):
-    """dict of what metrics.json says of a run besides its scores."""
+def finish(folder, metrics, parts, result, start):
+    """Writes the last files of a run and prints its summary; what only resuming needs goes."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
     versions["python"] = sys.version.split()[0]
-    return dict(rows={part: len(annotations) for part, annotations in parts.items()},
-                versions=versions, command=" ".join(sys.argv),
-                peak_memory_mb=peak_memory_mb(), seconds=round(time.perf_counter() - start, 1))
+    metrics = metrics | dict(
+        rows={part: len(annotations) for part, annotations in parts.items()},
+        versions=versions, command=" ".join(sys.argv), peak_memory_mb=peak_memory_mb(),
+        seconds=round(time.perf_counter() - start, 1))
+    write_predictions(f"{folder}/predictions.csv", metrics, parts["test"], result)
+    write_file(f"{folder}/metrics.json", metrics)
+    if os.path.exists(f"{folder}/{STATE}"):
+        os.remove(f"{folder}/{STATE}")
+    print_summary(metrics, folder)
+
+
+def run_rates(config, data):
+    """(what is predicted for the test rows, facts) of a table of label rates."""
+    result = predict_rates(data, config, data.parts["test"])
+    val = predict_rates(data, config, data.parts["val"])
+    return result, score_tuned(config, data, dict(val=val["scores"], test=result["scores"]))
+
+
+def run_chat(config, data, folder):
+    """(what is predicted for the test rows, facts) of a model behind HTTP."""
+    prompts, facts = chat_prompts(config, data)
+    replies, counts = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
+                               config["seed"], config["answer_room"])
+    return read_answers(replies, config), dict(facts, chat=counts)
 
 
 def run(args):
@@ -2326,30 +2294,33 @@ def run(args):
     print_data(data)
     config = make_config(args, data)
     check_labels(data, config["head"])
+    parts = data.parts
+    users = sorted({a.user for a in parts["train"]}) if config["personalized"] else []
     folder = folder_of(config, args.out)
     with alone_in(folder):
         settle(folder, config, args.fresh)
-        metrics = read_json(f"{folder}/metrics.json")
-        if metrics:
+        if os.path.exists(f"{folder}/metrics.json"):
             print(f"{folder} is finished; --fresh runs it again")
+            print_summary(read_json(f"{folder}/metrics.json"), folder)
+            return
+        if config["head"] == "rates":
+            result, facts = run_rates(config, data)
+        elif config["server"]:
+            result, facts = run_chat(config, data, folder)
         else:
-            if config["head"] == "rates":
-                result, scores = run_rates(config, data)
-            elif config["server"]:
-                result, scores = run_chat(config, data, folder)
-            else:
-                result, scores = run_model(config, data, folder)
-            metrics = config | scores | dict(notes=data.notes) | circumstances(data.parts, start)
-            write_run(folder, metrics, data.parts["test"], result)
-    print_summary(metrics, folder)
-
-
-def write_run(folder, metrics, annotations, result):
-    """Writes the last files of a run; what only resuming needs goes."""
-    write_predictions(f"{folder}/predictions.csv", metrics, annotations, result)
-    write_file(f"{folder}/metrics.json", metrics)
-    if os.path.exists(f"{folder}/{STATE}"):
-        os.remove(f"{folder}/{STATE}")
+            torch.manual_seed(config["seed"])
+            model, tokenizer, base_sha = load_model(config, users)
+            facts = dict(base_sha=base_sha, **describe(model))
+            read = parts if config["head"] != "ask" else dict(test=parts["test"])
+            rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
+            if config["head"] != "ask":
+                facts |= train(model, rows, config, base_sha, folder)
+                save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
+            result = predict(model, tokenizer, rows["test"], config)
+            facts |= counts | controls(model, tokenizer, config, data, users, rows, result)
+        scores = score(config, parts["test"], result)
+        metrics = config | facts | scores | dict(notes=data.notes)
+        finish(folder, metrics, parts, result, start)
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
@@ -2374,8 +2345,8 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
 
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
-    n = m["rows"]["test"]
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, {n:,} test rows")
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
+          f"{m['rows']['test']:,} test rows")
     for key, what in SUMMARY.items():
         if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
             print(f"  {key:24} {short(m[key])}  {what}")
@@ -2404,17 +2375,12 @@ def load_run(folder):
     path = f"{folder}/adapter.safetensors"
     check(config, f"{folder}: no finished run (metrics.json)")
     check(os.path.exists(path), f"{folder}: nothing was trained here (adapter.safetensors)")
-    try:
-        with safe_open(path, "pt") as f:
-            users = json.loads(f.metadata()["users"])
-            tensors = {name: f.get_tensor(name) for name in f.keys()}
-    except SafetensorError as e:
-        raise BadInput(f"{path} is damaged ({e}); --fresh runs it again") from None
+    tensors, users = load_tensors(path, "users")
     model, tokenizer, base_sha = load_model(config | dict(dtype=config["computed_in"]), users)
     check(base_sha == config["base_sha"], f"--model {config['model']}: other weights or another "
                                           f"tokenizer than {folder} was trained on")
-    check(set(tensors) == set(model.trainable()), f"{path} has not all that is trained: --fresh "
-                                                  "runs it again")
+    check(tensors.keys() == model.trainable().keys(),
+          f"{path} has not all that is trained: --fresh runs it again")
     model.load_state_dict(tensors, strict=False)
     return config, model, tokenizer, users
 
@@ -2430,41 +2396,42 @@ def print_readings(config, annotations, result):
         print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
 
 
+def asked_rows(args, config, users):
+    """list of Annotation that `predict` is asked about; their labels say nothing."""
+    check(config["personalized"] or not args.users, f"{config['method']} knows no users")
+    if args.csv:
+        needed = ["text", "user"] if config["personalized"] else ["text"]
+        with in_file(args.csv):
+            pairs = [(row["text"], row.get("user", "")) for row in read_csv(args.csv, *needed)]
+    else:
+        pairs = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
+    nothing = (0,) * len(config["labels"])
+    return [Annotation(text, user, nothing) for text, user in pairs]
+
+
 def predict_run(args):
     """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
     check(bool(args.text) != bool(args.csv), "predict needs --text T (--users A,B) or --csv FILE")
     config, model, tokenizer, users = load_run(args.run)
-    check(config["personalized"] or not args.users, f"{config['method']} knows no users")
-    nothing = (0,) * len(config["labels"])
-    asked = []
-    if args.csv:
-        needed = ["text", "user"] if config["personalized"] else ["text"]
-        with in_file(args.csv):
-            read = read_csv(args.csv, *needed)
-        for row in read:
-            asked.append(Annotation(row["text"], row.get("user", ""), nothing))
-    else:
-        for user in args.users or users[:5] or ["(anybody)"]:
-            asked.append(Annotation(args.text, user, nothing))
+    asked = asked_rows(args, config, users)
     unknown = sorted({a.user for a in asked} - set(users))
     if unknown and config["personalized"] and config["ids"] == "token":
         print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
-    rows, counts = encode(tokenizer, config, asked, [], name_users(config, users, model.V))
-    check_length(config, model.lm.config, rows)
+    rows, counts = encode_parts(model, tokenizer, config, users, dict(test=asked), [])
     if counts["texts_cut"]:
         print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
-    result = predict(model, tokenizer, rows, config)
+    result = predict(model, tokenizer, rows["test"], config)
     if args.tuned:
         check("scores" in result and "rule" in config, f"{args.run} has no tuned rule")
         shifted = result["scores"] + np.array(config["rule"])
         result["predicted"] = chosen_labels(shifted, config["single"])
-    if args.csv:
-        run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
-        path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
-        write_predictions(path, config, asked, result, gold=False)
-        print(f"files       {path}")
-    else:
+    if args.text:
         print_readings(config, asked, result)
+        return
+    run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
+    path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
+    write_predictions(path, config, asked, result, gold=False)
+    print(f"files       {path}")
 
 
 def read_new_people(path, split_col, config):
@@ -2475,14 +2442,16 @@ def read_new_people(path, split_col, config):
         if split_col is None and "split" in rows[0]:
             split_col = "split"
         found, what = read_annotations(rows, split_col)
-    missing = sorted(set(config["labels"]) - set(what["labels"]))
-    check(config["single"] or not missing, f"{path}: no column for the label {missing[:1]}")
+    of_run = config["labels"]
+    missing = set(of_run) - set(what["labels"])
+    check(config["single"] or not missing,
+          f"{path}: no column for the labels {', '.join(sorted(missing))}")
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
         chosen = {label for label, y in zip(what["labels"], a.labels) if y}
-        check(chosen <= set(config["labels"]),
-              f"{path}: {sorted(chosen)}, but the labels of the run are {config['labels']}")
-        labels = tuple(int(label in chosen) for label in config["labels"])
+        check(chosen <= set(of_run), f"{path}: {', '.join(sorted(chosen))} chosen, but the labels "
+                                     f"of the run are {', '.join(of_run)}")
+        labels = tuple(int(label in chosen) for label in of_run)
         parts[part if split_col else "train"].append(a._replace(labels=labels))
     return parts
 
@@ -2494,9 +2463,9 @@ def add_users(model, n):
 
 
 def reader_batch(model, rows):
-    """(batch of some rows, cache of what stands before their readers, number of nodes in it)."""
+    """(batch of some rows, cache of the nodes that stand before their readers)."""
     if model.seq2seq:  # an encoder reads the text anew for each reader
-        return make_batch(model, rows), None, 0
+        return make_batch(model, rows), None
     before = [row.prompt[:row.reader_at] for row in rows]
     kept = len(prompt_tree(before, model.share)[0])
     batch = tree_batch(model, rows, model.head, before) | targets_of(rows, model.head)
@@ -2505,13 +2474,14 @@ def reader_batch(model, rows):
     with torch.no_grad():
         model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
                      batch["sees"][:kept, :kept], cache)
-    return batch, cache, kept
+    return batch, cache
 
 
-def read_behind(model, batch, cache, kept):
-    """What the head reads at every place of a batch, whose first `kept` nodes are in the cache."""
+def read_behind(model, batch, cache):
+    """What the head reads at every place of a batch, whose first nodes are in the cache."""
     if cache is None:
         return model(batch)
+    kept = cache.get_seq_length()
     states = model.decode(batch["input_ids"][kept:], batch["positions"][kept:],
                           batch["sees"][kept:], copy.deepcopy(cache))
     return model.read(states.index_select(0, batch["at"] - kept))
@@ -2520,69 +2490,56 @@ def read_behind(model, batch, cache, kept):
 def adapt(model, rows, config):
     """Trains the tokens of the users whom the rows name; all else stays as it is."""
     model.train(False)
-    others = [p for name, p in model.trainable().items() if name != "user_embedding"]
-    for p in others:
-        p.requires_grad_(False)
-    of_user = defaultdict(list)
-    for row in rows:
-        of_user[row.annotation.user].append(row)
-    people = list(of_user)
+    model.requires_grad_(False)
+    model.user_embedding.requires_grad_(True)
+    people = list(rows_of(row.annotation.user for row in rows).values())
     groups = [people[i:i + ADAPT_PEOPLE] for i in range(0, len(people), ADAPT_PEOPLE)]
     size = config["micro_batch"] or config["batch"]
-    bar = progress(None, "adapt", "steps", len(groups) * ADAPT_STEPS)
-    for group in groups:
-        own = [row for user in group for row in of_user[user]]
-        parts = micro_batches(own, size, MAX_NODES[model.device.type])
-        batches = [reader_batch(model, part) for part in parts]
-        optimizer = make_optimizer(model, config)
-        for step in range(ADAPT_STEPS):
-            for batch, cache, kept in batches:
-                out = read_behind(model, batch, cache, kept)
-                summed_loss(out, batch, model.head, config["single"]).backward()
-            for options in optimizer.param_groups:
-                rate = learning_rate(step, ADAPT_STEPS, config["lr"], config["warmup"])
-                options["lr"] = rate * options["times"]
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.update()
-    bar.close()
-    for p in others:  # so that they are saved
-        p.requires_grad_(True)
+    with progress(None, "adapt", "steps", len(groups) * ADAPT_STEPS) as bar:
+        for group in groups:
+            own = [rows[i] for i in sum(group, [])]
+            parts = micro_batches(own, size, MAX_NODES[model.device.type])
+            batches = [reader_batch(model, part) for part in parts]
+            optimizer = make_optimizer(model, config)
+            for step in range(ADAPT_STEPS):
+                for batch, cache in batches:
+                    out = read_behind(model, batch, cache)
+                    summed_loss(out, batch, model.head, config["single"]).backward()
+                update(optimizer, learning_rate(step, ADAPT_STEPS, config["lr"], config["warmup"]))
+                bar.update()
 
 
 def adapt_run(args):
     """`plm.py adapt RUN --csv FILE --out DIR`: a run that knows the new people of a CSV, too."""
     start = time.perf_counter()
     check(args.csv, "adapt needs --csv FILE with rows of new people")
-    config, model, tokenizer, users = load_run(args.run)
-    check(config["nobody"], f"{args.run} has no token for nobody to begin with: cls_p and lm_p of "
-                            "our recipe have one")
-    parts = read_new_people(args.csv, args.split_col, config)
+    base, model, tokenizer, users = load_run(args.run)
+    check(base["nobody"], f"{args.run} has no token for nobody to begin with: cls_p and lm_p of "
+                          "our recipe have one")
+    parts = read_new_people(args.csv, args.split_col, base)
     new = sorted({a.user for a in parts["train"]} - set(users))
     check(new, f"{args.csv}: no rows of new people to learn from")
     learned = [a for a in parts["train"] if a.user in new]
     test = parts["test"] or learned  # without test rows it is scored on those that it learned from
-    add_users(model, len(new))
-    names = name_users(config, users + new, model.V)
-    rows, _ = encode(tokenizer, config, learned, [], names)
-    test_rows, _ = encode(tokenizer, config, test, [], names)
-    check_length(config, model.lm.config, rows + test_rows)
-    adapt(model, rows, config)
-    seconds = time.perf_counter() - start
-    print(f"{len(new)} new people by {len(rows):,} rows, {seconds:.1f} s in all")
-    own = read_json(f"{args.run}/run.json")
-    own |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
-                data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
-    folder = folder_of(own, args.out)
+    config = read_json(f"{args.run}/run.json")
+    config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
+                   data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
+    folder = folder_of(config, args.out)
     with alone_in(folder):
-        settle(folder, own, args.fresh)
-        result = predict(model, tokenizer, test_rows, config)
-        save_adapter(f"{folder}/adapter.safetensors", model, users + new)
-        parts = dict(train=learned, val=[], test=test)
-        metrics = own | score(config, test, result) | circumstances(parts, start)
-        metrics |= {key: config[key] for key in ("base_sha", "computed_in")}
-        write_run(folder, metrics, test, result)
-    print_summary(metrics, folder)
+        settle(folder, config, args.fresh)
+        users = users + new
+        add_users(model, len(new))
+        trained = model.trainable()
+        parts = dict(train=learned, test=test)
+        rows, _ = encode_parts(model, tokenizer, config, users, parts, [])
+        adapt(model, rows["train"], config)
+        print(f"{len(new)} new people by {len(learned):,} rows, "
+              f"{time.perf_counter() - start:.1f} s in all")
+        save_tensors(f"{folder}/adapter.safetensors", trained, "users", users)
+        result = predict(model, tokenizer, rows["test"], config)
+        scores = score(config, test, result)
+        facts = {key: base[key] for key in ("base_sha", "computed_in")}
+        finish(folder, config | facts | scores, parts | dict(val=[]), result, start)
 
 
 # 15. The command line -----------------------------------------------------------------------------
@@ -2664,13 +2621,14 @@ def check_command(args):
     if args.command in COMMANDS:
         check(args.run, f"{args.command} needs a run's folder")
     else:
-        check(not args.run, f"{args.run}: predict and adapt alone take a run's folder")
+        check(not args.run, "predict and adapt alone take a run's folder")
         for flag in ("text", "users", "csv", "tuned"):
             check(not getattr(args, flag), f"--{flag} is not for {args.command}")
 
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
+    status = 2
     try:
         args = make_parser().parse_args(argv)
         check_command(args)
@@ -2678,17 +2636,14 @@ def main(argv=None):
         return 0
     except BadInput as e:
         why = str(e)
-        status = 2
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
             raise
         why = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense"
-        status = 2
     except OSError as e:
         if not e.filename:
             raise
         why = f"{e.filename}: {e.strerror}"
-        status = 2
     except KeyboardInterrupt:
         why = "stopped; a run goes on by the same command"
         status = 130

@@ -1487,20 +1487,18 @@ def test_learning_rate_climbs_then_falls_to_nearly_nothing():
 def test_the_plan_of_a_run_has_every_row_once_in_an_epoch():
     config = configured("cls --epochs 3 --batch 8")
     plan = plm.plan_steps(numbered_rows(20), config)
-    assert [(epoch, len(rows), last) for epoch, rows, last in plan] == [
-        (1, 8, False), (1, 8, False), (1, 4, True), (2, 8, False), (2, 8, False), (2, 4, True),
-        (3, 8, False), (3, 8, False), (3, 4, True)]
-    first = sum([rows for epoch, rows, _ in plan if epoch == 1], [])
-    second = sum([rows for epoch, rows, _ in plan if epoch == 2], [])
+    assert [(epoch, len(rows)) for epoch, rows in plan] == [
+        (1, 8), (1, 8), (1, 4), (2, 8), (2, 8), (2, 4), (3, 8), (3, 8), (3, 4)]
+    first = sum([rows for epoch, rows in plan if epoch == 1], [])
+    second = sum([rows for epoch, rows in plan if epoch == 2], [])
     assert sorted(first) == sorted(second) == numbered_rows(20)
     assert first != second
 
 
-def test_a_run_of_few_steps_ends_with_a_validation():
+def test_a_run_of_few_steps_has_no_more():
     config = configured("cls --epochs 3 --batch 8 --max-steps 4")
     plan = plm.plan_steps(numbered_rows(20), config)
-    assert [(epoch, last) for epoch, _, last in plan] == [
-        (1, False), (1, False), (1, True), (2, True)]
+    assert [epoch for epoch, _ in plan] == [1, 1, 1, 2]
 
 
 def test_users_learn_at_a_rate_that_fits_the_size_of_the_embeddings():
@@ -1678,13 +1676,13 @@ def test_answers_that_are_trained_on_are_read_back(labels, single):
 
 @pytest.mark.parametrize("answer, cut, in_thought, said", [
     ("calm", False, False, "calm"),
-    ("calm, ang", True, False, None),                         # who knows how it went on
+    ("calm, ang", True, False, ""),                         # who knows how it went on
     ("calm\n### Text: and", True, False, "calm"),             # it was at its end long before
     ("<think>angry? No.</think> calm", False, False, " calm"),
-    ("<think>angry or calm", False, False, None),
-    ("<think>a</think>calm<think>b", False, False, None),
+    ("<think>angry or calm", False, False, ""),
+    ("<think>a</think>calm<think>b", False, False, ""),
     ("angry? No.</think> calm", False, True, " calm"),        # the template opened the thought
-    ("angry? No", False, True, None)])
+    ("angry? No", False, True, "")])
 def test_the_final_words_of_a_reply(answer, cut, in_thought, said):
     assert plm.final_words(dict(answer=answer, cut=cut), in_thought) == said
 
@@ -1935,7 +1933,7 @@ def test_an_answer_is_on_the_disk_before_the_next_is_heard(web, monkeypatch):
     sizes = []
     monkeypatch.setattr(os, "fsync", lambda fd: sizes.append(os.fstat(fd).st_size))
     web.ask(range(30))
-    assert len(set(sizes)) == 30
+    assert len(set(sizes)) == 60  # 30 requests and 30 answers
 
 
 def test_the_same_command_asks_for_nothing_and_needs_no_key(web, monkeypatch):
@@ -2076,14 +2074,22 @@ def test_a_server_that_wants_a_pause_of_hours_is_asked_later(web):
 def test_a_refused_row_fails_alone(web, status):
     web.behave = lambda prompt, number: status if prompt == "1" else "ok"
     why = f"HTTP {status}: no, Bearer [key]"
-    assert web.refusal(range(4)) == f"1 of 4 requests were refused, as test row 2: {why}"
+    assert web.refusal(range(4)).startswith(
+        f"1 requests were refused, as that of test row 2: {why};")
     assert sorted(web.prompts()) == ["0", "1", "2", "3"]
 
 
-def test_a_prompt_that_is_too_long_is_told_from_others(web):
+def test_a_refused_prompt_may_be_too_long(web):
     error = (400, "request (484 tokens) exceeds the available context size", {})
     web.behave = lambda prompt, number: error if prompt == "1" else "ok"
-    assert web.refusal(range(4)).endswith("; a lower --max-text makes prompts shorter")
+    assert web.refusal(range(4)).endswith("context size; if it is too long, lower --max-text")
+
+
+def test_a_server_that_hangs_from_the_start_is_given_up_after_two_silences(web, monkeypatch):
+    monkeypatch.setattr(plm, "READ", 0.2)
+    web.behave = lambda prompt, number: time.sleep(1) or "ok"
+    assert "Read timed out" in web.refusal(range(50))
+    assert len(web.seen) == 2
 
 
 def test_a_server_that_refuses_all_rows_is_not_asked_for_all(web):
@@ -2169,7 +2175,6 @@ def test_a_server_that_takes_two_at_once_is_seldom_asked_for_three(web):
 def test_a_slow_server_that_computes_one_by_one_answers_all(web, monkeypatch):
     # It is slow for a while: at eight at once, most would time out again and again.
     monkeypatch.setattr(plm, "READ", 0.5)
-    monkeypatch.setattr(plm, "READ_ALONE", 10)
     monkeypatch.setattr(plm, "QUICK", 0.15)
     computing = threading.Lock()
 
@@ -2251,7 +2256,7 @@ def test_an_address_with_a_key_is_refused_without_showing_it(web, monkeypatch, v
 def test_a_mistake_of_ours_ends_the_run_with_its_traceback(web, monkeypatch):
     errors = []
     monkeypatch.setattr(threading, "excepthook", lambda args: errors.append(args.exc_type))
-    monkeypatch.setattr(requests.Session, "post", lambda *args, **more: 1 / 0)
+    monkeypatch.setattr(requests, "post", lambda *args, **more: 1 / 0)
     with pytest.raises(RuntimeError):
         web.ask([0])
     assert errors == [ZeroDivisionError]
@@ -2813,8 +2818,8 @@ def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, tra
 
 @pytest.mark.parametrize("users, header, says", [
     (["u0", "u1", "u2"], "text user calm angry", "no rows of new people"),
-    (NEW_PEOPLE, "text user calm odd", "no column for the label ['angry']"),
-    (NEW_PEOPLE, "text user calm time", "no column for the label ['angry']")])
+    (NEW_PEOPLE, "text user calm odd", "no column for the labels angry"),
+    (NEW_PEOPLE, "text user calm time", "no column for the labels angry")])
 def test_people_who_are_all_known_and_other_labels_are_refused(
         tmp_path, capsys, trained, users, header, says):
     path = write_csv(tmp_path / "people.csv", some_rows(12, users), header)
