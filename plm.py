@@ -35,7 +35,6 @@ References
 import argparse
 import copy
 import csv
-import errno
 import fcntl
 import functools
 import hashlib
@@ -67,7 +66,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import transformers
-import urllib3
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
@@ -1780,10 +1778,14 @@ def read_answers(replies, config, in_thought=False):
 
 
 def predict(model, tokenizer, rows, config):
-    """dict(predicted (R, L), ...) of encoded rows. CLS and an LM of a single choice add scores
-    (R, L), an LM what read_answers returns."""
+    """dict(predicted (R, L), ...) of encoded rows. CLS, and an LM of a single choice whose labels
+    begin with different tokens, add scores (R, L); an LM adds what read_answers returns."""
     result = {}
-    if config["head"] == "cls" or config["head"] == "lm" and config["single"]:
+    scored = config["head"] == "cls"
+    if config["head"] == "lm" and config["single"]:
+        _, tokens = model.label_tokens
+        scored = len(set(tokens)) == len(tokens)  # or two labels would have one score
+    if scored:
         _, result["scores"] = read_labels(model, rows, config, "predict")
     if config["head"] == "cls":
         result["predicted"] = chosen_labels(result["scores"], config["single"])
