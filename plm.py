@@ -19,7 +19,8 @@ Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it i
 
 Letters in the shapes below:
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
-    T nodes of a prompt tree     U users                 B prompts of an encoder-decoder
+    T nodes of a prompt tree, or tokens of the longest of the B prompts of an encoder-decoder
+    U users
     N, K out- and inputs of a linear layer               r rank of LoRA
     P places that a head reads   n answers that are being written
 
@@ -75,7 +76,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used; the message says in one line what would have been."""
+    """What the user gave cannot be used; the message says why in one line."""
 
 
 def check(ok, message):
@@ -204,11 +205,11 @@ class Annotation(NamedTuple):
 class Dataset(NamedTuple):
     name: str
     labels: list   # (L) names
-    single: bool   # is exactly one label chosen in a row? softmax; else any number, and sigmoids
-    ordered: bool  # ... and is it a rating, whose labels are numbers in order?
+    single: bool   # a row chooses exactly one label (softmax), or else any number (sigmoids)
+    ordered: bool  # single, and the labels are a rating: numbers in order
     none: bool     # are there rows in which nothing is chosen?
     parts: dict    # train, val, test -> list of Annotation
-    notes: dict    # what was read and what was left out, in words -> a number or names
+    notes: dict    # what was read or left out, in words -> how many rows, or by what
     sha: str       # of the file
 
 
@@ -268,7 +269,8 @@ def read_annotations(rows, split_col):
     columns = []  # of labels
     for column in rows[0]:
         values = {row[column] for row in rows}
-        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
+        another_split = values <= {*PARTS, ""}
+        if column not in ("text", "user", "time", split_col) and not another_split:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
     single = len(columns) == 1
@@ -328,7 +330,7 @@ def file_sha(path):
 
 @contextmanager
 def in_file(path):
-    """Says of what is wrong with a CSV in which file it is, and what mends it."""
+    """Adds to a BadInput about a CSV which file it is, and what mends it."""
     try:
         yield
     except BadInput as e:
@@ -456,7 +458,9 @@ def words_of(text):
 
 
 def check_labels(data, head):
-    """BadInput if a label breaks a list of labels, or if an LM's answer in words could mean two."""
+    """BadInput if there is one label, or one that breaks a list, or if words could mean two."""
+    check(data.none or len(data.labels) > 1,
+          f"{data.labels[0]!r} is the only label: there is nothing to choose")
     said = set()
     for label in [*data.labels, NONE] if data.none else data.labels:
         fits = "\n" not in label and label.strip() and (data.single or "," not in label)
@@ -469,7 +473,7 @@ def check_labels(data, head):
 
 def answer_room(data):
     """How many tokens an answer may take, here and over HTTP: those of the longest in the data (a
-    token holds two bytes or more), and a sentence around it."""
+    token seldom holds less than two bytes), and a sentence around it."""
     annotations = sum(data.parts.values(), [])
     answers = [answer_text(data.labels, a.labels).encode() for a in annotations]
     return 32 + max(map(len, answers), default=0) // 2
@@ -487,9 +491,10 @@ def example_chooser(config, train):
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
         own = config["personalized"]
         candidates = by_user[asked.user] if own else rng.choices(train, k=100)
-        distinct = {}  # an annotation that stands there twice is one
+        distinct = {}  # what was drawn twice is there once
         for a in candidates:
-            if (a.user == asked.user) == own and text_id(a.text) != text_id(asked.text):
+            fits = (a.user == asked.user) == own  # the user's own, or else other users'
+            if fits and text_id(a.text) != text_id(asked.text):
                 distinct[a] = True
         return rng.sample(list(distinct), min(config["shots"], len(distinct)))
 
@@ -498,8 +503,9 @@ def example_chooser(config, train):
 
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
-    begins a text: inside, a letter goes before the piece, and its token is cut off again. Special
-    tokens that somebody wrote into a text are read as letters, or left out if they stay tokens."""
+    begins a text, so a piece inside is tokenized behind a letter, whose token is then cut off.
+    Special tokens that somebody wrote into a text are read as letters, or left out if they stay
+    tokens."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
@@ -533,7 +539,7 @@ def frame(tokenizer, chat=False):
 
 def name_users(config, users, V):
     """dict user -> the id that stands for the user, from V on; the last is nobody's. It is empty
-    where users are named by their number."""
+    where users have no token."""
     if not config["personalized"] or config["ids"] == "number":
         return {}
     return {user: V + i for i, user in enumerate([*users, NOBODY])}
@@ -590,12 +596,12 @@ def encode(tokenizer, config, annotations, train, names):
 
 def label_tokens(tokenizer, config):
     """(place, ids): the place at which the answers begin to differ, and the token of each label
-    there, whose logit is the label's score. Labels that go on alike share a token."""
+    there, whose logit is the label's score. Labels with the same token there share a score."""
     names = [*config["labels"], NONE] if config["none"] else config["labels"]
     answers = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
     check(len(set(answers)) == len(answers),
           f"--model {config['model']} has the same tokens for two labels")
-    place = len(os.path.commonprefix(answers))  # " 1", " 2": for some tokenizers behind the space
+    place = len(os.path.commonprefix(answers))  # " 1", " 2" may share the space
     tokens = [ids[place] for ids in answers]
     if config["single"] and len(set(tokens)) < len(tokens):
         print("some labels begin with the same token: answers tell them apart, scores do not")
@@ -644,7 +650,7 @@ def dynamic_map():
 
 @functools.cache
 def on_device(table, device):
-    """NF4's values of both halves of every byte (256, 2), or the dynamic map, copied once."""
+    """On the device, copied once: the two values of NF4 in every byte (256, 2), or dynamic_map."""
     values = torch.cartesian_prod(NF4, NF4) if table == "nf4" else dynamic_map()
     return values.to(device)
 
@@ -662,7 +668,7 @@ def in_blocks(flat, size):
 
 
 def scaled_to_one(blocks):
-    """(blocks (b, size) divided by their largest magnitudes, these (b))"""
+    """(blocks (b, size) divided by their largest magnitudes, and the magnitudes (b))"""
     absmax = blocks.abs().amax(1)
     inverse = 1 / absmax.clamp(min=1e-38)  # [4] multiplies by it: the last bit differs
     return blocks * inverse[:, None], absmax
@@ -706,7 +712,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # the rounded weights once more, where memory is plentiful: keep_dense
+        self.dense = None  # the weights to compute with, if not the bytes: see quantize, keep_dense
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -715,13 +721,13 @@ class NF4Linear(nn.Module):
         self.register_buffer("absmax_offset", offset)
 
     def absmax(self):
-        """(blocks) float32"""
+        """(blocks) float32, what quantize_absmax rounded"""
         code = on_device("dynamic", self.packed.device)[self.absmax_code.int()]
         scale = self.absmax_scale.repeat_interleave(256)[:len(code)]
         return code * scale + self.absmax_offset
 
     def dequantize(self, dtype=torch.float32):
-        """(N, K) the rounded weights: products in float32, cast last."""
+        """(N, K) the weights to compute with; from the bytes in float32, cast last."""
         if self.dense is not None:
             return self.dense.to(dtype)
         values = on_device("nf4", self.packed.device)[self.packed.int()]
@@ -764,6 +770,7 @@ def add_lora(model, r, alpha, dropout):
     check(layers, f"{type(model).__name__} has no linear layer for LoRA")
     for path, layer in layers.items():
         model.set_submodule(path, LoRALinear(layer, r, alpha, dropout))
+
 
 # 6. The prompt tree -------------------------------------------------------------------------------
 # The prompts of a batch begin alike: all of them with the instruction, and those of one text with
@@ -909,8 +916,8 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads. By index_select and not by x[index], whose
-        backward pass on a CPU adds up in another order in every run (on a GPU both do)."""
+        """(P, D) the states that the head reads. By index_select: on a CPU the backward pass of
+        x[index] would add up in another order in every run. On a GPU that of either does."""
         if not self.seq2seq:
             states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
@@ -922,7 +929,7 @@ class PersonalizedLM(nn.Module):
 
     def token_logits(self, hidden):
         """(P, D) -> (P, V) float32"""
-        if getattr(self.lm.config, "scale_decoder_outputs", False):  # a T5 of tied embeddings
+        if getattr(self.lm.config, "scale_decoder_outputs", False):  # a T5 with tied embeddings
             hidden = hidden * self.lm.model_dim ** -0.5
         return self.lm.get_output_embeddings()(hidden).float()
 
@@ -935,6 +942,9 @@ class PersonalizedLM(nn.Module):
     def forward(self, batch):
         """What the head reads at every place of a batch."""
         return self.read(self.hidden(batch))
+
+
+REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
 
 
 def load_pretrained(name, attention):
@@ -965,13 +975,10 @@ def load_pretrained(name, attention):
     return lm, tokenizer
 
 
-REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
-
-
 def fit_tokenizer(name, lm, tokenizer):
-    """Gives a model its end tokens; BadInput if a tokenizer does not fit it. Of what a folder says
-    about writing only its end tokens count: many chat models end a turn with another token
-    than the tokenizer's."""
+    """Gives a model its end tokens; BadInput if a tokenizer does not fit it. Many chat models end
+    a turn with another token than their tokenizer's, so both count; the model's other settings for
+    writing (sampling, penalties) do not."""
     ends = lm.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     ends = sorted({*ends, tokenizer.eos_token_id} - {None})
@@ -999,8 +1006,8 @@ def fingerprint(lm, tokenizer):
 
 
 def quantize(lm, device, quant=True):
-    """The model, frozen, in float32 on the device, its linear layers in NF4; with the weights as
-    they were stored beside unless `quant`."""
+    """The model, frozen, in float32 on the device, its linear layers in NF4. Without `quant` they
+    keep the weights as they were stored as well, and compute with those."""
     head = lm.get_output_embeddings()
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
@@ -1017,7 +1024,7 @@ def quantize(lm, device, quant=True):
 
 @torch.no_grad()
 def check_forward(model):
-    """BadInput if our forward pass gives other numbers than transformers' own of some prompts, or
+    """BadInput if our forward pass gives other numbers than transformers' own for some prompts, or
     the same numbers for all prompts. The model has to be in float32 for that."""
     lm = model.lm
     name = f"{type(lm).__name__} is not supported"
@@ -1068,7 +1075,8 @@ def cast(model, dtype):
 
 
 def keep_dense(model):
-    """Keeps dense copies of the rounded weights if a quarter of the memory holds them."""
+    """Keeps dense copies of the rounded weights if a quarter of the memory holds them: nothing is
+    dequantized anew then, which is faster."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     if model.device.type == "cuda":
         room = torch.cuda.mem_get_info()[1]
@@ -1083,9 +1091,9 @@ def keep_dense(model):
 
 def load_model(config, users=()):
     """(PersonalizedLM, tokenizer, fingerprint of the base model), checked and ready to be used.
-    Users are those with a token of their own."""
+    Users are those that training knows, in the order of their tokens."""
     device = find_device()
-    attention = "sdpa" if device.type == "cuda" else "eager"  # what each computes masks fastest by
+    attention = "sdpa" if device.type == "cuda" else "eager"  # faster there with a mask
     lm, tokenizer = load_pretrained(config["model"], attention)
     fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
@@ -1136,7 +1144,7 @@ def targets_of(rows, head):
 
 
 def tree_batch(model, rows, head, before=()):
-    """The batch of some rows for a decoder: their prompt tree, behind the nodes of some paths."""
+    """The batch of some rows for a decoder: their prompt tree. The nodes of `before` come first."""
     paths = list(before)
     for row in rows:
         answer = row.answer[:-1] if head == "lm" else ()
@@ -1150,7 +1158,7 @@ def tree_batch(model, rows, head, before=()):
 
 
 def padded(sequences):
-    """(ids (B, T), mask (B, T)) of some sequences of ids; the mask goes by their lengths."""
+    """(ids (B, T), mask (B, T): 1 where there is a token) of some sequences of ids."""
     pad = nn.utils.rnn.pad_sequence
     ids = pad([torch.tensor(s) for s in sequences], batch_first=True)
     return ids, pad([torch.ones(len(s), dtype=torch.long) for s in sequences], batch_first=True)
@@ -1671,13 +1679,13 @@ def train(model, rows, config, base_sha, folder):
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
-# CLS ticks the labels whose scores are above 0; if only one can be chosen, that of the highest. LM
+# CLS ticks the labels whose scores are above 0, or the highest if only one can be chosen. LM
 # writes, by greedy decoding: the prompts of a batch are a tree as before, every answer grows on at
 # the end of its prompt, and is read back into labels. An answer that was cut off before it ended,
 # or a thought that did not end, says nothing.
 
 def write_with_decoder(model, prompts, ends, limit):
-    """Greedy decoding: the ids of the answers to n prompts. Each has a row of the mask."""
+    """Greedy decoding: the ids of the answers to n prompts. Every pass adds a token to each."""
     device = model.device
     input_ids, positions, parents, branches = prompt_tree(prompts, model.share)
     leaves = [branch[-1] for branch in branches]
@@ -1752,8 +1760,8 @@ def parse_answer(answer, labels, single=False):
 
 
 def final_words(reply, in_thought=False):
-    """What a reply says in the end: behind its thoughts and before a next section of the prompt, as
-    models write that only continue a text. "" if it was cut off before that."""
+    """What a reply says in the end: what stands behind its thoughts, and before the next section of
+    a prompt, which models write that only continue a text. "" if it was cut off before that."""
     _, thought_ended, answer = reply["answer"].rpartition("</think>")
     if "<think>" in answer or in_thought and not thought_ended:
         return ""
@@ -1791,7 +1799,7 @@ def predict(model, tokenizer, rows, config):
         result["predicted"] = chosen_labels(result["scores"], config["single"])
         return result
     _, behind = frame(tokenizer, chat=config["head"] == "ask")
-    opened = tokenizer.decode(behind).rpartition("</think>")[2]
+    opened = tokenizer.decode(behind).rpartition("</think>")[2]  # some templates begin a thought
     replies = write_answers(model, tokenizer, rows, config)
     return result | read_answers(replies, config, "<think>" in opened)
 
@@ -1841,9 +1849,8 @@ GIVE_UP_EARLY = 10  # and these, two minutes, if nothing was ever answered
 SILENCE = 5         # failures that a silence of READ counts for
 TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
 OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-# The same request would get these again, and each other one those of HOPELESS.
-REFUSED_ROW = (400, 413, 422)
-HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)
+REFUSED_ROW = (400, 413, 422)  # statuses that this request would get again
+HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)  # and those that any would get
 NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
 
 
@@ -1891,7 +1898,7 @@ def read_reply(response):
 def attempt(address, key, sha, body, responses):
     """Sends a request and queues (sha, response, what the server or the network said)."""
     response = requests.Response()  # an empty one
-    words = ""  # stays so after a mistake in this file
+    words = ""  # stays so if what is raised is no OSError: a mistake in this file
     try:
         response = requests.post(
             f"{address}/chat/completions", json=body, timeout=(CONNECT, READ),
@@ -1914,7 +1921,7 @@ class Pace:
         self.ready_at = 0.0  # when the pause after a failure is over
         self.answers = 0     # so far
         self.heard_at = time.monotonic()  # when the last response came
-        self.failures = 0    # since the last one
+        self.failures = 0    # since the last answer
         self.error = ""      # of the last failure
 
     def show(self, bar):
@@ -2040,7 +2047,7 @@ def ask_chat(prompts, path, model, seed, limit):
               f"{tokens:,} tokens; {len(prompt_of) - len(todo):,} answers are there", flush=True)
         if todo:
             refused = ask_server(address, api_key(), settings, todo, file)
-            for sha, words in refused.items():
+            for sha, words in refused.items():  # the first is named
                 raise BadInput(f"{len(refused)} requests were refused, as that of test row "
                                f"{shas.index(sha) + 1}: {words}; if it is too long, lower "
                                "--max-text")
@@ -2125,7 +2132,7 @@ def alone_in(folder):
 
 
 def settle(folder, config, fresh):
-    """Makes a folder this configuration's; BadInput if another's work would be lost."""
+    """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
         for name in set(os.listdir(folder)) - {"lock", "answers.jsonl"}:  # answers were paid for
             path = f"{folder}/{name}"
@@ -2167,17 +2174,18 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     return rows, counts
 
 
-def describe(model):
+def describe(model, quant):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
     dense = any(m.dense is not None for m in layers)
+    kept = "in NF4 and a dense copy" if dense else "in NF4"
+    kept = kept if quant else "as they were stored"
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
     print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
-          f"in {dtype}: {quantized:,} weights in NF4{' and a dense copy' if dense else ''}, "
-          f"{trained:,} trained", flush=True)
+          f"in {dtype}: {quantized:,} weights {kept}, {trained:,} trained", flush=True)
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
@@ -2217,16 +2225,20 @@ def chat_prompts(config, data):
     """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
     longest = 4 * config["max_text"]  # a token is about 4 characters
+    cut = set()
     counts = Counter()
     prompts = []
     for a in data.parts["test"]:
         examples = choose_examples(a)
         counts["too_few_examples"] += len(examples) < config["shots"]
-        counts["texts_cut"] += len(a.text) > longest
         prompt = ""
         for kind, string in prompt_pieces(config, a.text, a.user, examples):
-            prompt += string[:longest + 1] if kind == "text" else string
+            if kind == "text" and len(string) > longest + 1:  # 1 for the space before a text
+                cut.add(string)
+                string = string[:longest + 1]
+            prompt += string
         prompts.append(prompt)
+    counts["texts_cut"] = len(cut)
     return prompts, counts
 
 
@@ -2312,7 +2324,7 @@ def run(args):
         else:
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
-            facts = dict(base_sha=base_sha, **describe(model))
+            facts = dict(base_sha=base_sha, **describe(model, config["quant"]))
             read = parts if config["head"] != "ask" else dict(test=parts["test"])
             rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
             if config["head"] != "ask":
@@ -2433,7 +2445,7 @@ def predict_run(args):
     run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
     path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
     write_predictions(path, config, asked, result, gold=False)
-    print(f"files       {path}")
+    print(f"  files: {path}")
 
 
 def read_new_people(path, split_col, config):
@@ -2531,7 +2543,7 @@ def adapt_run(args):
         settle(folder, config, args.fresh)
         users = users + new
         add_users(model, len(new))
-        trained = model.trainable()
+        trained = model.trainable()  # now: adapt freezes all but the users
         parts = dict(train=learned, test=test)
         rows, _ = encode_parts(model, tokenizer, config, users, parts, [])
         adapt(model, rows["train"], config)

@@ -490,7 +490,8 @@ def test_a_user_of_the_paper_is_a_number():
 
 @pytest.mark.parametrize("labels, none, says", [
     (["Anger", "anger!"], False, "'anger!'"), (["a,b", "c"], False, "'a,b'"),
-    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "'none'")])
+    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "'none'"),
+    (["joy"], False, "'joy' is the only label")])
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
     with pytest.raises(plm.BadInput, match=re.escape(says)):
         plm.check_labels(dataset(labels, none=none), "lm")
