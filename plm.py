@@ -1384,6 +1384,9 @@ def score(config, annotations, result):
     texts = [text_id(a.text) for a in annotations]
     found = f1_scores(gold, predicted)
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
+    for key in ("unknown_words", "unreadable", "cut"):  # of answers in words
+        if key in result:
+            found[key] = result[key]
     draws = bootstrap_f1(gold, predicted, texts)
     found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
     found["f1_per_user"] = {}

@@ -1466,6 +1466,15 @@ def test_of_ratings_the_median_is_scored_too():
     assert found["mean_absolute_error_median"] == (1 + 3 + 0 + 0) / 4
 
 
+def test_what_is_wrong_with_answers_stands_beside_their_scores():
+    config = configured("lm", dataset("ABC"))
+    rows = [plm.Annotation("t", user, (1, 0, 0)) for user in "ab"]
+    replies = [dict(answer="huh, what?", cut=True), dict(answer="A", cut=False)]
+    found = plm.score(config, rows, plm.read_answers(replies, config))
+    assert found["cut"] == found["unreadable"] == 1
+    assert found["unknown_words"] == 0  # an answer that was cut off says nothing
+
+
 def test_labels_without_a_test_row_are_counted():
     config = configured("cls", dataset("ABC"))
     rows = [plm.Annotation("t", "u", (1, 0, 0))]
