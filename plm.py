@@ -1369,10 +1369,10 @@ def with_bias(bias, annotations, scores):
 
 
 def rating_error(config, gold, predicted):
-    """Mean distance in points; an answer without a label is no point on a scale."""
+    """Mean distance in points of the answers with a label, None if no answer has one."""
     said = predicted.any(1)
     if not said.any():
-        return 0.0
+        return None
     points = np.array(config["labels"], float)
     return float(np.abs(gold[said] @ points - predicted[said] @ points).mean())
 
