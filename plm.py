@@ -2448,14 +2448,20 @@ def read_new_people(path, split_col, config):
             split_col = "split"
         found, what = read_annotations(rows, split_col)
     of_run = config["labels"]
-    missing = set(of_run) - set(what["labels"])
+    names = what["labels"]
+    missing = set(of_run) - set(names)
     check(config["single"] or not missing,
           f"{path}: no column for the labels {', '.join(sorted(missing))}")
+    check(what["single"] or not config["single"],
+          f"{path}: the columns {', '.join(names)}, but the run has a single choice, in one column")
+    if config["ordered"] and names[0] == f"not {names[-1]}":  # ratings that are all 0 or 1
+        names = ["0", "1"]
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
-        chosen = {label for label, y in zip(what["labels"], a.labels) if y}
-        check(chosen <= set(of_run), f"{path}: {', '.join(sorted(chosen))} chosen, but the labels "
-                                     f"of the run are {', '.join(of_run)}")
+        chosen = {label for label, y in zip(names, a.labels) if y}
+        odd = sorted(chosen - set(of_run))
+        check(not odd, f"{path}: {', '.join(odd)} chosen, but the labels of the run are "
+                       f"{', '.join(of_run)}")
         labels = tuple(int(label in chosen) for label in of_run)
         parts[part if split_col else "train"].append(a._replace(labels=labels))
     return parts

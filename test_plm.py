@@ -2845,6 +2845,28 @@ def test_a_label_that_is_missing_is_not_taken_for_never_chosen(tmp_path, capsys)
     assert "sad" in says
 
 
+def new_choices(tmp_path, choices, header="text user stars"):
+    rows = [(f"text {i}", "n1", *choice) for i, choice in enumerate(choices)]
+    config = dict(labels=["0", "1", "2"], single=True, ordered=True)
+    path = write_csv(tmp_path / "choices.csv", rows, header)
+    return [a.labels for a in plm.read_new_people(path, None, config)["train"]]
+
+
+def test_new_people_may_have_given_only_ratings_of_0_and_1(tmp_path):
+    assert new_choices(tmp_path, ["0", "1"]) == [(1, 0, 0), (0, 1, 0)]
+    assert new_choices(tmp_path, ["1", "2"]) == [(0, 1, 0), (0, 0, 1)]
+
+
+def test_only_a_choice_that_the_run_does_not_know_is_named(tmp_path):
+    with pytest.raises(plm.BadInput, match=": 7 chosen, but the labels of the run are 0, 1, 2"):
+        new_choices(tmp_path, ["1", "7"])
+
+
+def test_several_columns_are_not_a_single_choice(tmp_path):
+    with pytest.raises(plm.BadInput, match="the columns 0, 1, but the run has a single choice"):
+        new_choices(tmp_path, ["11", "00"], "text user 0 1")
+
+
 def test_a_run_without_nobodys_token_gets_to_know_no_one(capsys, new_csv, trained):
     says = refused(capsys, f"adapt {trained('cls')[0]} --csv {new_csv}")
     assert "has no token for nobody" in says
