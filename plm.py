@@ -2529,9 +2529,12 @@ def adapt_run(args):
                           "our recipe have one")
     parts = read_new_people(args.csv, args.split_col, base)
     new = sorted({a.user for a in parts["train"]} - set(users))
-    check(new, f"{args.csv}: no rows of new people to learn from")
+    check(new, f"{args.csv}: no rows of new people to learn from (people unknown to the run, in "
+               "the part train if there is a split)")
     learned = [a for a in parts["train"] if a.user in new]
-    test = parts["test"] or learned  # without test rows it is scored on those that it learned from
+    test = parts["test"] or learned
+    left_out = sum(map(len, parts.values())) - len(learned) - len(parts["test"])
+    strangers = {a.user for a in test} - {*users, *new}
     config = read_json(f"{args.run}/run.json")
     config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
                    data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
@@ -2541,16 +2544,21 @@ def adapt_run(args):
         users = users + new
         add_users(model, len(new))
         trained = model.trainable()
-        parts = dict(train=learned, test=test)
-        rows, _ = encode_parts(model, tokenizer, config, users, parts, [])
+        read = dict(train=learned, test=test)
+        rows, _ = encode_parts(model, tokenizer, config, users, read, [])
         adapt(model, rows["train"], config)
         print(f"{len(new)} new people by {len(learned):,} rows, "
-              f"{time.perf_counter() - start:.1f} s in all")
+              f"{time.perf_counter() - start:.1f} s in all; rows left out: {left_out}")
+        if not parts["test"]:
+            print("no test rows: the scores below are those of the rows that were learned from")
+        if strangers:
+            print(f"users of test rows without a row to learn from, read for nobody: "
+                  f"{len(strangers)}")
         save_tensors(f"{folder}/adapter.safetensors", trained, "users", users)
         result = predict(model, tokenizer, rows["test"], config)
         scores = score(config, test, result)
         facts = {key: base[key] for key in ("base_sha", "computed_in")}
-        finish(folder, config | facts | scores, parts | dict(val=[]), result, start)
+        finish(folder, config | facts | scores, read | dict(val=[]), result, start)
 
 
 # 15. The command line -----------------------------------------------------------------------------

@@ -2816,6 +2816,17 @@ def test_new_people_are_scored_on_their_own_test_rows(tmp_path, new_csv, trained
     assert "f1_macro_nobody" not in m  # that of other people
 
 
+def test_adapt_says_which_rows_it_left_out_and_which_it_scored(tmp_path, capsys, trained):
+    path = write_csv(tmp_path / "people.csv", some_rows(12, ["u1", "n1", "n2"]))
+    adapted(trained("cls_p")[0], path, tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "rows left out: 4" in said and "scores below are those of the rows that were" in said
+    rows = [("hm", "n1", 1, 0, "train"), ("oh", "n2", 0, 1, "test")]
+    path = write_csv(tmp_path / "two.csv", rows, "text user calm angry split")
+    adapted(trained("cls_p")[0], path, tmp_path / "b")
+    assert "without a row to learn from, read for nobody: 1" in capsys.readouterr().out
+
+
 def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, trained):
     rows = some_rows(12, ["u1", "n1", "n2"])  # u1 is known, and stays as it is
     path = write_csv(tmp_path / "people.csv", rows)
