@@ -256,6 +256,10 @@ def choice_cells(column, values):
         ordered = False
     cells = sorted(values, key=float if ordered else None)
     check(len(cells) <= 100, f"{column!r} has {len(cells):,} values: no choice of one")
+    same = float if ordered else str.strip
+    for cell, following in zip(cells, cells[1:]):
+        check(same(cell) != same(following),
+              f"{column!r} spells a value in two ways, {cell!r} and {following!r}")
     for cell in cells:
         check(not LIST_LIKE.search(cell),
               f"{column!r} has lists in a cell, as {cell!r} (--list-sep splits them)")
@@ -276,6 +280,10 @@ def read_annotations(rows, split_col):
     ordered = False
     if single:
         cells, labels, ordered = choice_cells(columns[0], {row[columns[0]] for row in rows})
+    users = {row["user"] for row in rows}
+    for user in users:
+        check(user == user.strip() or user.strip() not in users,
+              f"users {user!r} and {user.strip()!r} differ in white space alone")
     found = []
     for number, row in enumerate(rows, 1):
         for column in ("text", "user", *columns):

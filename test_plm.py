@@ -225,6 +225,16 @@ def test_rows_in_which_nothing_is_chosen_stay(tmp_path):
     assert not plm.load_data(write_csv(tmp_path / "b.csv", some_rows())).none
 
 
+@pytest.mark.parametrize("users, choices, says", [
+    ("ab", ["1", "2", "1.0"], "'stars' spells a value in two ways, '1"),
+    ("ab", ["good", "bad", "good "], "'good' and 'good '"),
+    (["a", "a "], ["good", "bad"], "users 'a ' and 'a' differ in white space alone")])
+def test_one_value_or_user_in_two_spellings_is_refused(tmp_path, capsys, users, choices, says):
+    rows = [(f"text {i}", user, choice) for user in users for i, choice in enumerate(choices)]
+    path = write_csv(tmp_path / "a.csv", rows, "text user stars")
+    assert says in refused(capsys, f"cls --data {path}")
+
+
 # 3. Prompts ---------------------------------------------------------------------------------------
 
 ASKED = "Answer with labels from the list, separated by commas.\n### Labels: A, B, C"
