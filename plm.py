@@ -359,7 +359,8 @@ def load_data(name, split_col=None, max_eval=0):
     notes = {"rows read": len(rows), "split by": split_col or "a hash of the text"}
     parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
-        check(parts[part], f"--data {name}: no row for {part}; {notes}")
+        check(parts[part], f"--data {name}: no row for {part}; {notes}; make data "
+              f"FILE={path} ARGS=\"--split-col none\" splits its texts anew")
     if max_eval:
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
