@@ -257,6 +257,10 @@ def choice_cells(column, values):
         ordered = False
     cells = sorted(values, key=float if ordered else None)
     check(len(cells) <= 100, f"{column!r} has {len(cells):,} values: no choice of one")
+    same = float if ordered else str.strip
+    for cell, following in zip(cells, cells[1:]):
+        check(same(cell) != same(following),
+              f"{column!r} spells a value in two ways, {cell!r} and {following!r}")
     for cell in cells:
         check(not LIST_LIKE.search(cell),
               f"{column!r} has lists in a cell, as {cell!r} (--list-sep splits them)")
@@ -278,6 +282,10 @@ def read_annotations(rows, split_col):
     ordered = False
     if single:
         cells, labels, ordered = choice_cells(columns[0], {row[columns[0]] for row in rows})
+    users = {row["user"] for row in rows}
+    for user in users:
+        check(user == user.strip() or user.strip() not in users,
+              f"users {user!r} and {user.strip()!r} differ in white space alone")
     found = []
     for number, row in enumerate(rows, 1):
         for column in ("text", "user", *columns):
@@ -353,7 +361,8 @@ def load_data(name, split_col=None, max_eval=0):
     notes = {"rows read": len(rows), "split by": split_col or "a hash of the text"}
     parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
-        check(parts[part], f"--data {name}: no row for {part}; {notes}")
+        check(parts[part], f"--data {name}: no row for {part}; {notes}; make data "
+              f"FILE={path} ARGS=\"--split-col none\" splits its texts anew")
     if max_eval:
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
@@ -1377,10 +1386,10 @@ def with_bias(bias, annotations, scores):
 
 
 def rating_error(config, gold, predicted):
-    """Mean distance in points; an answer without a label is no point on a scale."""
+    """Mean distance in points of the answers with a label, None if no answer has one."""
     said = predicted.any(1)
     if not said.any():
-        return 0.0
+        return None
     points = np.array(config["labels"], float)
     return float(np.abs(gold[said] @ points - predicted[said] @ points).mean())
 
@@ -1392,6 +1401,9 @@ def score(config, annotations, result):
     texts = [text_id(a.text) for a in annotations]
     found = f1_scores(gold, predicted)
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
+    for key in ("unknown_words", "unreadable", "cut"):  # of answers in words
+        if key in result:
+            found[key] = result[key]
     draws = bootstrap_f1(gold, predicted, texts)
     found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
     found["f1_per_user"] = {}
@@ -2457,14 +2469,20 @@ def read_new_people(path, split_col, config):
             split_col = "split"
         found, what = read_annotations(rows, split_col)
     of_run = config["labels"]
-    missing = set(of_run) - set(what["labels"])
+    names = what["labels"]
+    missing = set(of_run) - set(names)
     check(config["single"] or not missing,
           f"{path}: no column for the labels {', '.join(sorted(missing))}")
+    check(what["single"] or not config["single"],
+          f"{path}: the columns {', '.join(names)}, but the run has a single choice, in one column")
+    if config["ordered"] and names[0] == f"not {names[-1]}":  # ratings that are all 0 or 1
+        names = ["0", "1"]
     parts = {part: [] for part in (*PARTS, "")}
     for a, part in found:
-        chosen = {label for label, y in zip(what["labels"], a.labels) if y}
-        check(chosen <= set(of_run), f"{path}: {', '.join(sorted(chosen))} chosen, but the labels "
-                                     f"of the run are {', '.join(of_run)}")
+        chosen = {label for label, y in zip(names, a.labels) if y}
+        odd = sorted(chosen - set(of_run))
+        check(not odd, f"{path}: {', '.join(odd)} chosen, but the labels of the run are "
+                       f"{', '.join(of_run)}")
         labels = tuple(int(label in chosen) for label in of_run)
         parts[part if split_col else "train"].append(a._replace(labels=labels))
     return parts
@@ -2532,9 +2550,12 @@ def adapt_run(args):
                           "our recipe have one")
     parts = read_new_people(args.csv, args.split_col, base)
     new = sorted({a.user for a in parts["train"]} - set(users))
-    check(new, f"{args.csv}: no rows of new people to learn from")
+    check(new, f"{args.csv}: no rows of new people to learn from (people unknown to the run, in "
+               "the part train if there is a split)")
     learned = [a for a in parts["train"] if a.user in new]
-    test = parts["test"] or learned  # without test rows it is scored on those that it learned from
+    test = parts["test"] or learned
+    left_out = sum(map(len, parts.values())) - len(learned) - len(parts["test"])
+    strangers = {a.user for a in test} - {*users, *new}
     config = read_json(f"{args.run}/run.json")
     config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
                    data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
@@ -2544,16 +2565,21 @@ def adapt_run(args):
         users = users + new
         add_users(model, len(new))
         trained = model.trainable()  # now: adapt freezes all but the users
-        parts = dict(train=learned, test=test)
-        rows, _ = encode_parts(model, tokenizer, config, users, parts, [])
+        read = dict(train=learned, test=test)
+        rows, _ = encode_parts(model, tokenizer, config, users, read, [])
         adapt(model, rows["train"], config)
         print(f"{len(new)} new people by {len(learned):,} rows, "
-              f"{time.perf_counter() - start:.1f} s in all")
+              f"{time.perf_counter() - start:.1f} s in all; rows left out: {left_out}")
+        if not parts["test"]:
+            print("no test rows: the scores below are those of the rows that were learned from")
+        if strangers:
+            print(f"users of test rows without a row to learn from, read for nobody: "
+                  f"{len(strangers)}")
         save_tensors(f"{folder}/adapter.safetensors", trained, "users", users)
         result = predict(model, tokenizer, rows["test"], config)
         scores = score(config, test, result)
         facts = {key: base[key] for key in ("base_sha", "computed_in")}
-        finish(folder, config | facts | scores, parts | dict(val=[]), result, start)
+        finish(folder, config | facts | scores, read | dict(val=[]), result, start)
 
 
 # 15. The command line -----------------------------------------------------------------------------

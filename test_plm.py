@@ -225,6 +225,16 @@ def test_rows_in_which_nothing_is_chosen_stay(tmp_path):
     assert not plm.load_data(write_csv(tmp_path / "b.csv", some_rows())).none
 
 
+@pytest.mark.parametrize("users, choices, says", [
+    ("ab", ["1", "2", "1.0"], "'stars' spells a value in two ways, '1"),
+    ("ab", ["good", "bad", "good "], "'good' and 'good '"),
+    (["a", "a "], ["good", "bad"], "users 'a ' and 'a' differ in white space alone")])
+def test_one_value_or_user_in_two_spellings_is_refused(tmp_path, capsys, users, choices, says):
+    rows = [(f"text {i}", user, choice) for user in users for i, choice in enumerate(choices)]
+    path = write_csv(tmp_path / "a.csv", rows, "text user stars")
+    assert says in refused(capsys, f"cls --data {path}")
+
+
 # 3. Prompts ---------------------------------------------------------------------------------------
 
 ASKED = "Answer with labels from the list, separated by commas.\n### Labels: A, B, C"
@@ -1457,7 +1467,7 @@ def test_scores_of_users_of_disagreement_and_in_points():
 def test_an_answer_without_a_label_is_no_point_on_a_scale():
     predicted = np.array([(1, 0, 0), (0, 0, 0), (0, 1, 0), (0, 0, 0)])
     assert scored_ratings(predicted)["mean_absolute_error"] == 0
-    assert scored_ratings(np.zeros((4, 3), int))["mean_absolute_error"] == 0
+    assert scored_ratings(np.zeros((4, 3), int))["mean_absolute_error"] is None
 
 
 def test_of_ratings_the_median_is_scored_too():
@@ -1465,6 +1475,15 @@ def test_of_ratings_the_median_is_scored_too():
     found = scored_ratings(plm.chosen_labels(scores, True), scores=scores)
     assert found["mean_absolute_error"] == (0 + 4 + 1 + 1) / 4
     assert found["mean_absolute_error_median"] == (1 + 3 + 0 + 0) / 4
+
+
+def test_what_is_wrong_with_answers_stands_beside_their_scores():
+    config = configured("lm", dataset("ABC"))
+    rows = [plm.Annotation("t", user, (1, 0, 0)) for user in "ab"]
+    replies = [dict(answer="huh, what?", cut=True), dict(answer="A", cut=False)]
+    found = plm.score(config, rows, plm.read_answers(replies, config))
+    assert found["cut"] == found["unreadable"] == 1
+    assert found["unknown_words"] == 0  # an answer that was cut off says nothing
 
 
 def test_labels_without_a_test_row_are_counted():
@@ -2808,6 +2827,17 @@ def test_new_people_are_scored_on_their_own_test_rows(tmp_path, new_csv, trained
     assert "f1_macro_nobody" not in m  # that of other people
 
 
+def test_adapt_says_which_rows_it_left_out_and_which_it_scored(tmp_path, capsys, trained):
+    path = write_csv(tmp_path / "people.csv", some_rows(12, ["u1", "n1", "n2"]))
+    adapted(trained("cls_p")[0], path, tmp_path / "a")
+    said = capsys.readouterr().out
+    assert "rows left out: 4" in said and "scores below are those of the rows that were" in said
+    rows = [("hm", "n1", 1, 0, "train"), ("oh", "n2", 0, 1, "test")]
+    path = write_csv(tmp_path / "two.csv", rows, "text user calm angry split")
+    adapted(trained("cls_p")[0], path, tmp_path / "b")
+    assert "without a row to learn from, read for nobody: 1" in capsys.readouterr().out
+
+
 def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, trained):
     rows = some_rows(12, ["u1", "n1", "n2"])  # u1 is known, and stays as it is
     path = write_csv(tmp_path / "people.csv", rows)
@@ -2835,6 +2865,28 @@ def test_a_label_that_is_missing_is_not_taken_for_never_chosen(tmp_path, capsys)
     people = write_csv(tmp_path / "people.csv", some_rows(12, NEW_PEOPLE))
     says = refused(capsys, f"adapt {folder} --csv {people} --out {tmp_path}/adapted")
     assert "sad" in says
+
+
+def new_choices(tmp_path, choices, header="text user stars"):
+    rows = [(f"text {i}", "n1", *choice) for i, choice in enumerate(choices)]
+    config = dict(labels=["0", "1", "2"], single=True, ordered=True)
+    path = write_csv(tmp_path / "choices.csv", rows, header)
+    return [a.labels for a in plm.read_new_people(path, None, config)["train"]]
+
+
+def test_new_people_may_have_given_only_ratings_of_0_and_1(tmp_path):
+    assert new_choices(tmp_path, ["0", "1"]) == [(1, 0, 0), (0, 1, 0)]
+    assert new_choices(tmp_path, ["1", "2"]) == [(0, 1, 0), (0, 0, 1)]
+
+
+def test_only_a_choice_that_the_run_does_not_know_is_named(tmp_path):
+    with pytest.raises(plm.BadInput, match=": 7 chosen, but the labels of the run are 0, 1, 2"):
+        new_choices(tmp_path, ["1", "7"])
+
+
+def test_several_columns_are_not_a_single_choice(tmp_path):
+    with pytest.raises(plm.BadInput, match="the columns 0, 1, but the run has a single choice"):
+        new_choices(tmp_path, ["11", "00"], "text user 0 1")
 
 
 def test_a_run_without_nobodys_token_gets_to_know_no_one(capsys, new_csv, trained):

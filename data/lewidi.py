@@ -310,6 +310,9 @@ def evaluate(folder, path, test):
     known = sorted(glob.glob(f"{home}/*test.json"))
     if not test and known:
         test = known[0]
+    named = os.path.isfile(f"{home}/annotations.csv")
+    plm.check(path or named, f"{folder} was trained on a file that is not in data/: "
+                             "--csv FILE names it")
     data = plm.load_data(path or config["data"], config["split"])
     plm.check(data.sha == config["data_sha"], f"{path or config['data']} is not the file that "
                                               f"{folder} was trained on")

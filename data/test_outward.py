@@ -278,6 +278,8 @@ def test_ratings_are_scored_as_the_task_does(tmp_path, capsys):
     plm.write_file(f"{tmp_path}/Paraphrase_test.json", given)
     assert lewidi.main(line) == 2
     assert "no prediction for 2" in capsys.readouterr().err
+    assert lewidi.main(line[:1]) == 2
+    assert "not in data/: --csv FILE names it" in capsys.readouterr().err
 
 
 def test_ticks_and_a_choice_are_scored_as_the_tasks_do():
