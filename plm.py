@@ -513,18 +513,21 @@ def example_chooser(config, train):
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
     begins a text, so a piece inside is tokenized behind a letter, whose token is then cut off.
-    Special tokens that somebody wrote into a text are read as letters, or left out if they stay
-    tokens."""
+    Special tokens that somebody wrote into a text are read as letters."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    ids = plain(piece)
-    if not first:
-        letter = plain("a")
-        inside = plain("a" + piece)
-        if inside[:len(letter)] == letter:
-            ids = inside[len(letter):]
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    letter = "" if first else "a"
+    mark = plain(letter) if letter else []
+    apart = piece
+    for token in tokenizer.all_special_tokens:  # a SentencePiece vocabulary has "</s>" as a word
+        apart = apart.replace(token, f"{token[0]} {token[1:]}")
+    for text in (piece, apart):
+        ids = plain(letter + text)
+        ids = ids[len(mark):] if ids[:len(mark)] == mark else plain(text)
+        if not special.intersection(ids):
+            return ids
     return [i for i in ids if i not in special]
 
 
