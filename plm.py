@@ -1598,7 +1598,7 @@ def parts_to_read(model, rows, config):
     """Lists of rows for one forward pass each. Neighbours share most, and are of about one length,
     for an encoder's padding."""
     rows = sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt))
-    size = 2 * (config["micro_batch"] or config["batch"])
+    size = 2 * config["micro_batch"] or 256  # or as many as fit into a tree
     return micro_batches(rows, size, MAX_NODES[model.device.type])
 
 
