@@ -860,12 +860,13 @@ def additive_mask(sees, dtype):
 #
 # Users with a token of their own have the ids V, V + 1, ..., V + U - 1, behind those of words, and
 # their embeddings (U, D) are trained. The id V + U is nobody's. Its embedding is the mean of all
-# words and stays so: it is LoRA that learns to read for nobody.
+# words and stays so: it is LoRA that learns to read for nobody. Every user starts there too, and so
+# differs from nobody by what the user's own annotations teach and by nothing else.
 
 class PersonalizedLM(nn.Module):
-    """A backbone with a head, "cls" or "lm". user_rows (U, D): what users' embeddings start as.
+    """A backbone with a head, "cls" or "lm", for users with tokens of their own (if there are any).
     label_tokens: where an LM begins to tell labels apart (see label_tokens)."""
-    def __init__(self, lm, head, n_labels, user_rows=None, label_tokens=None):
+    def __init__(self, lm, head, n_labels, n_users=0, label_tokens=None):
         super().__init__()
         self.lm = lm
         self.head = head
@@ -873,10 +874,10 @@ class PersonalizedLM(nn.Module):
         self.seq2seq = lm.config.is_encoder_decoder
         self.share = True  # compute once what prompts have in common
         self.user_embedding = None
-        if user_rows is not None:
-            self.user_embedding = nn.Parameter(user_rows.float())
+        if n_users:
             words = lm.get_input_embeddings().weight.detach()
             self.register_buffer("nobody", words.float().mean(0, keepdim=True), persistent=False)
+            self.user_embedding = nn.Parameter(self.nobody.repeat(n_users, 1))
         if head == "cls":
             width = lm.get_output_embeddings().weight.shape[1]
             self.score = nn.Linear(width, n_labels, bias=False, device=lm.device)
@@ -1118,13 +1119,10 @@ def load_model(config, users=()):
         lm = quantize(lm, device, config["quant"])
         if trained:
             add_lora(lm, config["r"], config["alpha"], config["dropout"])
-    user_rows = None
-    if users and config["ids"] == "token":
-        words = lm.get_input_embeddings().weight.detach()
-        user_rows = words[torch.randint(len(words), (len(users),)).to(device)]  # begin as words do
+    n_users = len(users) if config["ids"] == "token" else 0
     tokens = label_tokens(tokenizer, config) if config["head"] == "lm" else None
     head = "cls" if config["head"] == "cls" else "lm"
-    model = PersonalizedLM(lm, head, len(config["labels"]), user_rows, tokens).train(False)
+    model = PersonalizedLM(lm, head, len(config["labels"]), n_users, tokens).train(False)
     model.share = config["share"]
     check_forward(model)
     if not whole:
