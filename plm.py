@@ -1243,13 +1243,10 @@ def micro_batches(rows, size, max_nodes):
     return parts
 
 
-# 9. Scores and controls ---------------------------------------------------------------------------
-# The paper's score is the F1 of each label and their plain mean. One number convinces nobody, so
-# others stand beside it: an interval from a bootstrap over texts; F1 by a decision rule tuned on
-# validation, since F1-macro depends on the rule as much as on the model; F1 of each user, and on
-# texts that people read differently; F1 with the user IDs shuffled, where the gain of knowing the
-# user has to vanish; `listens`, which is 0 for a model deaf to the user; and the plain model
-# with a bias for each user, a table that a personalized model has to beat.
+# 9. Scores ----------------------------------------------------------------------------------------
+# The paper's score is the F1 of each label and their plain mean: a rare label counts as much as a
+# frequent one. Beside it stands the loss, which asks how probable the model took the truth to be.
+# How far such numbers can be believed is asked in data/evidence.py.
 
 def gold_labels(annotations):
     """(R, L) of 0 and 1: what was really chosen."""
@@ -1282,40 +1279,6 @@ def f1_scores(gold, predicted):
         per_label=per_label.tolist())
 
 
-def f1_macro(gold, predicted):
-    """The paper's score of 0/1 arrays (R, L)."""
-    return f1_scores(gold, predicted)["f1_macro"]
-
-
-def sums_by_text(texts, values):
-    """(sums (texts, L) of values (R, L), number of each row's text (R))"""
-    names, text_of = np.unique(texts, return_inverse=True)
-    sums = np.zeros((len(names), values.shape[1]))
-    np.add.at(sums, text_of, values)
-    return sums, text_of
-
-
-def bootstrap_f1(gold, predicted, texts, draws=1000):
-    """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
-    gold = np.asarray(gold, int)
-    predicted = np.asarray(predicted, int)
-    hits, _ = sums_by_text(texts, 2 * gold * predicted)
-    ticks, _ = sums_by_text(texts, gold + predicted)
-    n = len(hits)
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
-    return (times @ hits / np.maximum(times @ ticks, 1)).mean(1)
-
-
-def listens(scores, texts):
-    """(share of the variance of scores (R, L) between readers of one text, standard deviation)"""
-    scores = np.asarray(scores, float)
-    sums, text_of = sums_by_text(texts, scores)
-    means = sums / np.bincount(text_of)[:, None]
-    total = scores.var(0).sum()
-    within = ((scores - means[text_of]) ** 2).mean(0).sum()
-    return float(within / max(total, 1e-12)), float(math.sqrt(total / scores.shape[1]))
-
-
 def probabilities(scores, single):
     """(R, L) of scores: a softmax of a single choice, else sigmoids."""
     scores = torch.as_tensor(scores)
@@ -1337,123 +1300,17 @@ def chosen_labels(scores, single):
     return (scores > 0).astype(int)
 
 
-def median_labels(scores):
-    """(R, L) of 0 and 1: the median of each row's distribution over ratings in order."""
-    reached = np.cumsum(probabilities(scores, single=True), axis=1) >= 0.5
-    reached[:, -1] = True  # though rounding may end a sum below
-    return np.eye(scores.shape[1], dtype=int)[reached.argmax(1)]
-
-
-def best_threshold(gold, scores):
-    """The threshold of one label, gold (R) and scores (R), with the best F1 on these rows."""
-    order = np.argsort(-scores)
-    gold = gold[order]
-    scores = np.append(scores[order], -np.inf)
-    ticked = np.arange(1, len(gold) + 1)  # the first 1, 2, ... rows
-    f1 = 2 * np.cumsum(gold) / (ticked + gold.sum())
-    f1[scores[:-1] == scores[1:]] = -1    # equal scores are ticked together
-    i = int(f1.argmax())
-    return (scores[i] + max(scores[i + 1], scores[i] - 1)) / 2
-
-
-def tuned_shift(gold, scores, single, rates):
-    """(L) to add to scores before labels are chosen, so that F1-macro is best on these rows. For
-    several labels it is a threshold each. For a single choice it is -tau * log(rate): F1-macro
-    counts rare labels as much as frequent ones, and one tau says how much they are lifted."""
-    if not single:
-        return -np.array([best_threshold(gold[:, i], scores[:, i]) for i in range(len(rates))])
-    log_rates = np.log(np.maximum(rates, 1e-6))
-    taus = np.linspace(0, 1.5, 31)
-    f1 = [f1_macro(gold, chosen_labels(scores - tau * log_rates, single)) for tau in taus]
-    return -taus[np.argmax(f1)] * log_rates
-
-
-def user_bias(gold, scores, users, single, ridge=1.0):
-    """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
-    found = {}
-    for user, own in rows_of(users).items():
-        bias = np.zeros(scores.shape[1])
-        for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
-            p = probabilities(scores[own] + bias, single)
-            slope = (gold[own] - p).sum(0) - ridge * bias
-            curvature = (p * (1 - p)).sum(0) + ridge
-            bias += np.clip(0.7 * slope / curvature, -1, 1)
-        found[user] = bias
-    return found
-
-
-def with_bias(bias, annotations, scores):
-    """(R, L) scores with the bias of each row's user; a stranger's is 0."""
-    nothing = np.zeros(scores.shape[1])
-    return scores + np.array([bias.get(a.user, nothing) for a in annotations])
-
-
-def rating_error(config, gold, predicted):
-    """Mean distance in points of the answers with a label, None if no answer has one."""
-    said = predicted.any(1)
-    if not said.any():
-        return None
-    points = np.array(config["labels"], float)
-    return float(np.abs(gold[said] @ points - predicted[said] @ points).mean())
-
-
 def score(config, annotations, result):
     """dict of the scores of what a run predicted for some annotations."""
     gold = gold_labels(annotations)
-    predicted = np.asarray(result["predicted"])
-    texts = [text_id(a.text) for a in annotations]
-    found = f1_scores(gold, predicted)
+    found = f1_scores(gold, result["predicted"])
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
     for key in ("unknown_words", "unreadable", "cut"):  # of answers in words
         if key in result:
             found[key] = result[key]
-    draws = bootstrap_f1(gold, predicted, texts)
-    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
-    found["f1_per_user"] = {}
-    for user, own in sorted(rows_of(a.user for a in annotations).items()):
-        found["f1_per_user"][user] = f1_macro(gold[own], predicted[own])
-    disagreed = []
-    for own in rows_of(texts).values():
-        if len({annotations[i].labels for i in own}) > 1:
-            disagreed += own
-    if disagreed:
-        found["f1_disagreed"] = f1_macro(gold[disagreed], predicted[disagreed])
-    shown = predicted
-    if config["ordered"]:
-        found["mean_absolute_error"] = rating_error(config, gold, predicted)
     if "scores" in result:
-        shown = probabilities(result["scores"], config["single"])
         found["test_loss"] = mean_loss(gold, result["scores"], config["single"])
-        if config["ordered"]:
-            median = median_labels(result["scores"])
-            found["mean_absolute_error_median"] = rating_error(config, gold, median)
-    heard, found["spread"] = listens(shown, texts)
-    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
     return found
-
-
-def score_tuned(config, data, scores):
-    """dict(f1_macro_tuned, rule) of scores of the validation and the test rows: the rule is tuned
-    on the former and scored on the latter."""
-    rates = gold_labels(data.parts["train"]).mean(0)
-    shift = tuned_shift(gold_labels(data.parts["val"]), scores["val"], config["single"], rates)
-    predicted = chosen_labels(scores["test"] + shift, config["single"])
-    return dict(f1_macro_tuned=f1_macro(gold_labels(data.parts["test"]), predicted),
-                rule=shift.tolist())
-
-
-def score_table(config, data, scores):
-    """dict of the scores of a plain reading with a bias for each user, which is learned on the
-    training rows. scores: dict part -> (R, L), read for nobody in particular."""
-    train = data.parts["train"]
-    users = [a.user for a in train]
-    bias = user_bias(gold_labels(train), scores["train"], users, config["single"])
-    lifted = {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
-    gold = gold_labels(data.parts["test"])
-    predicted = chosen_labels(lifted["test"], config["single"])
-    return dict(f1_macro_user_bias=f1_macro(gold, predicted),
-                f1_macro_user_bias_tuned=score_tuned(config, data, lifted)["f1_macro_tuned"],
-                test_loss_user_bias=mean_loss(gold, lifted["test"], config["single"]))
 
 
 # 10. Training -------------------------------------------------------------------------------------
@@ -1625,14 +1482,6 @@ def read_labels(model, rows, config, what):
     return loss.item() / total, np.array([scores[row.prompt] for row in rows])
 
 
-def validate(model, rows, config):
-    """dict(val_loss, listens, spread), without dropout."""
-    loss, scores = read_labels(model, rows, config, "validate")
-    texts = [text_id(row.annotation.text) for row in rows]
-    heard, spread = listens(probabilities(scores, config["single"]), texts)
-    return dict(val_loss=loss, listens=round(heard, 4), spread=round(spread, 4))
-
-
 def begin(path, model, optimizer, base_sha):
     """(state, parameters of the best epoch) to train on from: new, or those of a stopped run."""
     if not os.path.exists(path):
@@ -1678,11 +1527,11 @@ def train(model, rows, config, base_sha, folder):
             state["seconds"] += time.perf_counter() - start
             ends = step == len(plan) or plan[step][0] > epoch  # does the epoch?
             if ends:
-                found = validate(model, rows["val"], config)
-                record(log, step=step, epoch=epoch, **found)
-                bar.write(f"epoch {epoch}: {short(found)}", file=sys.stdout)
-                if found["val_loss"] < state["val_loss"]:
-                    state["val_loss"] = found["val_loss"]
+                val_loss, _ = read_labels(model, rows["val"], config, "validate")
+                record(log, step=step, epoch=epoch, val_loss=val_loss)
+                bar.write(f"epoch {epoch}: val_loss {short(val_loss)}", file=sys.stdout)
+                if val_loss < state["val_loss"]:
+                    state["val_loss"] = val_loss
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if ends or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
@@ -2204,38 +2053,6 @@ def describe(model, quant):
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def controls(model, tokenizer, config, data, users, rows, result):
-    """dict of the scores that say how far the paper's score can be believed."""
-    found = {}
-    trained = config["head"] != "ask"
-    train = data.parts["train"]
-    test = data.parts["test"]
-    gold = gold_labels(test)
-    if "scores" in result:
-        _, val = read_labels(model, rows["val"], config, "tune")
-        found |= score_tuned(config, data, dict(val=val, test=result["scores"]))
-    plain = {}  # the rows as somebody reads them who is not told the user
-    if trained and not config["personalized"]:
-        plain = rows
-    elif config["nobody"]:
-        plain = {part: for_nobody(rows[part]) for part in PARTS}
-        read = predict(model, tokenizer, plain["test"], config)
-        found["f1_macro_nobody"] = f1_macro(gold, read["predicted"])
-        if "scores" in read:
-            found["test_loss_nobody"] = mean_loss(gold, read["scores"], config["single"])
-    if plain and config["head"] == "cls":
-        scores = {part: read_labels(model, plain[part], config, "table")[1] for part in PARTS}
-        found |= score_table(config, data, scores)
-    if trained and config["personalized"]:
-        readers = [a.user for a in test]
-        random.Random(0).shuffle(readers)
-        strangers = [a._replace(user=user) for a, user in zip(test, readers)]
-        shuffled, _ = encode_parts(model, tokenizer, config, users, dict(test=strangers), train)
-        read = predict(model, tokenizer, shuffled["test"], config)
-        found["f1_macro_shuffled"] = f1_macro(gold, read["predicted"])
-    return found
-
-
 def chat_prompts(config, data):
     """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
@@ -2301,13 +2118,6 @@ def finish(folder, metrics, parts, result, start):
     print_summary(metrics, folder)
 
 
-def run_rates(config, data):
-    """(what is predicted for the test rows, facts) of a table of label rates."""
-    result = predict_rates(data, config, data.parts["test"])
-    val = predict_rates(data, config, data.parts["val"])
-    return result, score_tuned(config, data, dict(val=val["scores"], test=result["scores"]))
-
-
 def run_chat(config, data, folder):
     """(what is predicted for the test rows, facts) of a model behind HTTP."""
     prompts, facts = chat_prompts(config, data)
@@ -2333,7 +2143,8 @@ def run(args):
             print_summary(read_json(f"{folder}/metrics.json"), folder)
             return
         if config["head"] == "rates":
-            result, facts = run_rates(config, data)
+            result = predict_rates(data, config, parts["test"])
+            facts = {}
         elif config["server"]:
             result, facts = run_chat(config, data, folder)
         else:
@@ -2346,7 +2157,7 @@ def run(args):
                 facts |= train(model, rows, config, base_sha, folder)
                 save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
             result = predict(model, tokenizer, rows["test"], config)
-            facts |= counts | controls(model, tokenizer, config, data, users, rows, result)
+            facts |= counts
         scores = score(config, parts["test"], result)
         metrics = config | facts | scores | dict(notes=data.notes)
         finish(folder, metrics, parts, result, start)
@@ -2358,33 +2169,26 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
     "too_few_examples": "prompts have fewer examples than the method asks for",
     "cut": "answers ended at the limit", "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
-    "f1_macro": "mean over labels", "f1_macro_ci": "95 % interval over texts",
+    "f1_macro": "mean over labels",
     "labels_without_test_row": "labels have no test row, and so count as 0 in it",
-    "f1_macro_tuned": "with a decision rule tuned on validation",
-    "f1_macro_nobody": "read for nobody in particular",
-    "f1_macro_user_bias": "read so, with a bias for each user: what cls_p has to beat",
-    "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
-    "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
-    "f1_disagreed": "on texts that people read differently", "accuracy": "of whole rows",
-    "test_loss": "negative log-likelihood", "mean_absolute_error": "points",
-    "mean_absolute_error_median": "points, of the median",
-    "listens": "share of variance between readers of one text",
+    "accuracy": "of whole rows", "test_loss": "negative log-likelihood",
 }
+
+
+def print_metrics(m, says):
+    """A run, and those of its metrics that there is something to say of."""
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
+          f"{m['rows']['test']:,} test rows")
+    for key, what in says.items():
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
+            print(f"  {key:24} {short(m[key])}  {what}")
 
 
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
-          f"{m['rows']['test']:,} test rows")
-    for key, what in SUMMARY.items():
-        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
-            print(f"  {key:24} {short(m[key])}  {what}")
+    print_metrics(m, SUMMARY)
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
-    if m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
-        print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
-    elif m["personalized"] and m["listens"]["model"] < 0.02:
-        print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
 
 
