@@ -2079,7 +2079,8 @@ def ask_chat(prompts, path, model, seed, limit):
 # 13. One experiment from end to end ---------------------------------------------------------------
 # A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
 # (run.json) and to one process at a time. The same command resumes a stopped run, and prints the
-# summary of a finished one again. metrics.json comes last.
+# summary of a finished one again. metrics.json comes last. `load_run` gives a finished run's model
+# back; data/readers.py goes on from there.
 
 def chat_model(name):
     """What a server calls the model that --model names, None if it runs here."""
@@ -2089,23 +2090,24 @@ def chat_model(name):
     return MODELS["chatgpt"] if name == "chatgpt" else None
 
 
+NOT_IN_CONFIG = ("command", "data", "split_col", "out", "fresh")  # of the arguments
+
+
 def make_config(args, data):
     """The configuration of a run, one dict, final before anything is loaded: the recipe, overruled
     by what was tuned for the model and by flags; the method; and what there is to know of the
     data."""
     method = METHODS[args.command]
-    flags = vars(args)
-    config = dict(RECIPES[args.recipe])
+    config = dict(RECIPES[args.recipe], dtype=None, server=None)
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
-    config |= {key: flags[key] for key in config if flags.get(key) is not None}
-    for key in ("model", "seed", "recipe", "max_text", "max_steps", "max_eval", "micro_batch",
-                "dtype", "share", "no_dense"):
-        config[key] = flags[key]
-    config |= dict(method=args.command, **method._asdict(), server=None)
+    for key, value in vars(args).items():
+        if value is not None and key not in NOT_IN_CONFIG:
+            config[key] = value
+    config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
-    config["nobody"] = config["nobody"] and method.personalized and config["ids"] == "token"
+    config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
     elif chat_model(args.model):
@@ -2149,13 +2151,12 @@ def alone_in(folder):
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
-        for name in set(os.listdir(folder)) - {"lock", "answers.jsonl"}:  # answers were paid for
-            path = f"{folder}/{name}"
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
-    if os.path.exists(f"{folder}/metrics.json") or os.path.exists(f"{folder}/{STATE}"):
+        for file in list(os.scandir(folder)):
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
+                os.remove(file)
+    if {"metrics.json", STATE} & set(os.listdir(folder)):
         there = read_json(f"{folder}/run.json")
         odd = []
         for key in there | config:
@@ -2172,30 +2173,25 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     names = name_users(config, users, model.V)
     rows = {}
     counts = Counter()
-    longest = 0
     for part, annotations in parts.items():
         rows[part], found = encode(tokenizer, config, annotations, train, names)
         counts += found
-        longest = max(longest, *(len(row.prompt) for row in rows[part]))
+    longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
         longest += config["answer_room"]
-    settings = model.lm.config
-    room = getattr(settings, "max_position_embeddings", None) or math.inf
-    if getattr(settings, "use_sliding_window", True):
-        room = min(room, getattr(settings, "sliding_window", None) or math.inf)
-    fits = model.seq2seq or longest <= room  # a T5 knows distances, not places
-    check(fits, f"--model {config['model']} reads {room} tokens, a prompt needs {longest}: lower "
-                "--max-text")
+    for limit in ("max_position_embeddings", "sliding_window"):  # a T5 has neither
+        room = getattr(model.lm.config, limit, None) or math.inf
+        check(longest <= room, f"--model {config['model']} reads {room} tokens, a prompt needs "
+                               f"{longest}: lower --max-text")
     return rows, counts
 
 
-def describe(model, quant):
+def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
     dense = any(m.dense is not None for m in layers)
     kept = "in NF4 and a dense copy" if dense else "in NF4"
-    kept = kept if quant else "as they were stored"
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
@@ -2239,7 +2235,7 @@ def controls(model, tokenizer, config, data, users, rows, result):
 def chat_prompts(config, data):
     """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
-    longest = 4 * config["max_text"]  # a token is about 4 characters
+    longest = 1 + 4 * config["max_text"]  # a space, and about 4 characters a token
     cut = set()
     counts = Counter()
     prompts = []
@@ -2247,11 +2243,11 @@ def chat_prompts(config, data):
         examples = choose_examples(a)
         counts["too_few_examples"] += len(examples) < config["shots"]
         prompt = ""
-        for kind, string in prompt_pieces(config, a.text, a.user, examples):
-            if kind == "text" and len(string) > longest + 1:  # 1 for the space before a text
-                cut.add(string)
-                string = string[:longest + 1]
-            prompt += string
+        for kind, piece in prompt_pieces(config, a.text, a.user, examples):
+            if kind == "text" and len(piece) > longest:
+                cut.add(piece)
+                piece = piece[:longest]
+            prompt += piece
         prompts.append(prompt)
     counts["texts_cut"] = len(cut)
     return prompts, counts
@@ -2339,7 +2335,7 @@ def run(args):
         else:
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
-            facts = dict(base_sha=base_sha, **describe(model, config["quant"]))
+            facts = dict(base_sha=base_sha, **describe(model))
             read = parts if config["head"] != "ask" else dict(test=parts["test"])
             rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
             if config["head"] != "ask":
@@ -2421,7 +2417,8 @@ def number(kind, least, most=10 ** 18):
 
 COUNT = number(int, 1)
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
-    ("--model", dict(default="tiny", help=f"{', '.join(MODELS)}; a folder, hub id or openai:NAME")),
+    ("--model", dict(default="tiny",
+                     help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
     ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
@@ -2472,7 +2469,7 @@ def guarded(parser, work, argv=None):
     except BadInput as e:
         why = str(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
+        if not re.search("MemoryError|(out of|allocate) memory", repr(e)):
             raise
         why = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense"
     except OSError as e:
