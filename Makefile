@@ -91,10 +91,10 @@ data: $(VENV)/ready  ## DATA=goemotions (known by name), or FILE=a.csv NAME=my: 
 	$(PY) data/prepare.py $(if $(FILE),--file $(FILE) $(if $(NAME),--name $(NAME)),$(DATA)) $(ARGS)
 
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b (or CSV=a.csv): some people read it
-	$(PY) plm.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT" --users "$(USERS)") $(ARGS)
+	$(PY) data/readers.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT" --users "$(USERS)") $(ARGS)
 
 adapt: $(VENV)/ready  ## RUN=out/... CSV=new.csv OUT=out: a run gets to know new people
-	$(PY) plm.py adapt $(RUN) --csv $(CSV) $(if $(OUT),--out $(OUT)) $(ARGS)
+	$(PY) data/readers.py adapt $(RUN) --csv $(CSV) $(if $(OUT),--out $(OUT)) $(ARGS)
 
 export: $(VENV)/ready  ## RUN=out/...: the adapter as PEFT stores one; MERGE=1: a whole model
 	$(PY) data/export.py $(RUN) $(if $(MERGE),--merge) $(ARGS)

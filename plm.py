@@ -7,8 +7,9 @@ of annotations to the F1 score.
 
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
-    python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
-    python plm.py adapt RUN --csv rows.csv --out DIR    ... and gets to know new people
+
+What a trained run is good for, to read new sentences and to get to know new people, is the next
+chapter, data/readers.py.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
     CLS               cls               a classification head reads the end of the prompt
@@ -34,7 +35,6 @@ References
     [7] Sarumi et al., 2024, arXiv 2404.02340: a trained token for each user
 """
 import argparse
-import copy
 import csv
 import fcntl
 import functools
@@ -1928,7 +1928,8 @@ def ask_chat(prompts, path, model, seed, limit):
 # 13. One experiment from end to end ---------------------------------------------------------------
 # A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
 # (run.json) and to one process at a time. The same command resumes a stopped run, and prints the
-# summary of a finished one again. metrics.json comes last.
+# summary of a finished one again. metrics.json comes last. `load_run` gives a finished run's model
+# back; data/readers.py goes on from there.
 
 def chat_model(name):
     """What a server calls the model that --model names, None if it runs here."""
@@ -1938,23 +1939,24 @@ def chat_model(name):
     return MODELS["chatgpt"] if name == "chatgpt" else None
 
 
+NOT_IN_CONFIG = ("command", "data", "split_col", "out", "fresh")  # of the arguments
+
+
 def make_config(args, data):
     """The configuration of a run, one dict, final before anything is loaded: the recipe, overruled
     by what was tuned for the model and by flags; the method; and what there is to know of the
     data."""
     method = METHODS[args.command]
-    flags = vars(args)
-    config = dict(RECIPES[args.recipe])
+    config = dict(RECIPES[args.recipe], dtype=None, server=None)
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
-    config |= {key: flags[key] for key in config if flags.get(key) is not None}
-    for key in ("model", "seed", "recipe", "max_text", "max_steps", "max_eval", "micro_batch",
-                "dtype", "share", "no_dense"):
-        config[key] = flags[key]
-    config |= dict(method=args.command, **method._asdict(), server=None)
+    for key, value in vars(args).items():
+        if value is not None and key not in NOT_IN_CONFIG:
+            config[key] = value
+    config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
-    config["nobody"] = config["nobody"] and method.personalized and config["ids"] == "token"
+    config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
     elif chat_model(args.model):
@@ -1998,13 +2000,12 @@ def alone_in(folder):
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
-        for name in set(os.listdir(folder)) - {"lock", "answers.jsonl"}:  # answers were paid for
-            path = f"{folder}/{name}"
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
-    if os.path.exists(f"{folder}/metrics.json") or os.path.exists(f"{folder}/{STATE}"):
+        for file in list(os.scandir(folder)):
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
+                os.remove(file)
+    if {"metrics.json", STATE} & set(os.listdir(folder)):
         there = read_json(f"{folder}/run.json")
         odd = []
         for key in there | config:
@@ -2021,30 +2022,25 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     names = name_users(config, users, model.V)
     rows = {}
     counts = Counter()
-    longest = 0
     for part, annotations in parts.items():
         rows[part], found = encode(tokenizer, config, annotations, train, names)
         counts += found
-        longest = max(longest, *(len(row.prompt) for row in rows[part]))
+    longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
         longest += config["answer_room"]
-    settings = model.lm.config
-    room = getattr(settings, "max_position_embeddings", None) or math.inf
-    if getattr(settings, "use_sliding_window", True):
-        room = min(room, getattr(settings, "sliding_window", None) or math.inf)
-    fits = model.seq2seq or longest <= room  # a T5 knows distances, not places
-    check(fits, f"--model {config['model']} reads {room} tokens, a prompt needs {longest}: lower "
-                "--max-text")
+    for limit in ("max_position_embeddings", "sliding_window"):  # a T5 has neither
+        room = getattr(model.lm.config, limit, None) or math.inf
+        check(longest <= room, f"--model {config['model']} reads {room} tokens, a prompt needs "
+                               f"{longest}: lower --max-text")
     return rows, counts
 
 
-def describe(model, quant):
+def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
     dense = any(m.dense is not None for m in layers)
     kept = "in NF4 and a dense copy" if dense else "in NF4"
-    kept = kept if quant else "as they were stored"
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
@@ -2056,7 +2052,7 @@ def describe(model, quant):
 def chat_prompts(config, data):
     """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
-    longest = 4 * config["max_text"]  # a token is about 4 characters
+    longest = 1 + 4 * config["max_text"]  # a space, and about 4 characters a token
     cut = set()
     counts = Counter()
     prompts = []
@@ -2064,11 +2060,11 @@ def chat_prompts(config, data):
         examples = choose_examples(a)
         counts["too_few_examples"] += len(examples) < config["shots"]
         prompt = ""
-        for kind, string in prompt_pieces(config, a.text, a.user, examples):
-            if kind == "text" and len(string) > longest + 1:  # 1 for the space before a text
-                cut.add(string)
-                string = string[:longest + 1]
-            prompt += string
+        for kind, piece in prompt_pieces(config, a.text, a.user, examples):
+            if kind == "text" and len(piece) > longest:
+                cut.add(piece)
+                piece = piece[:longest]
+            prompt += piece
         prompts.append(prompt)
     counts["texts_cut"] = len(cut)
     return prompts, counts
@@ -2150,7 +2146,7 @@ def run(args):
         else:
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
-            facts = dict(base_sha=base_sha, **describe(model, config["quant"]))
+            facts = dict(base_sha=base_sha, **describe(model))
             read = parts if config["head"] != "ask" else dict(test=parts["test"])
             rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
             if config["head"] != "ask":
@@ -2192,16 +2188,6 @@ def print_summary(m, folder):
     print(f"  files: {folder}{os.sep}")
 
 
-# 14. A trained run reads new sentences, and gets to know new people -------------------------------
-# ... with the very model that it ended with: the scores of its own test rows are the same bits. A
-# new person gets a token that starts as nobody's, and that alone is trained, on that person's rows
-# alone. In a decoder nothing before the reader changes by it, so texts are computed once; a step
-# is as cheap as the few nodes behind them.
-
-ADAPT_STEPS = 20    # of AdamW, on all rows of a person
-ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
-
-
 def load_run(folder):
     """(configuration and metrics, PersonalizedLM, tokenizer, users) of a finished run."""
     config = read_json(f"{folder}/metrics.json")
@@ -2218,178 +2204,7 @@ def load_run(folder):
     return config, model, tokenizer, users
 
 
-def print_readings(config, annotations, result):
-    """A table: what each reader chooses, or how probably."""
-    shown = result["predicted"]
-    if "scores" in result:
-        shown = probabilities(result["scores"], config["single"])
-    width = max(map(len, config["labels"])) + 2
-    print(f"{'user':12}" + "".join(f"{label:>{width}}" for label in config["labels"]))
-    for a, line in zip(annotations, shown):
-        print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
-
-
-def asked_rows(args, config, users):
-    """list of Annotation that `predict` is asked about; their labels say nothing."""
-    check(config["personalized"] or not args.users, f"{config['method']} knows no users")
-    if args.csv:
-        needed = ["text", "user"] if config["personalized"] else ["text"]
-        with in_file(args.csv):
-            pairs = [(row["text"], row.get("user", "")) for row in read_csv(args.csv, *needed)]
-    else:
-        pairs = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
-    nothing = (0,) * len(config["labels"])
-    return [Annotation(text, user, nothing) for text, user in pairs]
-
-
-def predict_run(args):
-    """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    check(bool(args.text) != bool(args.csv), "predict needs --text T (--users A,B) or --csv FILE")
-    config, model, tokenizer, users = load_run(args.run)
-    asked = asked_rows(args, config, users)
-    unknown = sorted({a.user for a in asked} - set(users))
-    if unknown and config["personalized"] and config["ids"] == "token":
-        print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
-    rows, counts = encode_parts(model, tokenizer, config, users, dict(test=asked), [])
-    if counts["texts_cut"]:
-        print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
-    result = predict(model, tokenizer, rows["test"], config)
-    if args.tuned:
-        check("scores" in result and "rule" in config, f"{args.run} has no tuned rule")
-        shifted = result["scores"] + np.array(config["rule"])
-        result["predicted"] = chosen_labels(shifted, config["single"])
-    if args.text:
-        print_readings(config, asked, result)
-        return
-    run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
-    path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
-    write_predictions(path, config, asked, result, gold=False)
-    print(f"  files: {path}")
-
-
-def read_new_people(path, split_col, config):
-    """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
-    by, all rows are to learn from."""
-    with in_file(path):
-        rows = read_csv(path, "text", "user")
-        if split_col is None and "split" in rows[0]:
-            split_col = "split"
-        found, what = read_annotations(rows, split_col)
-    of_run = config["labels"]
-    names = what["labels"]
-    missing = set(of_run) - set(names)
-    check(config["single"] or not missing,
-          f"{path}: no column for the labels {', '.join(sorted(missing))}")
-    check(what["single"] or not config["single"],
-          f"{path}: the columns {', '.join(names)}, but the run has a single choice, in one column")
-    if config["ordered"] and names[0] == f"not {names[-1]}":  # ratings that are all 0 or 1
-        names = ["0", "1"]
-    parts = {part: [] for part in (*PARTS, "")}
-    for a, part in found:
-        chosen = {label for label, y in zip(names, a.labels) if y}
-        odd = sorted(chosen - set(of_run))
-        check(not odd, f"{path}: {', '.join(odd)} chosen, but the labels of the run are "
-                       f"{', '.join(of_run)}")
-        labels = tuple(int(label in chosen) for label in of_run)
-        parts[part if split_col else "train"].append(a._replace(labels=labels))
-    return parts
-
-
-def add_users(model, n):
-    """Gives a model n more users, who start as nobody in particular."""
-    known = model.user_embedding.detach()
-    model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
-
-
-def reader_batch(model, rows):
-    """(batch of some rows, cache of the nodes that stand before their readers)."""
-    if model.seq2seq:  # an encoder reads the text anew for each reader
-        return make_batch(model, rows), None
-    before = [row.prompt[:row.reader_at] for row in rows]
-    kept = len(prompt_tree(before, model.share)[0])
-    batch = tree_batch(model, rows, model.head, before) | targets_of(rows, model.head)
-    batch = to_device(batch, model.device)
-    cache = transformers.DynamicCache()
-    with torch.no_grad():
-        model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
-                     batch["sees"][:kept, :kept], cache)
-    return batch, cache
-
-
-def read_behind(model, batch, cache):
-    """What the head reads at every place of a batch, whose first nodes are in the cache."""
-    if cache is None:
-        return model(batch)
-    kept = cache.get_seq_length()
-    states = model.decode(batch["input_ids"][kept:], batch["positions"][kept:],
-                          batch["sees"][kept:], copy.deepcopy(cache))
-    return model.read(states.index_select(0, batch["at"] - kept))
-
-
-def adapt(model, rows, config):
-    """Trains the tokens of the users whom the rows name; all else stays as it is."""
-    model.train(False)
-    model.requires_grad_(False)
-    model.user_embedding.requires_grad_(True)
-    people = list(rows_of(row.annotation.user for row in rows).values())
-    groups = [people[i:i + ADAPT_PEOPLE] for i in range(0, len(people), ADAPT_PEOPLE)]
-    size = config["micro_batch"] or config["batch"]
-    with progress(None, "adapt", "steps", len(groups) * ADAPT_STEPS) as bar:
-        for group in groups:
-            own = [rows[i] for i in sum(group, [])]
-            parts = micro_batches(own, size, MAX_NODES[model.device.type])
-            batches = [reader_batch(model, part) for part in parts]
-            optimizer = make_optimizer(model, config)
-            for step in range(ADAPT_STEPS):
-                for batch, cache in batches:
-                    out = read_behind(model, batch, cache)
-                    summed_loss(out, batch, model.head, config["single"]).backward()
-                update(optimizer, learning_rate(step, ADAPT_STEPS, config["lr"], config["warmup"]))
-                bar.update()
-
-
-def adapt_run(args):
-    """`plm.py adapt RUN --csv FILE --out DIR`: a run that knows the new people of a CSV, too."""
-    start = time.perf_counter()
-    check(args.csv, "adapt needs --csv FILE with rows of new people")
-    base, model, tokenizer, users = load_run(args.run)
-    check(base["nobody"], f"{args.run} has no token for nobody to begin with: cls_p and lm_p of "
-                          "our recipe have one")
-    parts = read_new_people(args.csv, args.split_col, base)
-    new = sorted({a.user for a in parts["train"]} - set(users))
-    check(new, f"{args.csv}: no rows of new people to learn from (people unknown to the run, in "
-               "the part train if there is a split)")
-    learned = [a for a in parts["train"] if a.user in new]
-    test = parts["test"] or learned
-    left_out = sum(map(len, parts.values())) - len(learned) - len(parts["test"])
-    strangers = {a.user for a in test} - {*users, *new}
-    config = read_json(f"{args.run}/run.json")
-    config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
-                   data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
-    folder = folder_of(config, args.out)
-    with alone_in(folder):
-        settle(folder, config, args.fresh)
-        users = users + new
-        add_users(model, len(new))
-        trained = model.trainable()  # now: adapt freezes all but the users
-        read = dict(train=learned, test=test)
-        rows, _ = encode_parts(model, tokenizer, config, users, read, [])
-        adapt(model, rows["train"], config)
-        print(f"{len(new)} new people by {len(learned):,} rows, "
-              f"{time.perf_counter() - start:.1f} s in all; rows left out: {left_out}")
-        if not parts["test"]:
-            print("no test rows: the scores below are those of the rows that were learned from")
-        if strangers:
-            print(f"users of test rows without a row to learn from, read for nobody: "
-                  f"{len(strangers)}")
-        save_tensors(f"{folder}/adapter.safetensors", trained, "users", users)
-        result = predict(model, tokenizer, rows["test"], config)
-        scores = score(config, test, result)
-        facts = {key: base[key] for key in ("base_sha", "computed_in")}
-        finish(folder, config | facts | scores, read | dict(val=[]), result, start)
-
-
-# 15. The command line -----------------------------------------------------------------------------
+# 14. The command line -----------------------------------------------------------------------------
 # What a user can say, and what a user is told if it cannot be done: one line, and status 2.
 
 def number(kind, least, most=10 ** 18):
@@ -2404,15 +2219,10 @@ def number(kind, least, most=10 ** 18):
     return parse
 
 
-def names(text):
-    """An argparse type: names with commas between."""
-    found = [name.strip() for name in text.split(",")]
-    return [name for name in dict.fromkeys(found) if name]
-
-
 COUNT = number(int, 1)
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
-    ("--model", dict(default="tiny", help="a name below, a folder, a hub id, openai:NAME (tiny)")),
+    ("--model", dict(default="tiny",
+                     help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
     ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
@@ -2435,12 +2245,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(dest="share", action="store_false", help="every prompt by itself")),
-    ("--text", dict(help="predict: this sentence")),
-    ("--users", dict(type=names, metavar="A,B", help="predict: as these people read it")),
-    ("--csv", dict(metavar="FILE", help="predict, adapt: a CSV with texts and users")),
-    ("--tuned", dict(action="store_true", help="predict: by the rule tuned on validation")),
 ]
-COMMANDS = {"predict": predict_run, "adapt": adapt_run}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2450,41 +2255,25 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The argparse parser."""
-    epilog = (f"commands: {', '.join(METHODS)}, predict RUN, adapt RUN\n"
-              f"models:   {', '.join(MODELS)}")
-    parser = Parser("plm.py", epilog=epilog, allow_abbrev=False,
-                    description="Personalized Large Language Models: from annotations to F1.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", metavar="COMMAND", choices=[*METHODS, *COMMANDS],
-                        help="see below")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
+    parser = Parser("plm.py", allow_abbrev=False,
+                    description="Personalized Large Language Models: from annotations to F1.")
+    parser.add_argument("command", choices=METHODS, help="a row of the paper's table")
     for flag, what in FLAGS:
         parser.add_argument(flag, **what)
     return parser
 
 
-def check_command(args):
-    """BadInput for what belongs to the other kind of command."""
-    if args.command in COMMANDS:
-        check(args.run, f"{args.command} needs a run's folder")
-    else:
-        check(not args.run, "predict and adapt alone take a run's folder")
-        for flag in ("text", "users", "csv", "tuned"):
-            check(not getattr(args, flag), f"--{flag} is not for {args.command}")
-
-
-def main(argv=None):
-    """Runs one command; returns the exit status."""
+def guarded(parser, work, argv=None):
+    """Calls work(args) with a command line's args; returns the exit status. What a user can mend is
+    said in one line. An error of ours keeps its traceback."""
     status = 2
     try:
-        args = make_parser().parse_args(argv)
-        check_command(args)
-        COMMANDS.get(args.command, run)(args)
+        work(parser.parse_args(argv))
         return 0
     except BadInput as e:
         why = str(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
+        if not re.search("MemoryError|(out of|allocate) memory", repr(e)):
             raise
         why = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense"
     except OSError as e:
@@ -2494,9 +2283,14 @@ def main(argv=None):
     except KeyboardInterrupt:
         why = "stopped; a run goes on by the same command"
         status = 130
-    line = "".join(c if c.isprintable() else " " for c in f"plm.py: {why}")
+    line = "".join(c if c.isprintable() else " " for c in f"{parser.prog}: {why}")
     print(line[:2000], file=sys.stderr)
     return status
+
+
+def main(argv=None):
+    """Runs one command; returns the exit status."""
+    return guarded(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -385,7 +385,6 @@ def print_evidence(m, folder):
 
 def add_evidence(args):
     """Adds to the metrics.json of the run of a command what it lacks, and prints it."""
-    plm.check(args.command in plm.METHODS, f"{args.command} is no METHOD of plm.py")
     data = plm.load_data(args.data, args.split_col, args.max_eval)
     config = plm.make_config(args, data)
     folder = plm.folder_of(config, args.out)
@@ -403,18 +402,10 @@ def add_evidence(args):
 
 def main(argv=None):
     """Works out the evidence for one run; returns the exit status."""
-    try:
-        parser = plm.make_parser()
-        parser.prog = "evidence.py"
-        parser.description = __doc__.partition("\n")[0]
-        add_evidence(parser.parse_args(argv))
-    except (plm.BadInput, OSError) as e:
-        print(f"evidence.py: {e}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("evidence.py: stopped; the same command begins again", file=sys.stderr)
-        return 130
-    return 0
+    parser = plm.make_parser()
+    parser.prog = "evidence.py"
+    parser.description = __doc__.partition("\n")[0]
+    return plm.guarded(parser, add_evidence, argv)
 
 
 if __name__ == "__main__":

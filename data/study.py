@@ -26,6 +26,7 @@ HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = sys.executable
 PLM = os.path.normpath(os.path.join(HERE, "..", "plm.py"))
 EVIDENCE = os.path.join(HERE, "evidence.py")
+READERS = os.path.join(HERE, "readers.py")
 BASELINES = ("rates", "rates_p")
 ASKED = ("q_0s", "q_0s_p", "q_1s", "q_1s_p", "q_2s", "q_2s_p")
 TRAINED = ("cls", "cls_p", "lm", "lm_p")
@@ -146,7 +147,7 @@ def adapt_commands(study, args, model, seed):
     commands = []
     for value in args.values[1:]:
         path = adapted(csv_path(study, args, study.vary.format(value)))
-        commands.append([PYTHON, PLM, "adapt", run, "--csv", path, "--fresh",
+        commands.append([PYTHON, READERS, "adapt", run, "--csv", path, "--fresh",
                          "--out", os.path.dirname(path)])
     return commands
 
