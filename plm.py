@@ -7,8 +7,9 @@ of annotations to the F1 score.
 
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
-    python plm.py predict RUN --text "..." --users a,b  a trained model reads for some people
-    python plm.py adapt RUN --csv rows.csv --out DIR    ... and gets to know new people
+
+What a trained run is good for, to read new sentences and to get to know new people, is the next
+chapter, data/readers.py.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
     CLS               cls               a classification head reads the end of the prompt
@@ -34,7 +35,6 @@ References
     [7] Sarumi et al., 2024, arXiv 2404.02340: a trained token for each user
 """
 import argparse
-import copy
 import csv
 import fcntl
 import functools
@@ -1241,13 +1241,10 @@ def micro_batches(rows, size, max_nodes):
     return parts
 
 
-# 9. Scores and controls ---------------------------------------------------------------------------
-# The paper's score is the F1 of each label and their plain mean. One number convinces nobody, so
-# others stand beside it: an interval from a bootstrap over texts; F1 by a decision rule tuned on
-# validation, since F1-macro depends on the rule as much as on the model; F1 of each user, and on
-# texts that people read differently; F1 with the user IDs shuffled, where the gain of knowing the
-# user has to vanish; `listens`, which is 0 for a model deaf to the user; and the plain model
-# with a bias for each user, a table that a personalized model has to beat.
+# 9. Scores ----------------------------------------------------------------------------------------
+# The paper's score is the F1 of each label and their plain mean: a rare label counts as much as a
+# frequent one. Beside it stands the loss, which asks how probable the model took the truth to be.
+# How far such numbers can be believed is asked in data/evidence.py.
 
 def gold_labels(annotations):
     """(R, L) of 0 and 1: what was really chosen."""
@@ -1280,40 +1277,6 @@ def f1_scores(gold, predicted):
         per_label=per_label.tolist())
 
 
-def f1_macro(gold, predicted):
-    """The paper's score of 0/1 arrays (R, L)."""
-    return f1_scores(gold, predicted)["f1_macro"]
-
-
-def sums_by_text(texts, values):
-    """(sums (texts, L) of values (R, L), number of each row's text (R))"""
-    names, text_of = np.unique(texts, return_inverse=True)
-    sums = np.zeros((len(names), values.shape[1]))
-    np.add.at(sums, text_of, values)
-    return sums, text_of
-
-
-def bootstrap_f1(gold, predicted, texts, draws=1000):
-    """(draws) macro F1 of resampled texts; the same draws for every run on the same texts."""
-    gold = np.asarray(gold, int)
-    predicted = np.asarray(predicted, int)
-    hits, _ = sums_by_text(texts, 2 * gold * predicted)
-    ticks, _ = sums_by_text(texts, gold + predicted)
-    n = len(hits)
-    times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
-    return (times @ hits / np.maximum(times @ ticks, 1)).mean(1)
-
-
-def listens(scores, texts):
-    """(share of the variance of scores (R, L) between readers of one text, standard deviation)"""
-    scores = np.asarray(scores, float)
-    sums, text_of = sums_by_text(texts, scores)
-    means = sums / np.bincount(text_of)[:, None]
-    total = scores.var(0).sum()
-    within = ((scores - means[text_of]) ** 2).mean(0).sum()
-    return float(within / max(total, 1e-12)), float(math.sqrt(total / scores.shape[1]))
-
-
 def probabilities(scores, single):
     """(R, L) of scores: a softmax of a single choice, else sigmoids."""
     scores = torch.as_tensor(scores)
@@ -1335,123 +1298,17 @@ def chosen_labels(scores, single):
     return (scores > 0).astype(int)
 
 
-def median_labels(scores):
-    """(R, L) of 0 and 1: the median of each row's distribution over ratings in order."""
-    reached = np.cumsum(probabilities(scores, single=True), axis=1) >= 0.5
-    reached[:, -1] = True  # though rounding may end a sum below
-    return np.eye(scores.shape[1], dtype=int)[reached.argmax(1)]
-
-
-def best_threshold(gold, scores):
-    """The threshold of one label, gold (R) and scores (R), with the best F1 on these rows."""
-    order = np.argsort(-scores)
-    gold = gold[order]
-    scores = np.append(scores[order], -np.inf)
-    ticked = np.arange(1, len(gold) + 1)  # the first 1, 2, ... rows
-    f1 = 2 * np.cumsum(gold) / (ticked + gold.sum())
-    f1[scores[:-1] == scores[1:]] = -1    # equal scores are ticked together
-    i = int(f1.argmax())
-    return (scores[i] + max(scores[i + 1], scores[i] - 1)) / 2
-
-
-def tuned_shift(gold, scores, single, rates):
-    """(L) to add to scores before labels are chosen, so that F1-macro is best on these rows. For
-    several labels it is a threshold each. For a single choice it is -tau * log(rate): F1-macro
-    counts rare labels as much as frequent ones, and one tau says how much they are lifted."""
-    if not single:
-        return -np.array([best_threshold(gold[:, i], scores[:, i]) for i in range(len(rates))])
-    log_rates = np.log(np.maximum(rates, 1e-6))
-    taus = np.linspace(0, 1.5, 31)
-    f1 = [f1_macro(gold, chosen_labels(scores - tau * log_rates, single)) for tau in taus]
-    return -taus[np.argmax(f1)] * log_rates
-
-
-def user_bias(gold, scores, users, single, ridge=1.0):
-    """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
-    found = {}
-    for user, own in rows_of(users).items():
-        bias = np.zeros(scores.shape[1])
-        for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
-            p = probabilities(scores[own] + bias, single)
-            slope = (gold[own] - p).sum(0) - ridge * bias
-            curvature = (p * (1 - p)).sum(0) + ridge
-            bias += np.clip(0.7 * slope / curvature, -1, 1)
-        found[user] = bias
-    return found
-
-
-def with_bias(bias, annotations, scores):
-    """(R, L) scores with the bias of each row's user; a stranger's is 0."""
-    nothing = np.zeros(scores.shape[1])
-    return scores + np.array([bias.get(a.user, nothing) for a in annotations])
-
-
-def rating_error(config, gold, predicted):
-    """Mean distance in points of the answers with a label, None if no answer has one."""
-    said = predicted.any(1)
-    if not said.any():
-        return None
-    points = np.array(config["labels"], float)
-    return float(np.abs(gold[said] @ points - predicted[said] @ points).mean())
-
-
 def score(config, annotations, result):
     """dict of the scores of what a run predicted for some annotations."""
     gold = gold_labels(annotations)
-    predicted = np.asarray(result["predicted"])
-    texts = [text_id(a.text) for a in annotations]
-    found = f1_scores(gold, predicted)
+    found = f1_scores(gold, result["predicted"])
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
     for key in ("unknown_words", "unreadable", "cut"):  # of answers in words
         if key in result:
             found[key] = result[key]
-    draws = bootstrap_f1(gold, predicted, texts)
-    found["f1_macro_ci"] = np.percentile(draws, [2.5, 97.5]).tolist()
-    found["f1_per_user"] = {}
-    for user, own in sorted(rows_of(a.user for a in annotations).items()):
-        found["f1_per_user"][user] = f1_macro(gold[own], predicted[own])
-    disagreed = []
-    for own in rows_of(texts).values():
-        if len({annotations[i].labels for i in own}) > 1:
-            disagreed += own
-    if disagreed:
-        found["f1_disagreed"] = f1_macro(gold[disagreed], predicted[disagreed])
-    shown = predicted
-    if config["ordered"]:
-        found["mean_absolute_error"] = rating_error(config, gold, predicted)
     if "scores" in result:
-        shown = probabilities(result["scores"], config["single"])
         found["test_loss"] = mean_loss(gold, result["scores"], config["single"])
-        if config["ordered"]:
-            median = median_labels(result["scores"])
-            found["mean_absolute_error_median"] = rating_error(config, gold, median)
-    heard, found["spread"] = listens(shown, texts)
-    found["listens"] = dict(model=heard, people=listens(gold, texts)[0])
     return found
-
-
-def score_tuned(config, data, scores):
-    """dict(f1_macro_tuned, rule) of scores of the validation and the test rows: the rule is tuned
-    on the former and scored on the latter."""
-    rates = gold_labels(data.parts["train"]).mean(0)
-    shift = tuned_shift(gold_labels(data.parts["val"]), scores["val"], config["single"], rates)
-    predicted = chosen_labels(scores["test"] + shift, config["single"])
-    return dict(f1_macro_tuned=f1_macro(gold_labels(data.parts["test"]), predicted),
-                rule=shift.tolist())
-
-
-def score_table(config, data, scores):
-    """dict of the scores of a plain reading with a bias for each user, which is learned on the
-    training rows. scores: dict part -> (R, L), read for nobody in particular."""
-    train = data.parts["train"]
-    users = [a.user for a in train]
-    bias = user_bias(gold_labels(train), scores["train"], users, config["single"])
-    lifted = {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
-    gold = gold_labels(data.parts["test"])
-    predicted = chosen_labels(lifted["test"], config["single"])
-    return dict(f1_macro_user_bias=f1_macro(gold, predicted),
-                f1_macro_user_bias_tuned=score_tuned(config, data, lifted)["f1_macro_tuned"],
-                test_loss_user_bias=mean_loss(gold, lifted["test"], config["single"]))
 
 
 # 10. Training -------------------------------------------------------------------------------------
@@ -1623,14 +1480,6 @@ def read_labels(model, rows, config, what):
     return loss.item() / total, np.array([scores[row.prompt] for row in rows])
 
 
-def validate(model, rows, config):
-    """dict(val_loss, listens, spread), without dropout."""
-    loss, scores = read_labels(model, rows, config, "validate")
-    texts = [text_id(row.annotation.text) for row in rows]
-    heard, spread = listens(probabilities(scores, config["single"]), texts)
-    return dict(val_loss=loss, listens=round(heard, 4), spread=round(spread, 4))
-
-
 def begin(path, model, optimizer, base_sha):
     """(state, parameters of the best epoch) to train on from: new, or those of a stopped run."""
     if not os.path.exists(path):
@@ -1676,11 +1525,11 @@ def train(model, rows, config, base_sha, folder):
             state["seconds"] += time.perf_counter() - start
             ends = step == len(plan) or plan[step][0] > epoch  # does the epoch?
             if ends:
-                found = validate(model, rows["val"], config)
-                record(log, step=step, epoch=epoch, **found)
-                bar.write(f"epoch {epoch}: {short(found)}", file=sys.stdout)
-                if found["val_loss"] < state["val_loss"]:
-                    state["val_loss"] = found["val_loss"]
+                val_loss, _ = read_labels(model, rows["val"], config, "validate")
+                record(log, step=step, epoch=epoch, val_loss=val_loss)
+                bar.write(f"epoch {epoch}: val_loss {short(val_loss)}", file=sys.stdout)
+                if val_loss < state["val_loss"]:
+                    state["val_loss"] = val_loss
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
             if ends or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
@@ -2077,7 +1926,8 @@ def ask_chat(prompts, path, model, seed, limit):
 # 13. One experiment from end to end ---------------------------------------------------------------
 # A run lives in out/<data>/<model>/<method>/seed<S>/, a folder that belongs to one configuration
 # (run.json) and to one process at a time. The same command resumes a stopped run, and prints the
-# summary of a finished one again. metrics.json comes last.
+# summary of a finished one again. metrics.json comes last. `load_run` gives a finished run's model
+# back; data/readers.py goes on from there.
 
 def chat_model(name):
     """What a server calls the model that --model names, None if it runs here."""
@@ -2087,23 +1937,24 @@ def chat_model(name):
     return MODELS["chatgpt"] if name == "chatgpt" else None
 
 
+NOT_IN_CONFIG = ("command", "data", "split_col", "out", "fresh")  # of the arguments
+
+
 def make_config(args, data):
     """The configuration of a run, one dict, final before anything is loaded: the recipe, overruled
     by what was tuned for the model and by flags; the method; and what there is to know of the
     data."""
     method = METHODS[args.command]
-    flags = vars(args)
-    config = dict(RECIPES[args.recipe])
+    config = dict(RECIPES[args.recipe], dtype=None, server=None)
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
-    config |= {key: flags[key] for key in config if flags.get(key) is not None}
-    for key in ("model", "seed", "recipe", "max_text", "max_steps", "max_eval", "micro_batch",
-                "dtype", "share", "no_dense"):
-        config[key] = flags[key]
-    config |= dict(method=args.command, **method._asdict(), server=None)
+    for key, value in vars(args).items():
+        if value is not None and key not in NOT_IN_CONFIG:
+            config[key] = value
+    config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
-    config["nobody"] = config["nobody"] and method.personalized and config["ids"] == "token"
+    config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
     elif chat_model(args.model):
@@ -2147,13 +1998,12 @@ def alone_in(folder):
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
-        for name in set(os.listdir(folder)) - {"lock", "answers.jsonl"}:  # answers were paid for
-            path = f"{folder}/{name}"
-            if os.path.isdir(path):
-                shutil.rmtree(path)
-            else:
-                os.remove(path)
-    if os.path.exists(f"{folder}/metrics.json") or os.path.exists(f"{folder}/{STATE}"):
+        for file in list(os.scandir(folder)):
+            if file.is_dir():
+                shutil.rmtree(file)
+            elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
+                os.remove(file)
+    if {"metrics.json", STATE} & set(os.listdir(folder)):
         there = read_json(f"{folder}/run.json")
         odd = []
         for key in there | config:
@@ -2170,30 +2020,25 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     names = name_users(config, users, model.V)
     rows = {}
     counts = Counter()
-    longest = 0
     for part, annotations in parts.items():
         rows[part], found = encode(tokenizer, config, annotations, train, names)
         counts += found
-        longest = max(longest, *(len(row.prompt) for row in rows[part]))
+    longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
         longest += config["answer_room"]
-    settings = model.lm.config
-    room = getattr(settings, "max_position_embeddings", None) or math.inf
-    if getattr(settings, "use_sliding_window", True):
-        room = min(room, getattr(settings, "sliding_window", None) or math.inf)
-    fits = model.seq2seq or longest <= room  # a T5 knows distances, not places
-    check(fits, f"--model {config['model']} reads {room} tokens, a prompt needs {longest}: lower "
-                "--max-text")
+    for limit in ("max_position_embeddings", "sliding_window"):  # a T5 has neither
+        room = getattr(model.lm.config, limit, None) or math.inf
+        check(longest <= room, f"--model {config['model']} reads {room} tokens, a prompt needs "
+                               f"{longest}: lower --max-text")
     return rows, counts
 
 
-def describe(model, quant):
+def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     quantized = sum(m.N * m.K for m in layers)
     dense = any(m.dense is not None for m in layers)
     kept = "in NF4 and a dense copy" if dense else "in NF4"
-    kept = kept if quant else "as they were stored"
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
@@ -2202,42 +2047,10 @@ def describe(model, quant):
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
-def controls(model, tokenizer, config, data, users, rows, result):
-    """dict of the scores that say how far the paper's score can be believed."""
-    found = {}
-    trained = config["head"] != "ask"
-    train = data.parts["train"]
-    test = data.parts["test"]
-    gold = gold_labels(test)
-    if "scores" in result:
-        _, val = read_labels(model, rows["val"], config, "tune")
-        found |= score_tuned(config, data, dict(val=val, test=result["scores"]))
-    plain = {}  # the rows as somebody reads them who is not told the user
-    if trained and not config["personalized"]:
-        plain = rows
-    elif config["nobody"]:
-        plain = {part: for_nobody(rows[part]) for part in PARTS}
-        read = predict(model, tokenizer, plain["test"], config)
-        found["f1_macro_nobody"] = f1_macro(gold, read["predicted"])
-        if "scores" in read:
-            found["test_loss_nobody"] = mean_loss(gold, read["scores"], config["single"])
-    if plain and config["head"] == "cls":
-        scores = {part: read_labels(model, plain[part], config, "table")[1] for part in PARTS}
-        found |= score_table(config, data, scores)
-    if trained and config["personalized"]:
-        readers = [a.user for a in test]
-        random.Random(0).shuffle(readers)
-        strangers = [a._replace(user=user) for a, user in zip(test, readers)]
-        shuffled, _ = encode_parts(model, tokenizer, config, users, dict(test=strangers), train)
-        read = predict(model, tokenizer, shuffled["test"], config)
-        found["f1_macro_shuffled"] = f1_macro(gold, read["predicted"])
-    return found
-
-
 def chat_prompts(config, data):
     """(list of the prompts of the test rows in words, Counter as encode_parts has it)"""
     choose_examples = example_chooser(config, data.parts["train"])
-    longest = 4 * config["max_text"]  # a token is about 4 characters
+    longest = 1 + 4 * config["max_text"]  # a space, and about 4 characters a token
     cut = set()
     counts = Counter()
     prompts = []
@@ -2245,11 +2058,11 @@ def chat_prompts(config, data):
         examples = choose_examples(a)
         counts["too_few_examples"] += len(examples) < config["shots"]
         prompt = ""
-        for kind, string in prompt_pieces(config, a.text, a.user, examples):
-            if kind == "text" and len(string) > longest + 1:  # 1 for the space before a text
-                cut.add(string)
-                string = string[:longest + 1]
-            prompt += string
+        for kind, piece in prompt_pieces(config, a.text, a.user, examples):
+            if kind == "text" and len(piece) > longest:
+                cut.add(piece)
+                piece = piece[:longest]
+            prompt += piece
         prompts.append(prompt)
     counts["texts_cut"] = len(cut)
     return prompts, counts
@@ -2299,13 +2112,6 @@ def finish(folder, metrics, parts, result, start):
     print_summary(metrics, folder)
 
 
-def run_rates(config, data):
-    """(what is predicted for the test rows, facts) of a table of label rates."""
-    result = predict_rates(data, config, data.parts["test"])
-    val = predict_rates(data, config, data.parts["val"])
-    return result, score_tuned(config, data, dict(val=val["scores"], test=result["scores"]))
-
-
 def run_chat(config, data, folder):
     """(what is predicted for the test rows, facts) of a model behind HTTP."""
     prompts, facts = chat_prompts(config, data)
@@ -2331,20 +2137,21 @@ def run(args):
             print_summary(read_json(f"{folder}/metrics.json"), folder)
             return
         if config["head"] == "rates":
-            result, facts = run_rates(config, data)
+            result = predict_rates(data, config, parts["test"])
+            facts = {}
         elif config["server"]:
             result, facts = run_chat(config, data, folder)
         else:
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
-            facts = dict(base_sha=base_sha, **describe(model, config["quant"]))
+            facts = dict(base_sha=base_sha, **describe(model))
             read = parts if config["head"] != "ask" else dict(test=parts["test"])
             rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
             if config["head"] != "ask":
                 facts |= train(model, rows, config, base_sha, folder)
                 save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
             result = predict(model, tokenizer, rows["test"], config)
-            facts |= counts | controls(model, tokenizer, config, data, users, rows, result)
+            facts |= counts
         scores = score(config, parts["test"], result)
         metrics = config | facts | scores | dict(notes=data.notes)
         finish(folder, metrics, parts, result, start)
@@ -2356,44 +2163,27 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
     "too_few_examples": "prompts have fewer examples than the method asks for",
     "cut": "answers ended at the limit", "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
-    "f1_macro": "mean over labels", "f1_macro_ci": "95 % interval over texts",
+    "f1_macro": "mean over labels",
     "labels_without_test_row": "labels have no test row, and so count as 0 in it",
-    "f1_macro_tuned": "with a decision rule tuned on validation",
-    "f1_macro_nobody": "read for nobody in particular",
-    "f1_macro_user_bias": "read so, with a bias for each user: what cls_p has to beat",
-    "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
-    "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
-    "f1_disagreed": "on texts that people read differently", "accuracy": "of whole rows",
-    "test_loss": "negative log-likelihood", "mean_absolute_error": "points",
-    "mean_absolute_error_median": "points, of the median",
-    "listens": "share of variance between readers of one text",
+    "accuracy": "of whole rows", "test_loss": "negative log-likelihood",
 }
+
+
+def print_metrics(m, says):
+    """A run, and those of its metrics that there is something to say of."""
+    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
+          f"{m['rows']['test']:,} test rows")
+    for key, what in says.items():
+        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
+            print(f"  {key:24} {short(m[key])}  {what}")
 
 
 def print_summary(m, folder):
     """What a run ends with, for people: the part of metrics.json that they look for first."""
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
-          f"{m['rows']['test']:,} test rows")
-    for key, what in SUMMARY.items():
-        if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
-            print(f"  {key:24} {short(m[key])}  {what}")
+    print_metrics(m, SUMMARY)
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
-    if m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
-        print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
-    elif m["personalized"] and m["listens"]["model"] < 0.02:
-        print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
-
-
-# 14. A trained run reads new sentences, and gets to know new people -------------------------------
-# ... with the very model that it ended with: the scores of its own test rows are the same bits. A
-# new person gets a token that starts as nobody's, and that alone is trained, on that person's rows
-# alone. In a decoder nothing before the reader changes by it, so texts are computed once; a step
-# is as cheap as the few nodes behind them.
-
-ADAPT_STEPS = 20    # of AdamW, on all rows of a person
-ADAPT_PEOPLE = 40   # at once: the states of their texts are kept in memory
 
 
 def load_run(folder):
@@ -2412,178 +2202,7 @@ def load_run(folder):
     return config, model, tokenizer, users
 
 
-def print_readings(config, annotations, result):
-    """A table: what each reader chooses, or how probably."""
-    shown = result["predicted"]
-    if "scores" in result:
-        shown = probabilities(result["scores"], config["single"])
-    width = max(map(len, config["labels"])) + 2
-    print(f"{'user':12}" + "".join(f"{label:>{width}}" for label in config["labels"]))
-    for a, line in zip(annotations, shown):
-        print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
-
-
-def asked_rows(args, config, users):
-    """list of Annotation that `predict` is asked about; their labels say nothing."""
-    check(config["personalized"] or not args.users, f"{config['method']} knows no users")
-    if args.csv:
-        needed = ["text", "user"] if config["personalized"] else ["text"]
-        with in_file(args.csv):
-            pairs = [(row["text"], row.get("user", "")) for row in read_csv(args.csv, *needed)]
-    else:
-        pairs = [(args.text, user) for user in args.users or users[:5] or ["(anybody)"]]
-    nothing = (0,) * len(config["labels"])
-    return [Annotation(text, user, nothing) for text, user in pairs]
-
-
-def predict_run(args):
-    """`plm.py predict RUN`: a sentence through several people's eyes, or a CSV of (text, user)."""
-    check(bool(args.text) != bool(args.csv), "predict needs --text T (--users A,B) or --csv FILE")
-    config, model, tokenizer, users = load_run(args.run)
-    asked = asked_rows(args, config, users)
-    unknown = sorted({a.user for a in asked} - set(users))
-    if unknown and config["personalized"] and config["ids"] == "token":
-        print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
-    rows, counts = encode_parts(model, tokenizer, config, users, dict(test=asked), [])
-    if counts["texts_cut"]:
-        print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
-    result = predict(model, tokenizer, rows["test"], config)
-    if args.tuned:
-        check("scores" in result and "rule" in config, f"{args.run} has no tuned rule")
-        shifted = result["scores"] + np.array(config["rule"])
-        result["predicted"] = chosen_labels(shifted, config["single"])
-    if args.text:
-        print_readings(config, asked, result)
-        return
-    run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
-    path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
-    write_predictions(path, config, asked, result, gold=False)
-    print(f"  files: {path}")
-
-
-def read_new_people(path, split_col, config):
-    """dict part -> list of Annotation with the labels of a run, of a CSV. Without a column to split
-    by, all rows are to learn from."""
-    with in_file(path):
-        rows = read_csv(path, "text", "user")
-        if split_col is None and "split" in rows[0]:
-            split_col = "split"
-        found, what = read_annotations(rows, split_col)
-    of_run = config["labels"]
-    names = what["labels"]
-    missing = set(of_run) - set(names)
-    check(config["single"] or not missing,
-          f"{path}: no column for the labels {', '.join(sorted(missing))}")
-    check(what["single"] or not config["single"],
-          f"{path}: the columns {', '.join(names)}, but the run has a single choice, in one column")
-    if config["ordered"] and names[0] == f"not {names[-1]}":  # ratings that are all 0 or 1
-        names = ["0", "1"]
-    parts = {part: [] for part in (*PARTS, "")}
-    for a, part in found:
-        chosen = {label for label, y in zip(names, a.labels) if y}
-        odd = sorted(chosen - set(of_run))
-        check(not odd, f"{path}: {', '.join(odd)} chosen, but the labels of the run are "
-                       f"{', '.join(of_run)}")
-        labels = tuple(int(label in chosen) for label in of_run)
-        parts[part if split_col else "train"].append(a._replace(labels=labels))
-    return parts
-
-
-def add_users(model, n):
-    """Gives a model n more users, who start as nobody in particular."""
-    known = model.user_embedding.detach()
-    model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
-
-
-def reader_batch(model, rows):
-    """(batch of some rows, cache of the nodes that stand before their readers)."""
-    if model.seq2seq:  # an encoder reads the text anew for each reader
-        return make_batch(model, rows), None
-    before = [row.prompt[:row.reader_at] for row in rows]
-    kept = len(prompt_tree(before, model.share)[0])
-    batch = tree_batch(model, rows, model.head, before) | targets_of(rows, model.head)
-    batch = to_device(batch, model.device)
-    cache = transformers.DynamicCache()
-    with torch.no_grad():
-        model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
-                     batch["sees"][:kept, :kept], cache)
-    return batch, cache
-
-
-def read_behind(model, batch, cache):
-    """What the head reads at every place of a batch, whose first nodes are in the cache."""
-    if cache is None:
-        return model(batch)
-    kept = cache.get_seq_length()
-    states = model.decode(batch["input_ids"][kept:], batch["positions"][kept:],
-                          batch["sees"][kept:], copy.deepcopy(cache))
-    return model.read(states.index_select(0, batch["at"] - kept))
-
-
-def adapt(model, rows, config):
-    """Trains the tokens of the users whom the rows name; all else stays as it is."""
-    model.train(False)
-    model.requires_grad_(False)
-    model.user_embedding.requires_grad_(True)
-    people = list(rows_of(row.annotation.user for row in rows).values())
-    groups = [people[i:i + ADAPT_PEOPLE] for i in range(0, len(people), ADAPT_PEOPLE)]
-    size = config["micro_batch"] or config["batch"]
-    with progress(None, "adapt", "steps", len(groups) * ADAPT_STEPS) as bar:
-        for group in groups:
-            own = [rows[i] for i in sum(group, [])]
-            parts = micro_batches(own, size, MAX_NODES[model.device.type])
-            batches = [reader_batch(model, part) for part in parts]
-            optimizer = make_optimizer(model, config)
-            for step in range(ADAPT_STEPS):
-                for batch, cache in batches:
-                    out = read_behind(model, batch, cache)
-                    summed_loss(out, batch, model.head, config["single"]).backward()
-                update(optimizer, learning_rate(step, ADAPT_STEPS, config["lr"], config["warmup"]))
-                bar.update()
-
-
-def adapt_run(args):
-    """`plm.py adapt RUN --csv FILE --out DIR`: a run that knows the new people of a CSV, too."""
-    start = time.perf_counter()
-    check(args.csv, "adapt needs --csv FILE with rows of new people")
-    base, model, tokenizer, users = load_run(args.run)
-    check(base["nobody"], f"{args.run} has no token for nobody to begin with: cls_p and lm_p of "
-                          "our recipe have one")
-    parts = read_new_people(args.csv, args.split_col, base)
-    new = sorted({a.user for a in parts["train"]} - set(users))
-    check(new, f"{args.csv}: no rows of new people to learn from (people unknown to the run, in "
-               "the part train if there is a split)")
-    learned = [a for a in parts["train"] if a.user in new]
-    test = parts["test"] or learned
-    left_out = sum(map(len, parts.values())) - len(learned) - len(parts["test"])
-    strangers = {a.user for a in test} - {*users, *new}
-    config = read_json(f"{args.run}/run.json")
-    config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
-                   data_sha=file_sha(args.csv), adapted_from=os.path.abspath(args.run))
-    folder = folder_of(config, args.out)
-    with alone_in(folder):
-        settle(folder, config, args.fresh)
-        users = users + new
-        add_users(model, len(new))
-        trained = model.trainable()  # now: adapt freezes all but the users
-        read = dict(train=learned, test=test)
-        rows, _ = encode_parts(model, tokenizer, config, users, read, [])
-        adapt(model, rows["train"], config)
-        print(f"{len(new)} new people by {len(learned):,} rows, "
-              f"{time.perf_counter() - start:.1f} s in all; rows left out: {left_out}")
-        if not parts["test"]:
-            print("no test rows: the scores below are those of the rows that were learned from")
-        if strangers:
-            print(f"users of test rows without a row to learn from, read for nobody: "
-                  f"{len(strangers)}")
-        save_tensors(f"{folder}/adapter.safetensors", trained, "users", users)
-        result = predict(model, tokenizer, rows["test"], config)
-        scores = score(config, test, result)
-        facts = {key: base[key] for key in ("base_sha", "computed_in")}
-        finish(folder, config | facts | scores, read | dict(val=[]), result, start)
-
-
-# 15. The command line -----------------------------------------------------------------------------
+# 14. The command line -----------------------------------------------------------------------------
 # What a user can say, and what a user is told if it cannot be done: one line, and status 2.
 
 def number(kind, least, most=10 ** 18):
@@ -2598,15 +2217,10 @@ def number(kind, least, most=10 ** 18):
     return parse
 
 
-def names(text):
-    """An argparse type: names with commas between."""
-    found = [name.strip() for name in text.split(",")]
-    return [name for name in dict.fromkeys(found) if name]
-
-
 COUNT = number(int, 1)
 FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
-    ("--model", dict(default="tiny", help="a name below, a folder, a hub id, openai:NAME (tiny)")),
+    ("--model", dict(default="tiny",
+                     help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
     ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
@@ -2629,12 +2243,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--dtype", dict(choices=["float32", "bfloat16"], help="compute in it (the faster one)")),
     ("--no-dense", dict(action="store_true", help="keep no dense copy of the rounded weights")),
     ("--no-share", dict(dest="share", action="store_false", help="every prompt by itself")),
-    ("--text", dict(help="predict: this sentence")),
-    ("--users", dict(type=names, metavar="A,B", help="predict: as these people read it")),
-    ("--csv", dict(metavar="FILE", help="predict, adapt: a CSV with texts and users")),
-    ("--tuned", dict(action="store_true", help="predict: by the rule tuned on validation")),
 ]
-COMMANDS = {"predict": predict_run, "adapt": adapt_run}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2644,41 +2253,25 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser():
     """The argparse parser."""
-    epilog = (f"commands: {', '.join(METHODS)}, predict RUN, adapt RUN\n"
-              f"models:   {', '.join(MODELS)}")
-    parser = Parser("plm.py", epilog=epilog, allow_abbrev=False,
-                    description="Personalized Large Language Models: from annotations to F1.",
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", metavar="COMMAND", choices=[*METHODS, *COMMANDS],
-                        help="see below")
-    parser.add_argument("run", nargs="?", metavar="RUN", help="folder of a finished run")
+    parser = Parser("plm.py", allow_abbrev=False,
+                    description="Personalized Large Language Models: from annotations to F1.")
+    parser.add_argument("command", choices=METHODS, help="a row of the paper's table")
     for flag, what in FLAGS:
         parser.add_argument(flag, **what)
     return parser
 
 
-def check_command(args):
-    """BadInput for what belongs to the other kind of command."""
-    if args.command in COMMANDS:
-        check(args.run, f"{args.command} needs a run's folder")
-    else:
-        check(not args.run, "predict and adapt alone take a run's folder")
-        for flag in ("text", "users", "csv", "tuned"):
-            check(not getattr(args, flag), f"--{flag} is not for {args.command}")
-
-
-def main(argv=None):
-    """Runs one command; returns the exit status."""
+def guarded(parser, work, argv=None):
+    """Calls work(args) with a command line's args; returns the exit status. What a user can mend is
+    said in one line. An error of ours keeps its traceback."""
     status = 2
     try:
-        args = make_parser().parse_args(argv)
-        check_command(args)
-        COMMANDS.get(args.command, run)(args)
+        work(parser.parse_args(argv))
         return 0
     except BadInput as e:
         why = str(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, MemoryError) and not re.search("(out of|allocate) memory", str(e)):
+        if not re.search("MemoryError|(out of|allocate) memory", repr(e)):
             raise
         why = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense"
     except OSError as e:
@@ -2688,9 +2281,14 @@ def main(argv=None):
     except KeyboardInterrupt:
         why = "stopped; a run goes on by the same command"
         status = 130
-    line = "".join(c if c.isprintable() else " " for c in f"plm.py: {why}")
+    line = "".join(c if c.isprintable() else " " for c in f"{parser.prog}: {why}")
     print(line[:2000], file=sys.stderr)
     return status
+
+
+def main(argv=None):
+    """Runs one command; returns the exit status."""
+    return guarded(make_parser(), run, argv)
 
 
 if __name__ == "__main__":

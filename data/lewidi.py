@@ -25,6 +25,7 @@ import numpy as np
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import plm  # noqa: E402
+from evidence import median_labels  # noqa: E402
 from formats import lewidi_answers, lewidi_text  # noqa: E402
 
 # A task's dataset: its scale in the soft submission, and what a distance is divided by.
@@ -252,7 +253,7 @@ def of_run(config, items, found, fallback):
         if config["single"]:
             ways["highest score"].append(plm.chosen_labels(read, True))
         if config["ordered"]:
-            ways["median of the scores"].append(plm.median_labels(read))
+            ways["median of the scores"].append(median_labels(read))
     return dict(ways), shares or None, silent
 
 

@@ -1,4 +1,5 @@
-"""Run a study: some methods on some variations of the data, and then the table of them all.
+"""Run a study: some methods on some variations of the data, each run with its evidence, and then
+the table of them all.
 
     python data/study.py paper --model tiny --data sample --seeds 42 43 44
     python data/study.py exp3 --values 2 10 -- --epochs 2         behind --: flags of plm.py
@@ -6,7 +7,7 @@
 
 The studies are the table below; data/STUDIES.md has what came out of them. A stopped study goes on
 by the same command. --print makes the study's CSVs and prints its commands instead, one a line. No
-line needs another, each run has a folder of its own, and plm.py skips the finished ones:
+line needs another, each run has a folder of its own, and what is finished is not run again:
 
     tr '\\n' '\\0' < commands.txt | xargs -0 -n 1 -P 4 sh -c       four at a time
     parallel -j 4 < commands.txt                                  the same by GNU parallel
@@ -24,6 +25,8 @@ from typing import NamedTuple
 HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = sys.executable
 PLM = os.path.normpath(os.path.join(HERE, "..", "plm.py"))
+EVIDENCE = os.path.join(HERE, "evidence.py")
+READERS = os.path.join(HERE, "readers.py")
 BASELINES = ("rates", "rates_p")
 ASKED = ("q_0s", "q_0s_p", "q_1s", "q_1s_p", "q_2s", "q_2s_p")
 TRAINED = ("cls", "cls_p", "lm", "lm_p")
@@ -144,7 +147,7 @@ def adapt_commands(study, args, model, seed):
     commands = []
     for value in args.values[1:]:
         path = adapted(csv_path(study, args, study.vary.format(value)))
-        commands.append([PYTHON, PLM, "adapt", run, "--csv", path, "--fresh",
+        commands.append([PYTHON, READERS, "adapt", run, "--csv", path, "--fresh",
                          "--out", os.path.dirname(path)])
     return commands
 
@@ -160,7 +163,8 @@ def jobs(study, args):
         if method in BASELINES and model != args.model[0]:
             continue  # no model reads anything there
         command, out = run_command(study, args, method, model, seed, value, flags)
-        job = [command]
+        evidence = [PYTHON, EVIDENCE, *command[2:]]
+        job = [command, evidence]
         if args.study == "unseen" and method == "cls_p" and value == "0":
             job += adapt_commands(study, args, model, seed)
         found.append(job)

@@ -17,7 +17,9 @@ import pytest
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [HERE, os.path.dirname(HERE)]
+import evidence  # noqa: E402
 import plm  # noqa: E402
+import readers  # noqa: E402
 import report  # noqa: E402
 import study  # noqa: E402
 import table  # noqa: E402
@@ -194,13 +196,21 @@ def planned(line):
 @pytest.mark.parametrize("name", study.STUDIES)
 def test_a_study_has_commands_that_exist(name):
     csvs, jobs, _ = planned(f"{name} --seeds 1 2 -- --max-steps 3")
+    parsers = {"plm.py": plm.make_parser(), "readers.py": readers.make_parser(),
+               "evidence.py": plm.make_parser()}
     for _, script, *argv in csvs:
         assert script.endswith("vary.py")
         vary.make_parser().parse_args(argv)
     for job in jobs:
         for _, script, *argv in job:
-            assert script.endswith("plm.py")
-            plm.check_command(plm.make_parser().parse_args(argv))
+            parsers[os.path.basename(script)].parse_args(argv)
+
+
+def test_a_run_is_followed_by_its_evidence():
+    _, jobs, _ = planned("paper --seeds 1 2 -- --max-steps 3")
+    for plm_run, evidence_run in jobs:
+        assert plm_run[1].endswith("plm.py") and evidence_run[1].endswith("evidence.py")
+        assert plm_run[2:] == evidence_run[2:]
 
 
 @pytest.mark.parametrize("name", study.STUDIES)
@@ -229,7 +239,7 @@ def test_every_csv_of_a_study_is_made_before_it_is_read():
 def test_make_has_a_target_for_every_method_and_study():
     done = subprocess.run(["make"], cwd=os.path.dirname(HERE), capture_output=True, text=True)
     targets = {line.split()[0] for line in done.stdout.splitlines()}
-    assert targets >= {*plm.METHODS, *plm.COMMANDS, *study.STUDIES}
+    assert targets >= {*plm.METHODS, "predict", "adapt", *study.STUDIES}
     assert [*table.ORDER] == [*plm.METHODS]
 
 
@@ -242,7 +252,8 @@ def test_values_and_flags_of_plm_reach_the_commands():
 
 
 def test_unseen_ends_with_a_table_of_all_three_ways(tmp_path, monkeypatch, capsys):
-    mains = {"plm.py": plm.main, "vary.py": vary.main, "table.py": table.main}
+    mains = {"plm.py": plm.main, "readers.py": readers.main, "vary.py": vary.main,
+             "table.py": table.main, "evidence.py": evidence.main}
 
     def here(command, stdout=None):
         assert mains[os.path.basename(command[1])](command[2:]) == 0
@@ -268,7 +279,8 @@ def test_print_makes_the_csvs_and_prints_a_command_a_line(tmp_path, capfd):
     made = tmp_path / "exp3" / "a_labels_2.csv"
     assert made.exists()
     assert len(lines) == 2
-    assert all(f"--data {made}" in line for line in lines)
+    assert all(line.count(f"--data {made}") == 2 for line in lines)
+    assert all(" && " in line for line in lines)
 
 
 def stand_in(tmp_path, script):
