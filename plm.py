@@ -8,8 +8,7 @@ of annotations to the F1 score.
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
 
-What a trained run is good for, to read new sentences and to get to know new people, is the next
-chapter, data/readers.py.
+The next chapter is data/readers.py: a trained run reads new sentences, and gets to know new people.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
     CLS               cls               a classification head reads the end of the prompt
@@ -1937,9 +1936,6 @@ def chat_model(name):
     return MODELS["chatgpt"] if name == "chatgpt" else None
 
 
-NOT_IN_CONFIG = ("command", "data", "split_col", "out", "fresh")  # of the arguments
-
-
 def make_config(args, data):
     """The configuration of a run, one dict, final before anything is loaded: the recipe, overruled
     by what was tuned for the model and by flags; the method; and what there is to know of the
@@ -1949,7 +1945,7 @@ def make_config(args, data):
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
     for key, value in vars(args).items():
-        if value is not None and key not in NOT_IN_CONFIG:
+        if value is not None and key not in ("command", "data", "split_col", "out", "fresh"):
             config[key] = value
     config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
@@ -2036,14 +2032,14 @@ def encode_parts(model, tokenizer, config, users, parts, train):
 def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    quantized = sum(m.N * m.K for m in layers)
+    frozen = sum(m.N * m.K for m in layers)
     dense = any(m.dense is not None for m in layers)
-    kept = "in NF4 and a dense copy" if dense else "in NF4"
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
     print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
-          f"in {dtype}: {quantized:,} weights {kept}, {trained:,} trained", flush=True)
+          f"in {dtype}; weights frozen: {frozen:,} (dense copy: {dense}), trained: {trained:,}",
+          flush=True)
     return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
 
 
@@ -2171,8 +2167,8 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
 
 def print_metrics(m, says):
     """A run, and those of its metrics that there is something to say of."""
-    print(f"\n{m['method']} with {m['model']} on {m['data']}, seed {m['seed']}, "
-          f"{m['rows']['test']:,} test rows")
+    head = "\n{method} with {model} on {data}, seed {seed}, {rows[test]:,} test rows"
+    print(head.format(**m))
     for key, what in says.items():
         if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
             print(f"  {key:24} {short(m[key])}  {what}")

@@ -1,4 +1,4 @@
-"""A trained run reads new sentences, and gets to know new people: the chapter behind plm.py.
+"""A trained run reads new sentences, and gets to know new people: the next chapter after plm.py.
 
     python data/readers.py predict RUN --text "well done, genius" --users 96,44
     python data/readers.py predict RUN --csv rows.csv            columns text and user
@@ -30,10 +30,10 @@ from plm import check  # noqa: E402
 
 # 1. A trained run reads ---------------------------------------------------------------------------
 # plm.load_run gives back the very model that a run ended with: read again, the run's own test rows
-# have the same scores to the last bit. What is new is only what it is asked. A new sentence takes
-# the way of every annotation: its prompt is written, encoded and read. A reader whom training knows
-# stands in the prompt as in training; anybody else is read as nobody in particular. The labels of
-# what is asked are unknown, and zeros stand for them.
+# have the same scores to the last bit. A new sentence takes the way of every annotation: its prompt
+# is written, encoded and read. A reader whom training knows is named in the prompt as in training.
+# Nobody's token stands for anybody else; where users are named by numbers (--ids number), the new
+# number stands there. The labels of what is asked are unknown, and zeros take their place.
 
 def asked_rows(args, config, users):
     """list of Annotation, one for each reading that is asked for."""
@@ -103,10 +103,10 @@ def predict_run(args):
 # the text, so all states before a reader stay what they are while the token is trained. They are
 # computed once and kept in a cache; a step computes the few nodes from the reader on:
 #
-#     Which of ... Text: -+- well done, genius ... User ID: -+- n1    n0, n1: start as nobody, and
-#                         +- nice dog ... User ID: ----------+- n0            are trained
-#                                                            +- n1
-#     |---------- computed once, kept in a cache ----------| |--| every step
+#     Which of ... Text: -+- well done, genius ... User ID: -+- n0
+#                         |                                  +- n1
+#                         +- nice dog ... User ID: ----------+- n1
+#     |----------------- computed once ---------------------|  |--| in every step
 #
 # An encoder reads both ways: its states of a text change with the reader, and every step computes
 # all of them.
