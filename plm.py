@@ -192,7 +192,7 @@ for name, head, shots in [
 # first cell that is not what CELLS says ends the run, with the command that makes the form.
 
 PARTS = ("train", "val", "test")
-NUMBER = re.compile(r"[+-]?\d+([.]\d+)?(e[+-]?\d+)?")  # a point of a rating
+NUMBER = re.compile(r"[+-]?\d+([.]\d+)?(e[+-]?\d+)?")  # in a rating
 
 CELLS = {  # what a cell has to be -> a regular expression of the whole of it
     "a text": r"(?s).*\S.*",
@@ -258,8 +258,8 @@ def read_csv(path, *needed):
     columns = reader.fieldnames
     for column in (*needed, *columns):
         check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
-    whole = all(None not in row for row in rows)  # DictReader has what is too much under None
-    check(whole, "a row has more cells than the header")
+    # DictReader has what is too much in a row under None.
+    check(all(None not in row for row in rows), "a row has more cells than the header")
     return rows
 
 
@@ -284,8 +284,7 @@ def label_cells(rows, columns):
         return {f"not {column}": (column, "0"), column: (column, "1")}, False
     ordered = all(map(NUMBER.fullmatch, values))
     meaning = float if ordered else str
-    choices = set(map(meaning, values))
-    check(1 < len(choices) == len(values) <= 100,
+    check(1 < len(set(map(meaning, values))) == len(values) <= 100,
           f"{column!r} holds {len(values)} values, not 2 to 100, each of them spelled in one way")
     return {cell: (column, cell) for cell in sorted(values, key=meaning)}, ordered
 
@@ -331,7 +330,7 @@ def split_annotations(found, by_hash, notes):
 
 
 def some_texts(annotations, n):
-    """About n annotations, all those of texts chosen by a hash; the same ones whatever --seed."""
+    """About n annotations, all those of the texts that a hash chooses, whatever --seed."""
     ids = sorted(text_id(a.text) for a in annotations)
     last = ids[:n][-1]
     return [a for a in annotations if text_id(a.text) <= last]
@@ -363,14 +362,14 @@ def load_data(name, split_col=None, max_eval=0):
 
 
 def print_data(data):
-    """The first lines of a run: what was read and left out, and what there is in each part."""
+    """The first lines of a run: what was read and left out, and what there is."""
     print(short(data.notes))
     for part, annotations in data.parts.items():
         texts = {a.text for a in annotations}
         users = {a.user for a in annotations}
-        rates = dict(zip(data.labels, gold_labels(annotations).mean(0)))
-        print(f"{part}: {len(annotations)} rows, {len(texts)} texts, {len(users)} users; a row "
-              f"chooses {short(rates)}")
+        print(f"{part}: {len(annotations)} rows, {len(texts)} texts, {len(users)} users")
+    rates = gold_labels(data.parts["train"]).mean(0)
+    print("a row of train chooses", short(dict(zip(data.labels, rates))))
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
