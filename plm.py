@@ -117,7 +117,7 @@ def short(x):
         return ", ".join(f"{key} {short(value)}" for key, value in x.items())
     if isinstance(x, list):
         return " to ".join(map(short, x))
-    return x if isinstance(x, str) else f"{round(x, 6):,.4g}"
+    return f"{round(x, 6):,.4g}" if isinstance(x, float) else str(x)
 
 
 # 1. What can be run -------------------------------------------------------------------------------
@@ -173,26 +173,33 @@ class Method(NamedTuple):
     shots: int          # solved examples in the prompt
 
 
-METHODS = {
-    "rates": Method("rates", False, 0), "rates_p": Method("rates", True, 0),
-    "q_0s": Method("ask", False, 0), "q_0s_p": Method("ask", True, 0),
-    "q_1s": Method("ask", False, 1), "q_1s_p": Method("ask", True, 1),
-    "q_2s": Method("ask", False, 2), "q_2s_p": Method("ask", True, 2),
-    "cls": Method("cls", False, 0), "cls_p": Method("cls", True, 0),
-    "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0),
-}
+METHODS = {}
+for name, head, shots in [
+        ("rates", "rates", 0), ("q_0s", "ask", 0), ("q_1s", "ask", 1), ("q_2s", "ask", 2),
+        ("cls", "cls", 0), ("lm", "lm", 0)]:
+    METHODS[name] = Method(head, False, shots)
+    METHODS[f"{name}_p"] = Method(head, True, shots)
 
 # 2. Annotations and splits ------------------------------------------------------------------------
 # One row of a CSV is one person's judgement of one text. There is one form: columns `text` and
 # `user`, then the labels. Several label columns hold 0 and 1, and any number may be chosen; a
 # single one names the choice, in words or as a rating in numbers. A `split` column is followed to
 # the letter. Without one a hash splits the texts, and validation and test keep only users that
-# training knows: the model has met the reader, never the text [1]. data/prepare.py makes this form
-# of nearly any file.
+# training knows: the model has met the reader, never the text [1].
+#
+# data/prepare.py makes this form of nearly any file. So nothing is guessed or mended here: the
+# first cell that is not what CELLS says ends the run, with the command that makes the form.
 
 PARTS = ("train", "val", "test")
-LIST_LIKE = re.compile(r"\w\s*[#|;]\s*\w|^\s*[\[{]")  # a#b, a|b, JSON: several answers in a cell
-SPREADSHEET = re.compile(r"\d([.,]\d+)?E\+\d+")       # 3.91E+16: a long ID that lost its digits
+NUMBER = re.compile(r"[+-]?\d+([.]\d+)?(e[+-]?\d+)?")  # in a rating
+
+CELLS = {  # what a cell has to be -> a regular expression of the whole of it
+    "a text": r"(?s).*\S.*",
+    "a user ID": r"(?s)(?!\d([.,]\d+)?E\+\d+$)\S(.*\S)?",  # a spreadsheet makes 3.9E+16 of one
+    "0 or 1": r"[01]",
+    "one choice": r"(?![\[{])(?!.*\w\s*[#|;]\s*\w)\S(.*\S)?",  # a#b and [a, b] are lists of them
+    "train, val, test or empty": r"(train|val|test)?",
+}
 
 
 class Annotation(NamedTuple):
@@ -221,118 +228,10 @@ def text_id(text):
 
 def split_of(text):
     """'train' (70 %), 'val' (15 %) or 'test' (15 %) by a hash of the text: no seed, no file."""
-    share = int(text_id(text)[:8], 16) / 16 ** 8
+    share = int(text_id(text), 16) / 16 ** 16
     if share < 0.70:
         return "train"
     return "val" if share < 0.85 else "test"
-
-
-def read_csv(path, *needed):
-    """list of dicts, one a row, of a CSV in UTF-8 that has the needed columns."""
-    csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f, strict=True)
-            rows = list(reader)
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise BadInput(f"no CSV in UTF-8: {e}") from None
-    check(rows, "no annotations in it")
-    columns = reader.fieldnames
-    for column in (*needed, *columns):
-        check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
-    for number, row in enumerate(rows, 1):  # DictReader has None for what is missing or too much
-        whole = None not in [*row, *row.values()]
-        check(whole, f"row {number} has not {len(columns)} cells")
-    return rows
-
-
-def choice_cells(column, values):
-    """(the values of a single choice in order, their names as labels, is it a rating?)"""
-    if values <= {"0", "1"}:
-        return ["0", "1"], [f"not {column}", column], False
-    try:
-        ordered = all(math.isfinite(float(value)) for value in values)
-    except ValueError:
-        ordered = False
-    cells = sorted(values, key=float if ordered else None)
-    check(len(cells) <= 100, f"{column!r} has {len(cells):,} values: no choice of one")
-    same = float if ordered else str.strip
-    for cell, following in zip(cells, cells[1:]):
-        check(same(cell) != same(following),
-              f"{column!r} spells a value in two ways, {cell!r} and {following!r}")
-    for cell in cells:
-        check(not LIST_LIKE.search(cell),
-              f"{column!r} has lists in a cell, as {cell!r} (--list-sep splits them)")
-    return cells, cells, ordered
-
-
-def read_annotations(rows, split_col):
-    """(list of (Annotation, its part of the split), dict(labels, single, ordered)) of CSV rows."""
-    check(split_col is None or split_col in rows[0], f"no column {split_col!r} to split by")
-    columns = []  # of labels
-    for column in rows[0]:
-        values = {row[column] for row in rows}
-        another_split = values <= {*PARTS, ""}
-        if column not in ("text", "user", "time", split_col) and not another_split:
-            columns.append(column)
-    check(columns, "no column of labels beside text and user")
-    single = len(columns) == 1
-    labels = columns
-    ordered = False
-    if single:
-        cells, labels, ordered = choice_cells(columns[0], {row[columns[0]] for row in rows})
-    users = {row["user"] for row in rows}
-    for user in users:
-        check(user == user.strip() or user.strip() not in users,
-              f"users {user!r} and {user.strip()!r} differ in white space alone")
-    found = []
-    for number, row in enumerate(rows, 1):
-        for column in ("text", "user", *columns):
-            check(row[column].strip(), f"row {number}: no {column!r} (--skip-missing)")
-        user = row["user"]
-        check(not SPREADSHEET.fullmatch(user),
-              f"row {number}: a spreadsheet made {user} of a user ID")
-        if single:
-            chosen = [int(row[columns[0]] == cell) for cell in cells]
-        else:
-            for label in labels:
-                check(row[label] in ("0", "1"),
-                      f"row {number}: label {label!r} is not 0 or 1 (--labels A,B)")
-            chosen = [int(row[label]) for label in labels]
-        part = row[split_col] if split_col else split_of(row["text"])
-        check(part in (*PARTS, ""), f"row {number}: {part!r} is not train, val or test")
-        found.append((Annotation(row["text"], user, tuple(chosen)), part))
-    return found, dict(labels=labels, single=single, ordered=ordered)
-
-
-def split_annotations(found, by_hash, notes):
-    """dict part -> list of Annotation; what is left out goes into `notes`."""
-    parts = {}
-    for name in PARTS:
-        parts[name] = [annotation for annotation, part in found if part == name]
-    known = {a.user for a in parts["train"]}
-    for name in ("val", "test"):
-        met = [a for a in parts[name] if a.user in known]
-        notes[f"{name} rows of users unknown to training"] = len(parts[name]) - len(met)
-        if by_hash:
-            parts[name] = met
-    notes["rows left out"] = len(found) - sum(map(len, parts.values()))
-    return parts
-
-
-def some_texts(annotations, n):
-    """About n annotations, all those of texts chosen by a hash; the same ones whatever --seed."""
-    def place(annotation):
-        return hashlib.sha256(annotation.text.encode()).digest()
-
-    last = sorted(map(place, annotations))[:n][-1]
-    return [a for a in annotations if place(a) <= last]
-
-
-def file_sha(path):
-    """16 hex digits that stand for a file."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
 @contextmanager
@@ -345,22 +244,113 @@ def in_file(path):
                        "makes the form of nearly any file") from None
 
 
-def load_data(name, split_col=None, max_eval=0):
-    """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
-    path = f"{HERE}/data/{name}/annotations.csv"
-    if not os.path.isfile(path):
-        path = name
-    check(os.path.isfile(path), f"--data {name}: no CSV, nor in data/; make data DATA={name} makes "
-                                "known ones, as goemotions")
+def read_csv(path, *needed):
+    """list of dicts, one a row, of a CSV in UTF-8 that has the needed columns."""
+    csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f, restval="", strict=True)
+            rows = list(reader)
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise BadInput(f"no CSV in UTF-8: {e}") from None
+    check(rows, "no annotations in it")
+    columns = reader.fieldnames
+    for column in (*needed, *columns):
+        check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
+    # DictReader has what is too much in a row under None.
+    check(all(None not in row for row in rows), "a row has more cells than the header")
+    return rows
+
+
+def label_columns(rows, split_col):
+    """list of the columns that hold labels: neither time nor another split does."""
+    columns = []
+    for column in rows[0]:
+        another_split = {row[column] for row in rows} <= {*PARTS, ""}
+        if column not in ("text", "user", "time", split_col) and not another_split:
+            columns.append(column)
+    check(columns, "no column of labels beside text and user")
+    return columns
+
+
+def label_cells(rows, columns):
+    """(dict label -> (its column, the cell that chooses it), are the labels a rating?)"""
+    if len(columns) > 1:
+        return {column: (column, "1") for column in columns}, False
+    column = columns[0]
+    values = {row[column] for row in rows}
+    if values <= {"0", "1"}:
+        return {f"not {column}": (column, "0"), column: (column, "1")}, False
+    ordered = all(map(NUMBER.fullmatch, values))
+    meaning = float if ordered else str
+    check(1 < len(set(map(meaning, values))) == len(values) <= 100,
+          f"{column!r} holds {len(values)} values, not 2 to 100, each of them spelled in one way")
+    return {cell: (column, cell) for cell in sorted(values, key=meaning)}, ordered
+
+
+def read_annotations(path, split_col):
+    """(list of (Annotation, its part of the split), dict(labels, single, ordered), the column that
+    says the part or None) of a CSV."""
+    found = []
     with in_file(path):
-        rows = read_csv(path, "text", "user")
+        rows = read_csv(path, "text", "user", split_col or "text")
         if split_col is None and "split" in rows[0]:
             split_col = "split"
-        found, what = read_annotations(rows, split_col)
-    notes = {"rows read": len(rows), "split by": split_col or "a hash of the text"}
+        columns = label_columns(rows, split_col)
+        single = len(columns) == 1
+        form = dict.fromkeys(columns, "one choice" if single else "0 or 1")
+        form |= {"text": "a text", "user": "a user ID"}
+        if split_col:
+            form[split_col] = "train, val, test or empty"
+        labels, ordered = label_cells(rows, columns)
+        for number, row in enumerate(rows, 1):
+            for column, what in form.items():
+                if not re.fullmatch(CELLS[what], row[column]):
+                    raise BadInput(f"row {number}: {column!r} is {row[column]!r}, not {what}")
+            chosen = tuple(int(row[column] == cell) for column, cell in labels.values())
+            part = row[split_col] if split_col else split_of(row["text"])
+            found.append((Annotation(row["text"], row["user"], chosen), part))
+    return found, dict(labels=list(labels), single=single, ordered=ordered), split_col
+
+
+def split_annotations(found, by_hash, notes):
+    """dict part -> list of Annotation; `notes` counts the strangers and what is left out."""
+    known = {a.user for a, part in found if part == "train"}
+    parts = {part: [] for part in PARTS}
+    for a, part in found:
+        if a.user not in known:
+            notes["rows of users unknown to training"] += 1
+            part = "" if by_hash else part
+        if part:
+            parts[part].append(a)
+        else:
+            notes["rows left out"] += 1
+    return parts
+
+
+def some_texts(annotations, n):
+    """About n annotations, all those of the texts that a hash chooses, whatever --seed."""
+    ids = sorted(text_id(a.text) for a in annotations)
+    last = ids[:n][-1]
+    return [a for a in annotations if text_id(a.text) <= last]
+
+
+def file_sha(path):
+    """16 hex digits that stand for a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()[:16]
+
+
+def load_data(name, split_col=None, max_eval=0):
+    """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
+    path = name if os.path.isfile(name) else f"{HERE}/data/{name}/annotations.csv"
+    check(os.path.isfile(path), f"--data {name}: no CSV, nor in data/; make data DATA={name} makes "
+                                "known ones, as goemotions")
+    found, what, split_col = read_annotations(path, split_col)
+    notes = Counter({"rows read": len(found), "split by": split_col or "a hash of the text"})
     parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
-        check(parts[part], f"--data {name}: no row for {part}; {notes}; make data "
+        check(parts[part], f"--data {name}: no row for {part}; {dict(notes)}; make data "
               f"FILE={path} ARGS=\"--split-col none\" splits its texts anew")
     if max_eval:
         for part in ("val", "test"):
@@ -371,16 +361,14 @@ def load_data(name, split_col=None, max_eval=0):
 
 
 def print_data(data):
-    """The first lines of a run: what was read, left out and why, and what there is."""
-    print(", ".join(f"{what}: {n}" for what, n in data.notes.items() if n))
+    """The first lines of a run: what was read and left out, and what there is."""
+    print(short(data.notes))
     for part, annotations in data.parts.items():
         texts = {a.text for a in annotations}
         users = {a.user for a in annotations}
-        print(f"{part}:", len(annotations), "rows,", len(texts), "texts,", len(users), "users")
-    rates = np.mean([a.labels for a in data.parts["train"]], axis=0)
-    often = ", ".join(f"{label} {rate:.1%}" for label, rate in zip(data.labels, rates))
-    kind = "one rating" if data.ordered else "one label" if data.single else "any number of labels"
-    print("a row chooses", kind + "; how often in training:", often)
+        print(f"{part}: {len(annotations)} rows, {len(texts)} texts, {len(users)} users")
+    rates = gold_labels(data.parts["train"]).mean(0)
+    print("a row of train chooses", short(dict(zip(data.labels, rates))))
 
 
 # 3. Prompts ---------------------------------------------------------------------------------------
@@ -408,8 +396,16 @@ def print_data(data):
 # of the user's own, whose embedding is trained [7]. One more token stands for nobody in particular,
 # and strangers are read by it.
 
-QUESTION = "Which of the labels fit the text?"
-QUESTION_P = "Which of the labels would this user choose for the text?"
+QUESTION = {  # is the user told?
+    False: "Which of the labels fit the text?",
+    True: "Which of the labels would this user choose for the text?"}
+SHOWN = {
+    False: " First see how other people answered.",
+    True: " First see how this user answered before."}
+HOW = {  # (one label a row?, are there rows without?)
+    (True, False): " Answer with one label from the list.",
+    (False, False): " Answer with labels from the list, separated by commas.",
+    (False, True): " Answer with labels from the list, separated by commas, or with none."}
 NONE = "none"     # the answer where no label is chosen
 NOBODY = None     # the user who is nobody in particular
 SECTION = "\n###"  # begins every part of a prompt but the first
@@ -421,17 +417,10 @@ BEHIND_READER = {"cls": [], "lm": [("words", ":")], "ask": [RESPONSE]}
 
 def instruction(config):
     """What every prompt of a run begins with: the question and the list of labels."""
-    question = QUESTION_P if config["personalized"] else QUESTION
-    if config["shots"] and config["personalized"]:
-        question += " First see how this user answered before."
-    elif config["shots"]:
-        question += " First see how other people answered."
-    if config["single"]:
-        question += " Answer with one label from the list."
-    elif config["none"]:
-        question += " Answer with labels from the list, separated by commas, or with none."
-    else:
-        question += " Answer with labels from the list, separated by commas."
+    question = QUESTION[config["personalized"]]
+    if config["shots"]:
+        question += SHOWN[config["personalized"]]
+    question += HOW[config["single"], config["none"]]
     return f"{question}{SECTION} Labels: {', '.join(config['labels'])}"
 
 
@@ -442,17 +431,18 @@ def answer_text(labels, chosen):
 
 
 def prompt_pieces(config, text, user, examples=()):
-    """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "text" may be
-    cut if it is long, "reader" may be a token, "words" are ours."""
+    """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "first" begins
+    it, "text" may be cut if it is long, "reader" may be a token, "words" are ours."""
     reader = [USER_ID, ("reader", f" {user}")]
-    pieces = [("words", instruction(config))]
-    if config["personalized"] and config["prompt"] == "paper":
+    order = config["personalized"] and config["prompt"]
+    pieces = [("first", instruction(config))]
+    if order == "paper":
         pieces += reader
     for example in examples:
         answer = answer_text(config["labels"], example.labels)
         pieces += [TEXT, ("text", f" {example.text}"), RESPONSE, ("words", answer)]
     pieces += [TEXT, ("text", f" {text}")]
-    if config["personalized"] and config["prompt"] == "tree":
+    if order == "tree":
         return pieces + reader + BEHIND_READER[config["head"]]
     return pieces + [RESPONSE]
 
@@ -465,26 +455,18 @@ def words_of(text):
     return "".join(letters).split()
 
 
-def check_labels(data, head):
-    """BadInput if there is one label, or one that breaks a list, or if words could mean two."""
-    check(data.none or len(data.labels) > 1,
-          f"{data.labels[0]!r} is the only label: there is nothing to choose")
-    said = set()
-    for label in [*data.labels, NONE] if data.none else data.labels:
-        fits = "\n" not in label and label.strip() and (data.single or "," not in label)
-        check(fits, f"label {label!r}: a comma-separated answer cannot hold it")
-        words = " ".join(words_of(label)) or label
-        check(words not in said or head not in ("lm", "ask"),
-              f"label {label!r}: an answer cannot tell it from another (cls and cls_p can)")
-        said.add(words)
-
-
-def answer_room(data):
+def answer_room(data, head):
     """How many tokens an answer may take, here and over HTTP: those of the longest in the data (a
-    token seldom holds less than two bytes), and a sentence around it."""
-    annotations = sum(data.parts.values(), [])
-    answers = [answer_text(data.labels, a.labels).encode() for a in annotations]
-    return 32 + max(map(len, answers), default=0) // 2
+    token seldom holds less than two bytes), and a sentence around it. BadInput if an LM's answer
+    would be read as other labels than it was written for."""
+    longest = 0
+    for chosen in {a.labels for a in sum(data.parts.values(), [])}:
+        answer = answer_text(data.labels, chosen)
+        read, _ = parse_answer(answer, data.labels, data.single)
+        check(read == chosen or head not in ("lm", "ask"),
+              f"the answer{answer!r} could mean other labels: rename them, or take cls or cls_p")
+        longest = max(longest, len(answer.encode()))
+    return 32 + longest // 2
 
 
 def example_chooser(config, train):
@@ -497,14 +479,12 @@ def example_chooser(config, train):
         if not config["shots"]:
             return []
         rng = random.Random(f"{text_id(asked.text)} {asked.user}")
-        own = config["personalized"]
-        candidates = by_user[asked.user] if own else rng.choices(train, k=100)
-        distinct = {}  # what was drawn twice is there once
-        for a in candidates:
-            fits = (a.user == asked.user) == own  # the user's own, or else other users'
-            if fits and text_id(a.text) != text_id(asked.text):
-                distinct[a] = True
-        return rng.sample(list(distinct), min(config["shots"], len(distinct)))
+        candidates = by_user[asked.user]
+        if not config["personalized"]:
+            candidates = [a for a in rng.choices(train, k=100) if a.user != asked.user]
+        distinct = dict.fromkeys(candidates)
+        fitting = [a for a in distinct if text_id(a.text) != text_id(asked.text)]
+        return rng.sample(fitting, min(config["shots"], len(fitting)))
 
     return choose
 
@@ -512,21 +492,17 @@ def example_chooser(config, train):
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
     begins a text, so a piece inside is tokenized behind a letter, whose token is then cut off.
-    Special tokens that somebody wrote into a text are read as letters."""
+    Special tokens that somebody wrote into a text are read as letters, or left out if they stay
+    tokens."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    ids = plain(piece)
+    letter = plain("a")
+    inside = plain("a" + piece)
+    if not first and inside[:len(letter)] == letter:
+        ids = inside[len(letter):]
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    letter = "" if first else "a"
-    mark = plain(letter) if letter else []
-    apart = piece
-    for token in tokenizer.all_special_tokens:  # a SentencePiece vocabulary has "</s>" as a word
-        apart = apart.replace(token, f"{token[0]} {token[1:]}")
-    for text in (piece, apart):
-        ids = plain(letter + text)
-        ids = ids[len(mark):] if ids[:len(mark)] == mark else plain(text)
-        if not special.intersection(ids):
-            return ids
     return [i for i in ids if i not in special]
 
 
@@ -542,10 +518,9 @@ def frame(tokenizer, chat=False):
         if len(around) == 2:
             return [tuple(tokenizer(x, add_special_tokens=False).input_ids) for x in around]
         print("the chat template of this model takes no plain question; it is asked without one")
-    alone = tokenizer("a", add_special_tokens=False).input_ids
-    framed = tokenizer("a").input_ids
-    start = framed.index(alone[0])
-    return tuple(framed[:start]), tuple(framed[start + len(alone):])
+    around = tuple(tokenizer("").input_ids)
+    start = around.count(tokenizer.bos_token_id)  # <s> begins a prompt, T5's </s> ends it
+    return around[:start], around[start:]
 
 
 def name_users(config, users, V):
@@ -572,13 +547,16 @@ def encode(tokenizer, config, annotations, train, names):
     examples, `names` is what name_users returned."""
     before, after = frame(tokenizer, chat=config["head"] == "ask")
     choose_examples = example_chooser(config, train)
+    counts = Counter()
 
     @functools.cache
-    def ids_of(piece, first=False):
-        return tuple(tokenize(tokenizer, piece, first))
+    def ids_of(kind, piece):
+        ids = tokenize(tokenizer, piece, kind == "first")
+        if kind == "text" and len(ids) > config["max_text"]:
+            counts["texts_cut"] += 1  # once, however many rows have the text
+            ids = ids[:config["max_text"]]
+        return tuple(ids)
 
-    cut = set()
-    counts = Counter()
     rows = []
     for a in annotations:
         examples = choose_examples(a)
@@ -586,22 +564,18 @@ def encode(tokenizer, config, annotations, train, names):
         prompt = before
         reader_at = None
         for kind, piece in prompt_pieces(config, a.text, a.user, examples):
-            ids = ids_of(piece, first=prompt == before)
+            ids = ids_of(kind, piece)
             if kind == "reader":
                 reader_at = len(prompt)
                 if names:
                     ids = (names.get(a.user, names[NOBODY]),)
-            if kind == "text" and len(ids) > config["max_text"]:
-                cut.add(piece)
-                ids = ids[:config["max_text"]]
             prompt += ids
         prompt += after
         nobody = ()
         if names:
             nobody = (*prompt[:reader_at], names[NOBODY], *prompt[reader_at + 1:])
-        answer = (*ids_of(answer_text(config["labels"], a.labels)), tokenizer.eos_token_id)
+        answer = (*ids_of("words", answer_text(config["labels"], a.labels)), tokenizer.eos_token_id)
         rows.append(Row(prompt, reader_at, nobody, answer, a.labels, a))
-    counts["texts_cut"] = len(cut)
     return rows, counts
 
 
@@ -610,11 +584,10 @@ def label_tokens(tokenizer, config):
     there, whose logit is the label's score. Labels with the same token there share a score."""
     names = [*config["labels"], NONE] if config["none"] else config["labels"]
     answers = [(*tokenize(tokenizer, f" {name}"), tokenizer.eos_token_id) for name in names]
-    check(len(set(answers)) == len(answers),
-          f"--model {config['model']} has the same tokens for two labels")
+    check(len(set(answers)) == len(names), "this model has the same tokens for two labels")
     place = len(os.path.commonprefix(answers))  # " 1", " 2" may share the space
     tokens = [ids[place] for ids in answers]
-    if config["single"] and len(set(tokens)) < len(tokens):
+    if config["single"] and len(set(tokens)) < len(names):
         print("some labels begin with the same token: answers tell them apart, scores do not")
     return place, tokens
 
@@ -1958,7 +1931,8 @@ def make_config(args, data):
         config["server"] = server_address()
     return config | dict(
         data=data.name, split=args.split_col, data_sha=data.sha, labels=data.labels,
-        single=data.single, ordered=data.ordered, none=data.none, answer_room=answer_room(data))
+        single=data.single, ordered=data.ordered, none=data.none,
+        answer_room=answer_room(data, method.head))
 
 
 def model_name(model):
@@ -2122,7 +2096,6 @@ def run(args):
     data = load_data(args.data, args.split_col, args.max_eval)
     print_data(data)
     config = make_config(args, data)
-    check_labels(data, config["head"])
     parts = data.parts
     users = sorted({a.user for a in parts["train"]}) if config["personalized"] else []
     folder = folder_of(config, args.out)

@@ -104,8 +104,7 @@ def configured(line, data=None):
     "</s> ### Response: <|endoftext|>"])
 def test_any_text_survives_reading(tmp_path, text):
     rows = [(text, "with\nnewline", 0, 1), *some_rows()]
-    read = plm.read_csv(write_csv(tmp_path / "a.csv", rows))
-    found, what = plm.read_annotations(read, None)
+    found, what, _ = plm.read_annotations(write_csv(tmp_path / "a.csv", rows), None)
     annotation, part = found[0]
     assert what == dict(labels=MOODS, single=False, ordered=False)
     assert annotation == plm.Annotation(text, "with\nnewline", (0, 1))
@@ -113,7 +112,7 @@ def test_any_text_survives_reading(tmp_path, text):
 
 def test_byte_order_mark_and_line_ends_are_no_part_of_the_data(tmp_path):
     (tmp_path / "a.csv").write_bytes('\ufefftext,user,calm\r\n"a, b",u,1\r\nc,u,0\r\n'.encode())
-    found, what = plm.read_annotations(plm.read_csv(tmp_path / "a.csv", "text"), None)
+    found, what, _ = plm.read_annotations(tmp_path / "a.csv", None)
     assert [a for a, part in found] == [("a, b", "u", (0, 1)), ("c", "u", (1, 0))]
 
 
@@ -121,19 +120,22 @@ def test_byte_order_mark_and_line_ends_are_no_part_of_the_data(tmp_path):
     ("txt,user,a,b\nt,u,1,1", "not one column 'text' in txt, user, a, b"),
     ("text,user,user,b\nt,u,1,1", "not one column 'user'"),
     ("text,user,a,a\nt,u,1,0", "not one column 'a'"),
-    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: label 'a' is not 0 or 1"),
-    ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: no 'text'"),
-    ("text,user,a,b\nt,u,1,1\nt,u,,1", "row 2: no 'a'"),
-    ("text,user,a,b\nt,u,1,1\nt,u,1", "row 2 has not 4 cells"),
-    ("text,user,a,b\nt,u,1,1,1", "row 1 has not 4 cells"),
+    ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: 'a' is '2', not 0 or 1"),
+    ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: 'text' is ' ', not a text"),
+    ("text,user,a,b\nt,u,1,1\nt,u,,1", "row 2: 'a' is '', not 0 or 1"),
+    ("text,user,a\nt,u,1\n\nt,u,", "row 2: 'a' is '', not one choice"),
+    ("text,user,a\nt,u,1\nt, u,0", "row 2: 'user' is ' u', not a user ID"),
+    ("text,user,a,b\nt,u,1,1\nt,u,1", "row 2: 'b' is '', not 0 or 1"),
+    ("text,user,a,b\nt,u,1,1,1", "a row has more cells than the header"),
     ("", "no annotations"),
     ("text,user,a\n", "no annotations"),
     ("text,user\nt,u", "no column of labels"),
+    ("text,user,mood\nt,u,joy\ns,u,joy", "'mood' holds 1 values, not 2 to 100"),
     ("text,user,a\ncaf\xe9,u,1\n", "UTF-8"),
-    ("text,user,a\nt,3.91E+16,1", "row 1: a spreadsheet made 3.91E+16 of a user ID"),
-    ("text,user,mood\nt,u,joy#fear\nt,u,joy", "lists in a cell"),
-    ("text,user,mood\nt,u,\"[\"\"joy\"\"]\"\nt,u,joy", "lists in a cell"),
-    ("text,user,a,split\nt,u,1,train\nt,u,1,dev", "row 2: 'dev' is not train, val or test")])
+    ("text,user,a\nt,3.91E+16,1", "row 1: 'user' is '3.91E+16', not a user ID"),
+    ("text,user,mood\nt,u,joy#fear\nt,u,joy", "row 1: 'mood' is 'joy#fear', not one choice"),
+    ("text,user,mood\nt,u,joy\nt,u,\"[\"\"joy\"\"]\"", "row 2: 'mood'"),
+    ("text,user,a,split\nt,u,1,train\nt,u,1,dev", "row 2: 'split' is 'dev', not train")])
 def test_a_file_of_another_form_is_refused_with_the_command_that_makes_it(tmp_path, content, says):
     path = tmp_path / "a.csv"
     path.write_bytes(content.encode("latin-1"))
@@ -149,15 +151,15 @@ def test_a_file_of_another_form_is_refused_with_the_command_that_makes_it(tmp_pa
     ("joy fear joy", "fear,joy", False, "101"), ("nan 1 nan", "1,nan", False, "101")])
 def test_one_column_names_the_single_choice(tmp_path, cells, labels, ordered, chosen):
     rows = [(f"t{i}", "u", cell) for i, cell in enumerate(cells.split())]
-    read = plm.read_csv(write_csv(tmp_path / "a.csv", rows, "text user X"))
-    found, what = plm.read_annotations(read, None)
+    path = write_csv(tmp_path / "a.csv", rows, "text user X")
+    found, what, _ = plm.read_annotations(path, None)
     assert what == dict(labels=labels.split(","), single=True, ordered=ordered)
     assert "".join(str(a.labels.index(1)) for a, part in found) == chosen
 
 
 def test_texts_of_any_number_of_classes_are_no_choice(tmp_path):
     rows = [("t", "u", f"answer {i}") for i in range(101)]
-    with pytest.raises(plm.BadInput, match="has 101 values: no choice of one"):
+    with pytest.raises(plm.BadInput, match="'X' holds 101 values, not 2 to 100"):
         plm.load_data(write_csv(tmp_path / "a.csv", rows, "text user X"))
 
 
@@ -170,9 +172,8 @@ def test_a_split_column_is_followed_to_the_letter_and_what_is_odd_is_counted(tmp
     texts = {part: [a.text for a in found] for part, found in data.parts.items()}
     assert data.labels == ["a", "b"]  # neither the other split nor the time is a label
     assert texts == dict(train=["t0", "t1"], val=["t2"], test=["t3", "t5"])
-    assert data.notes == {
-        "rows read": 6, "split by": "draw", "rows left out": 1,
-        "val rows of users unknown to training": 1, "test rows of users unknown to training": 1}
+    assert data.notes == {"rows read": 6, "split by": "draw", "rows left out": 1,
+                          "rows of users unknown to training": 2}
 
 
 def test_a_column_named_split_is_taken_without_a_flag(tmp_path):
@@ -199,7 +200,7 @@ def test_hashed_splits_share_no_text_and_know_every_user(tmp_path):
 
 def test_readers_whom_training_does_not_know_are_counted_when_nobody_is_left(tmp_path):
     rows = [(text, f"{user} {i}", a, b) for i, (text, user, a, b) in enumerate(some_rows(60))]
-    says = r"no row for val; .*val rows of users unknown to training': [1-9]"
+    says = r"no row for val; .*rows of users unknown to training': [1-9]"
     with pytest.raises(plm.BadInput, match=says):
         plm.load_data(write_csv(tmp_path / "a.csv", rows))
 
@@ -228,9 +229,9 @@ def test_rows_in_which_nothing_is_chosen_stay(tmp_path):
 
 
 @pytest.mark.parametrize("users, choices, says", [
-    ("ab", ["1", "2", "1.0"], "'stars' spells a value in two ways, '1"),
-    ("ab", ["good", "bad", "good "], "'good' and 'good '"),
-    (["a", "a "], ["good", "bad"], "users 'a ' and 'a' differ in white space alone")])
+    ("ab", ["1", "2", "1.0"], "'stars' holds 3 values, not 2 to 100, each of them spelled in one"),
+    ("ab", ["good", "bad", "good "], "row 3: 'stars' is 'good ', not one choice"),
+    (["a", "a "], ["good", "bad"], "row 3: 'user' is 'a ', not a user ID")])
 def test_one_value_or_user_in_two_spellings_is_refused(tmp_path, capsys, users, choices, says):
     rows = [(f"text {i}", user, choice) for user in users for i, choice in enumerate(choices)]
     path = write_csv(tmp_path / "a.csv", rows, "text user stars")
@@ -500,18 +501,25 @@ def test_a_user_of_the_paper_is_a_number():
     assert "### User ID: 17\n" in tokenizer.decode(rows[0].prompt)
 
 
-@pytest.mark.parametrize("labels, none, says", [
-    (["Anger", "anger!"], False, "'anger!'"), (["a,b", "c"], False, "'a,b'"),
-    (["a\nb", "c"], False, "cannot hold"), ([" ", "c"], False, "' '"), (["None"], True, "'none'"),
-    (["joy"], False, "'joy' is the only label")])
-def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, none, says):
-    with pytest.raises(plm.BadInput, match=re.escape(says)):
-        plm.check_labels(dataset(labels, none=none), "lm")
+def dataset_of(labels, rows, single=False):
+    """A dataset with rows that choose these labels, as "01 11"."""
+    train = [plm.Annotation("t", "u", tuple(map(int, row))) for row in rows.split()]
+    return dataset(labels, single, train=train)
 
 
-def test_labels_that_are_clear_when_said_alone_or_never_said_are_taken():
-    plm.check_labels(dataset(["a,b", "c", "none"], single=True), "ask")
-    plm.check_labels(dataset(["Anger", "anger"]), "cls")
+@pytest.mark.parametrize("labels, rows", [
+    (["Anger", "anger!"], "11"), (["None"], "1 0"), (["fear", "joy", "fear joy"], "110"),
+    (["a", "b", "a, b"], "100 110")])
+def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, rows):
+    data = dataset_of(labels, rows)
+    with pytest.raises(plm.BadInput, match="could mean other labels"):
+        plm.answer_room(data, "lm")
+    plm.answer_room(data, "cls")
+
+
+def test_labels_that_an_answer_tells_apart_are_taken():
+    plm.answer_room(dataset_of(["a,b", "c", "none"], "100 010 001", single=True), "ask")
+    plm.answer_room(dataset_of(["a,b", "c"], "11 10 01 00"), "lm")
 
 
 def test_the_room_for_an_answer_is_that_of_the_longest_in_the_data():
@@ -520,8 +528,8 @@ def test_the_room_for_an_answer_is_that_of_the_longest_in_the_data():
     data = dataset(labels, train=[plm.Annotation("t", "u", chosen)])
     answer = plm.answer_text(labels, chosen)
     for name in ("tiny", "tiny_t5"):
-        assert plm.answer_room(data) > len(plm.tokenize(tiny_tokenizer(name), answer)) / 2
-    assert plm.answer_room(dataset()) == 32
+        assert plm.answer_room(data, "lm") > len(plm.tokenize(tiny_tokenizer(name), answer)) / 2
+    assert plm.answer_room(dataset(), "lm") == 32
 
 
 @pytest.mark.parametrize("labels, place", [(["calm", "angry"], 0), (["is_calm", "is_angry"], 1)])
@@ -1527,7 +1535,6 @@ def test_of_a_single_choice_the_first_label_in_an_answer_is_taken(answer, label)
     ["not X", "X"]])
 @pytest.mark.parametrize("single", [True, False])
 def test_answers_that_are_trained_on_are_read_back(labels, single):
-    plm.check_labels(dataset(labels, single, none=not single), "lm")
     for chosen in np.ndindex(*[2] * len(labels)):
         if not single or sum(chosen) == 1:
             answer = plm.answer_text(labels, chosen)

@@ -205,11 +205,7 @@ def with_labels_of_run(path, annotation, names, config):
 def read_new_people(path, split_col, config):
     """dict part -> list of Annotation of a CSV, with the labels of a run. Without a column to split
     by, all rows are to learn from."""
-    with plm.in_file(path):
-        rows = plm.read_csv(path, "text", "user")
-        if split_col is None and "split" in rows[0]:
-            split_col = "split"
-        found, what = plm.read_annotations(rows, split_col)
+    found, what, split_col = plm.read_annotations(path, split_col)
     names = fitting_names(path, what, config)
     parts = {part: [] for part in (*plm.PARTS, "")}
     for annotation, part in found:

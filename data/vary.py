@@ -41,27 +41,15 @@ class Row(NamedTuple):
 
 def path_of(data):
     """The CSV that a name or a path stands for."""
-    path = f"{HERE}/{data}/annotations.csv"
-    return path if os.path.isfile(path) else data
-
-
-def label_columns(rows, split_col):
-    """The columns of labels, as plm.py tells them from splits."""
-    columns = []
-    for column in rows[0]:
-        values = {row[column] for row in rows}
-        if column not in ("text", "user", "time", split_col) and not values <= {*PARTS, ""}:
-            columns.append(column)
-    return columns
+    return data if os.path.isfile(data) else f"{HERE}/{data}/annotations.csv"
 
 
 def read(data, split_col):
     """list of Row of all annotations; `split` is "" where one is in no part of the split."""
-    cells = plm.read_csv(path_of(data), "text", "user")
-    if split_col is None and "split" in cells[0]:
-        split_col = "split"
-    found, _ = plm.read_annotations(cells, split_col)
-    columns = label_columns(cells, split_col)
+    path = path_of(data)
+    found, _, split_col = plm.read_annotations(path, split_col)
+    cells = plm.read_csv(path)
+    columns = plm.label_columns(cells, split_col)
     rows = []
     for row, (a, part) in zip(cells, found):
         labels = {column: row[column] for column in columns}
