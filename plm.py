@@ -133,7 +133,7 @@ OURS = dict(
     r=8, alpha=32, dropout=0.0,  # LoRA on every linear of the backbone, times alpha / r [3]
     lr=4e-4,             # learning rate
     head_lr=1,           # of the classification head: times lr
-    user_lr=75,          # of the user tokens: times lr, times the size of the embeddings
+    user_lr=35,          # of the user tokens: times lr, times the size of the embeddings
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient

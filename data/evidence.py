@@ -330,14 +330,15 @@ def from_model(folder, data, result):
 
 SUMMARY = {  # key of the metrics -> what it says
     "f1_macro": plm.SUMMARY["f1_macro"], "f1_macro_ci": "95 % interval over texts",
-    "labels_without_test_row": plm.SUMMARY["labels_without_test_row"],
     "f1_macro_tuned": "with a decision rule tuned on validation",
     "f1_macro_nobody": "read for nobody in particular",
     "f1_macro_user_bias": "read so, with a bias for each user: what cls_p has to beat",
     "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
     "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
     "f1_disagreed": "on texts that people read differently",
-    "accuracy": plm.SUMMARY["accuracy"], "test_loss": plm.SUMMARY["test_loss"],
+    "test_loss": plm.SUMMARY["test_loss"],
+    "test_loss_nobody": "read for nobody in particular",
+    "test_loss_user_bias": "read so, with a bias for each user",
     "mean_absolute_error": "points", "mean_absolute_error_median": "points, of the median",
     "listens": "share of variance between readers of one text",
 }

@@ -263,6 +263,7 @@ def adapt_run(args):
         scores |= evidence.from_predictions(config, used["test"], result)
         facts = {key: base[key] for key in ("base_sha", "computed_in")}
         plm.finish(folder, config | facts | scores, used | dict(val=[]), result, start)
+    evidence.print_evidence(plm.read_json(f"{folder}/metrics.json"), folder)
 
 
 # 4. The command line ------------------------------------------------------------------------------
