@@ -492,18 +492,20 @@ def example_chooser(config, train):
 def tokenize(tokenizer, piece, first=False):
     """Token ids of a piece as it stands inside a prompt, or `first` in it. SentencePiece marks what
     begins a text, so a piece inside is tokenized behind a letter, whose token is then cut off.
-    Special tokens that somebody wrote into a text are read as letters, or left out if they stay
-    tokens."""
+    Special tokens that somebody wrote into a text are read as letters."""
     def plain(text):
         return tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
+    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    if special.intersection(plain(piece)):  # a SentencePiece vocabulary has "</s>" as a word
+        for token in tokenizer.all_special_tokens:
+            piece = piece.replace(token, f"{token[0]} {token[1:]}")
     ids = plain(piece)
     letter = plain("a")
     inside = plain("a" + piece)
     if not first and inside[:len(letter)] == letter:
         ids = inside[len(letter):]
-    special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return [i for i in ids if i not in special]
+    return ids
 
 
 def frame(tokenizer, chat=False):
