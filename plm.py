@@ -191,7 +191,7 @@ for name, head, shots in [
 # first cell that is not what CELLS says ends the run, with the command that makes the form.
 
 PARTS = ("train", "val", "test")
-NUMBER = re.compile(r"[+-]?\d+([.]\d+)?(e[+-]?\d+)?")  # in a rating
+NUMBER = re.compile(r"[+-]?\d{1,18}([.]\d+)?(e[+-]?\d\d?)?")  # in a rating, and finite
 
 CELLS = {  # what a cell has to be -> a regular expression of the whole of it
     "a text": r"(?s).*\S.*",
@@ -257,8 +257,8 @@ def read_csv(path, *needed):
     columns = reader.fieldnames
     for column in (*needed, *columns):
         check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
-    # DictReader has what is too much in a row under None.
-    check(all(None not in row for row in rows), "a row has more cells than the header")
+    for number, row in enumerate(rows, 1):  # DictReader has what is too much under None
+        check(None not in row, f"row {number} has more cells than the header")
     return rows
 
 
@@ -270,6 +270,9 @@ def label_columns(rows, split_col):
         if column not in ("text", "user", "time", split_col) and not another_split:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
+    for column in columns:
+        check(column and column == column.strip(),
+              f"a column of labels is called {column!r}: it needs a name without space around it")
     return columns
 
 
@@ -283,7 +286,7 @@ def label_cells(rows, columns):
         return {f"not {column}": (column, "0"), column: (column, "1")}, False
     ordered = all(map(NUMBER.fullmatch, values))
     meaning = float if ordered else str
-    check(1 < len(set(map(meaning, values))) == len(values) <= 100,
+    check(len(set(map(meaning, values))) == len(values) <= 100,
           f"{column!r} holds {len(values)} values, not 2 to 100, each of them spelled in one way")
     return {cell: (column, cell) for cell in sorted(values, key=meaning)}, ordered
 
@@ -306,7 +309,7 @@ def read_annotations(path, split_col):
         for number, row in enumerate(rows, 1):
             for column, what in form.items():
                 if not re.fullmatch(CELLS[what], row[column]):
-                    raise BadInput(f"row {number}: {column!r} is {row[column]!r}, not {what}")
+                    raise BadInput(f"row {number}: {column!r} is {row[column]!r:.80}, not {what}")
             chosen = tuple(int(row[column] == cell) for column, cell in labels.values())
             part = row[split_col] if split_col else split_of(row["text"])
             found.append((Annotation(row["text"], row["user"], chosen), part))
@@ -347,6 +350,7 @@ def load_data(name, split_col=None, max_eval=0):
     check(os.path.isfile(path), f"--data {name}: no CSV, nor in data/; make data DATA={name} makes "
                                 "known ones, as goemotions")
     found, what, split_col = read_annotations(path, split_col)
+    check(len(what["labels"]) > 1, f"--data {name}: every row chooses {what['labels'][0]!r}")
     notes = Counter({"rows read": len(found), "split by": split_col or "a hash of the text"})
     parts = split_annotations(found, split_col is None, notes)
     for part in PARTS:
@@ -356,7 +360,7 @@ def load_data(name, split_col=None, max_eval=0):
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
     none = not all(any(a.labels) for a, _ in found)
-    name = os.path.splitext(os.path.basename(name))[0]
+    name = os.path.splitext(os.path.basename(os.path.normpath(name)))[0]
     return Dataset(name, **what, none=none, parts=parts, notes=notes, sha=file_sha(path))
 
 

@@ -126,11 +126,12 @@ def test_byte_order_mark_and_line_ends_are_no_part_of_the_data(tmp_path):
     ("text,user,a\nt,u,1\n\nt,u,", "row 2: 'a' is '', not one choice"),
     ("text,user,a\nt,u,1\nt, u,0", "row 2: 'user' is ' u', not a user ID"),
     ("text,user,a,b\nt,u,1,1\nt,u,1", "row 2: 'b' is '', not 0 or 1"),
-    ("text,user,a,b\nt,u,1,1,1", "a row has more cells than the header"),
+    ("text,user,a,b\nt,u,1,1\nt,u,1,1,1", "row 2 has more cells than the header"),
+    ("text,user,a, b\nt,u,1,1", "a column of labels is called ' b'"),
+    ("text,user,a,\nt,u,1,1", "a column of labels is called ''"),
     ("", "no annotations"),
     ("text,user,a\n", "no annotations"),
     ("text,user\nt,u", "no column of labels"),
-    ("text,user,mood\nt,u,joy\ns,u,joy", "'mood' holds 1 values, not 2 to 100"),
     ("text,user,a\ncaf\xe9,u,1\n", "UTF-8"),
     ("text,user,a\nt,3.91E+16,1", "row 1: 'user' is '3.91E+16', not a user ID"),
     ("text,user,mood\nt,u,joy#fear\nt,u,joy", "row 1: 'mood' is 'joy#fear', not one choice"),
@@ -148,13 +149,32 @@ def test_a_file_of_another_form_is_refused_with_the_command_that_makes_it(tmp_pa
 @pytest.mark.parametrize("cells, labels, ordered, chosen", [
     ("0 1 1", "not X,X", False, "011"), ("3 1 10", "1,3,10", True, "102"),
     ("1 -1 0", "-1,0,1", True, "201"), ("1.5 2 1.5", "1.5,2", True, "010"),
-    ("joy fear joy", "fear,joy", False, "101"), ("nan 1 nan", "1,nan", False, "101")])
+    ("joy fear joy", "fear,joy", False, "101"), ("nan 1 nan", "1,nan", False, "101"),
+    ("1 1e999 1", "1,1e999", False, "010")])  # as a number it would be infinite
 def test_one_column_names_the_single_choice(tmp_path, cells, labels, ordered, chosen):
     rows = [(f"t{i}", "u", cell) for i, cell in enumerate(cells.split())]
     path = write_csv(tmp_path / "a.csv", rows, "text user X")
     found, what, _ = plm.read_annotations(path, None)
     assert what == dict(labels=labels.split(","), single=True, ordered=ordered)
     assert "".join(str(a.labels.index(1)) for a, part in found) == chosen
+
+
+def test_one_value_is_no_choice(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("t", "u", "joy"), ("s", "u", "joy")], "text user mood")
+    with pytest.raises(plm.BadInput, match="every row chooses 'joy'"):
+        plm.load_data(path)
+
+
+def test_a_long_cell_is_not_told_in_full(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("t", "u", 1, "x" * 5000)])
+    with pytest.raises(plm.BadInput) as e:
+        plm.load_data(path)
+    assert "'angry' is 'xxx" in str(e.value) and "not 0 or 1" in str(e.value)
+    assert len(str(e.value)) < 500
+
+
+def test_a_slash_behind_a_dataset_is_no_part_of_its_name():
+    assert plm.load_data("sample/").name == "sample"
 
 
 def test_texts_of_any_number_of_classes_are_no_choice(tmp_path):

@@ -23,14 +23,18 @@ Shapes have the letters of plm.py: R rows, L labels.
 import math
 import os
 import random
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import plm  # noqa: E402
-from table import read_predictions  # noqa: E402
+from table import NoRun, read_predictions  # noqa: E402
 
 
 def f1_macro(gold, predicted):
@@ -344,20 +348,29 @@ SUMMARY = {  # key of the metrics -> what it says
 }
 
 
-def read_back(folder, config, annotations):
-    """dict(predicted (R, L), and scores (R, L) where there are any) of a run's test rows."""
-    path = f"{folder}/predictions.csv"
-    labels = config["labels"]
-    _, predicted, rows = read_predictions(folder, labels)
-    asked = [(plm.text_id(a.text), a.user) for a in annotations]
-    plm.check(rows == asked, f"{path} has other rows than the test: --fresh runs plm.py again")
+def read_scores(path, labels):
+    """(R, L) the scores in a run's predictions.csv, None if there are none."""
     lines = plm.read_csv(path)
     if f"score:{labels[0]}" not in lines[0]:
-        return dict(predicted=predicted)
+        return None
     scores = []
     for line in lines:
         scores.append([float(line[f"score:{label}"]) for label in labels])
-    scores = np.array(scores)
+    return np.array(scores)
+
+
+def read_back(folder, config, annotations):
+    """dict(predicted (R, L), and scores (R, L) where there are any) of a run's test rows."""
+    path = f"{folder}/predictions.csv"
+    try:
+        _, predicted, rows = read_predictions(folder, config["labels"])
+        scores = read_scores(path, config["labels"])
+    except (NoRun, plm.BadInput, KeyError, ValueError):  # somebody wrote in it
+        raise plm.BadInput(f"{path} is damaged: plm.py --fresh writes it anew") from None
+    asked = [(plm.text_id(a.text), a.user) for a in annotations]
+    plm.check(rows == asked, f"{path} has other rows than the test: plm.py --fresh writes it anew")
+    if scores is None:
+        return dict(predicted=predicted)
     if not config["single"]:  # "none" may be no label, or the label of that name
         predicted &= scores >= 0
     return dict(predicted=predicted, scores=scores)
@@ -365,8 +378,11 @@ def read_back(folder, config, annotations):
 
 def evidence_of(folder, config, data):
     """dict of all the evidence for a finished run."""
-    result = read_back(folder, config, data.parts["test"])
-    found = from_predictions(config, data.parts["test"], result)
+    test = data.parts["test"]
+    result = read_back(folder, config, test)
+    plm.check(f1_macro(plm.gold_labels(test), result["predicted"]) == config["f1_macro"],
+              f"{folder}/predictions.csv does not give the run's F1: plm.py --fresh writes it anew")
+    found = from_predictions(config, test, result)
     if config["head"] == "rates":
         found |= from_rates(config, data)
     elif config["head"] != "ask":
@@ -377,11 +393,23 @@ def evidence_of(folder, config, data):
 def print_evidence(m, folder):
     """The score with its evidence, for people, and a word where something went wrong."""
     plm.print_metrics(m, SUMMARY)
-    if m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
+    heard = m["listens"]
+    if m["rows"]["test"] > 1 and m["spread"] < 0.01 and m["head"] in ("cls", "lm"):
         print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
-    elif m["personalized"] and m["listens"]["model"] < 0.02:
+    elif m["personalized"] and heard["model"] < 0.02 < heard["people"]:
         print("  DEAF: the scores hardly differ between the readers of a text")
     print(f"  files: {folder}{os.sep}")
+
+
+def check_same_run(folder, config):
+    """BadInput if the run in a folder is another one than a configuration says."""
+    there = plm.read_json(f"{folder}/run.json")
+    odd = []
+    for key in there | config:
+        if there.get(key) != config.get(key):
+            odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
+    plm.check(not odd, f"{folder} holds another run ({', '.join(odd[:3])}): the flags have to be "
+                       "those that plm.py got")
 
 
 def add_evidence(args):
@@ -393,7 +421,7 @@ def add_evidence(args):
     plm.check(os.path.exists(path), f"{folder}: no finished run; plm.py with the same flags makes "
                                     "one")
     with plm.alone_in(folder):
-        plm.settle(folder, config, fresh=False)  # BadInput if the run is another one
+        check_same_run(folder, config)
         metrics = plm.read_json(path)
         if args.fresh or "f1_macro_ci" not in metrics:
             metrics |= evidence_of(folder, metrics, data)
@@ -410,4 +438,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

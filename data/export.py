@@ -16,7 +16,11 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
+
+if __name__ == "__main__":  # Ctrl-C needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import safetensors.torch
 import torch
@@ -501,4 +505,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

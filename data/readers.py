@@ -42,8 +42,10 @@ def asked_rows(args, config, users):
         readers = args.users or users[:5] or ["(anybody)"]
         return [plm.Annotation(args.text, user, nothing) for user in readers]
     needed = ["text", "user"] if config["personalized"] else ["text"]
-    with plm.in_file(args.csv):
+    try:
         rows = plm.read_csv(args.csv, *needed)
+    except plm.BadInput as e:
+        raise plm.BadInput(f"{args.csv}: {e}") from None
     return [plm.Annotation(row["text"], row.get("user", ""), nothing) for row in rows]
 
 
@@ -70,6 +72,8 @@ def predict_run(args):
     check(bool(args.text) != bool(args.csv), "predict needs --text T (--users A,B) or --csv FILE")
     config, model, tokenizer, users = plm.load_run(args.run)
     check(config["personalized"] or not args.users, f"{config['method']} knows no users")
+    check("rule" in config or not args.tuned,
+          f"{args.run} has no tuned rule: data/evidence.py adds one where labels have scores")
     asked = asked_rows(args, config, users)
     if config["personalized"] and config["ids"] == "token":
         print_strangers(asked, users)
@@ -78,9 +82,8 @@ def predict_run(args):
         print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
     result = plm.predict(model, tokenizer, rows["test"], config)
     if args.tuned:
-        check("scores" in result and "rule" in config, f"{args.run} has no tuned rule")
-        shifted = result["scores"] + np.array(config["rule"])
-        result["predicted"] = plm.chosen_labels(shifted, config["single"])
+        result["scores"] = result["scores"] + np.array(config["rule"])
+        result["predicted"] = plm.chosen_labels(result["scores"], config["single"])
     if args.text:
         print_readings(config, asked, result)
         return
@@ -250,6 +253,8 @@ def adapt_run(args):
     config |= dict(data=os.path.splitext(os.path.basename(args.csv))[0], split=args.split_col,
                    data_sha=plm.file_sha(args.csv), adapted_from=os.path.abspath(args.run))
     folder = plm.folder_of(config, args.out)
+    check(os.path.realpath(folder) != os.path.realpath(args.run),
+          f"{folder} is the run to adapt: keep it, and give another --out")
     with plm.alone_in(folder):
         plm.settle(folder, config, args.fresh)
         add_users(model, len(new))
@@ -287,7 +292,8 @@ def make_parser():
     reads.add_argument("--text", help="this sentence")
     reads.add_argument("--users", type=comma_list, metavar="A,B", help="as these people read it")
     reads.add_argument("--csv", metavar="FILE", help="a CSV with columns text and user")
-    reads.add_argument("--tuned", action="store_true", help="by the rule tuned on validation")
+    reads.add_argument("--tuned", action="store_true",
+                       help="shift the scores by the rule tuned on validation")
 
     learns = commands.add_parser("adapt", allow_abbrev=False, help="learn the new people of a CSV")
     learns.set_defaults(work=adapt_run)

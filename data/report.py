@@ -9,11 +9,15 @@ chart a plain run is hollow, its personalized twin filled; colour repeats that.
 import argparse
 import math
 import os
+import signal
 import sys
 import textwrap
 from collections import defaultdict
 from datetime import date
 from html import escape
+
+if __name__ == "__main__":  # Ctrl-C needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -379,4 +383,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

@@ -13,8 +13,12 @@ import glob
 import json
 import os
 import re
+import signal
 import sys
 from collections import defaultdict
+
+if __name__ == "__main__":  # Ctrl-C needs no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
 
@@ -69,18 +73,35 @@ def in_order(name):
     return [part.zfill(9) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
+def labels_in(cell, labels):
+    """(L) of bools: the labels that a cell like "a, c" names, in order; commas may be in them."""
+    if cell in labels:
+        return [label == cell for label in labels]
+    ticks = []
+    rest = f"{cell}, "
+    for label in labels:
+        ticks.append(rest.startswith(f"{label}, "))
+        if ticks[-1]:
+            rest = rest[len(label) + 2:]
+    return ticks
+
+
 def read_predictions(folder, labels):
     """(gold (R, L), predicted (R, L), (text id, user) of each row) of a run's predictions.csv."""
     gold = []
     predicted = []
     rows = []
     csv.field_size_limit(1 << 30)
-    with open(f"{folder}/predictions.csv", newline="", encoding="utf-8") as f:
-        for row in csv.DictReader(f):
+    path = f"{folder}/predictions.csv"
+    with open(path, newline="", encoding="utf-8", errors="replace") as f:
+        reader = csv.DictReader(f, restval="")
+        missing = {"text_id", "user", "gold", "predicted"} - set(reader.fieldnames or ())
+        if missing:
+            raise NoRun(f"{path} lacks {', '.join(sorted(missing))}: plm.py --fresh writes it anew")
+        for row in reader:
             rows.append((row["text_id"], row["user"]))
-            for ticks, cell in ((gold, row["gold"]), (predicted, row["predicted"])):
-                names = [cell] if cell in labels else cell.split(", ")
-                ticks.append([label in names for label in labels])
+            gold.append(labels_in(row["gold"], labels))
+            predicted.append(labels_in(row["predicted"], labels))
     return np.array(gold), np.array(predicted), rows
 
 
@@ -184,4 +205,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

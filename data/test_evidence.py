@@ -2,7 +2,9 @@
 by runs. They need no network and no GPU."""
 import csv
 import math
+import os
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -361,14 +363,54 @@ def test_evidence_of_other_flags_or_other_rows_is_refused(tmp_path, capsys, run)
     assert "predictions.csv has other rows than the test" in refused(capsys, run("cls --fresh"))
 
 
-@pytest.mark.parametrize("spread, heard, says", [
-    (0.001, 0.5, "COLLAPSED"),
-    (0.2, 0.001, "DEAF"),
-    (0.2, 0.5, "")])
-def test_what_went_wrong_is_said(capsys, spread, heard, says):
-    m = dict(method="cls_p", model="m", data="d", seed=1, rows=dict(test=9))
+@pytest.mark.parametrize("old, new, says", [
+    ("predicted", "said", "is damaged"),
+    (",0.", ",x", "is damaged"),
+    (",calm,", ",angry,", "does not give the run's F1")])
+def test_predictions_that_somebody_changed_are_refused(tmp_path, capsys, run, old, new, says):
+    assert plm.main(run("rates_p").split()) == 0
+    (path,) = (tmp_path / "out").glob("*/*/*/*/predictions.csv")
+    path.write_text(path.read_text("utf-8").replace(old, new), "utf-8")
+    before = plm.read_json(path.parent / "metrics.json")
+    assert says in refused(capsys, run("rates_p"))
+    assert plm.read_json(path.parent / "metrics.json") == before
+
+
+def test_a_comma_in_a_label_stays_in_it(tmp_path):
+    config = configured(["sad, blue", "calm", "calm, too"])
+    rows = [plm.Annotation("t", user, (1, 0, 0)) for user in "abc"]
+    predicted = np.array([(1, 0, 0), (1, 1, 0), (0, 0, 1)])
+    plm.write_predictions(f"{tmp_path}/predictions.csv", config, rows, dict(predicted=predicted))
+    found = evidence.read_back(tmp_path, config, rows)
+    assert found["predicted"].tolist() == predicted.tolist()
+
+
+def test_flags_of_another_run_are_named_without_advice_to_start_over(capsys, run):
+    with_evidence(run("rates"))
+    says = refused(capsys, run("rates --lr 0.1 --fresh"))
+    assert "have to be those that plm.py got" in says and "--fresh" not in says
+
+
+def test_letters_that_a_terminal_does_not_know_are_written_in_others(tmp_path):
+    path = write_csv(tmp_path / "gef\u00fchl.csv", some_rows())
+    flags = ["rates", "--data", path, "--out", str(tmp_path / "out")]
+    assert plm.main(flags) == 0
+    command = [sys.executable, f"{HERE}/evidence.py", *flags]
+    ascii_only = os.environ | dict(PYTHONIOENCODING="ascii")
+    done = subprocess.run(command, env=ascii_only, capture_output=True, text=True)
+    assert done.returncode == 0 and "gef\\xfchl" in done.stdout
+
+
+@pytest.mark.parametrize("rows, spread, heard, people, says", [
+    (9, 0.001, 0.5, 0.5, "COLLAPSED"),
+    (9, 0.2, 0.001, 0.5, "DEAF"),
+    (9, 0.2, 0.001, 0.0, ""),  # no two readers of a text differ
+    (1, 0.0, 0.0, 0.0, ""),
+    (9, 0.2, 0.5, 0.5, "")])
+def test_what_went_wrong_is_said(capsys, rows, spread, heard, people, says):
+    m = dict(method="cls_p", model="m", data="d", seed=1, rows=dict(test=rows))
     m |= dict(head="cls", personalized=True, spread=spread)
-    m["listens"] = dict(model=heard, people=0.5)
+    m["listens"] = dict(model=heard, people=people)
     evidence.print_evidence(m, "out")
     found = capsys.readouterr().out
     for word in ("COLLAPSED", "DEAF"):

@@ -115,6 +115,20 @@ def test_predict_by_the_tuned_rule_shifts_the_scores(tmp_path, monkeypatch, smal
     assert plm.f1_scores(gold, shifted)["f1_macro"] == m["f1_macro_tuned"]
 
 
+def test_a_sentence_is_shown_by_the_tuned_rule(capsys, monkeypatch, trained):
+    folder, _ = trained("cls_p")
+    load_run = plm.load_run
+    monkeypatch.setattr(plm, "load_run", lambda run: (
+        load_run(run)[0] | dict(rule=[100.0, -100.0]), *load_run(run)[1:]))
+    assert go(f"predict {folder} --tuned --users u0 --text hm") == 0
+    assert capsys.readouterr().out.split()[-2:] == ["1.00", "0.00"]
+
+
+def test_without_evidence_there_is_no_tuned_rule(capsys, trained):
+    says = refused(capsys, f"predict {trained('lm_p')[0]} --tuned --text hm")
+    assert "no tuned rule: data/evidence.py adds one" in says
+
+
 def test_the_predictions_of_two_runs_lie_beside_each_other(tmp_path, trained):
     path = write_csv(tmp_path / "new.csv", [("hi", "u0")], "text user")
     for line in ("cls_p", "cls"):
@@ -251,6 +265,15 @@ def test_adapt_says_which_rows_it_left_out_and_which_it_scored(tmp_path, capsys,
     assert "without a row to learn from, read for nobody: 1" in capsys.readouterr().out
 
 
+def test_a_run_is_not_adapted_into_its_own_folder(capsys, tmp_path, trained):
+    folder, _ = trained("cls_p")
+    before = sorted(folder.iterdir())
+    path = write_csv(tmp_path / "small.csv", some_rows(12, NEW_PEOPLE))  # the run's own name
+    says = refused(capsys, f"adapt {folder} --csv {path} --out {folder.parents[3]} --fresh")
+    assert "is the run to adapt" in says
+    assert sorted(folder.iterdir()) == before
+
+
 def test_without_a_split_every_row_of_a_new_person_is_learned_from(tmp_path, trained):
     rows = some_rows(12, ["u1", "n1", "n2"])  # u1 is known, and stays as it is
     path = write_csv(tmp_path / "people.csv", rows)
@@ -294,6 +317,10 @@ def test_new_people_may_have_given_only_ratings_of_0_and_1(tmp_path):
     assert new_choices(tmp_path, ["1", "2"]) == [(0, 1, 0), (0, 0, 1)]
 
 
+def test_new_people_may_have_given_one_answer_alone(tmp_path):
+    assert new_choices(tmp_path, ["2"]) == [(0, 0, 1)]
+
+
 def test_only_a_choice_that_the_run_does_not_know_is_named(tmp_path):
     with pytest.raises(plm.BadInput, match=": 7 chosen, but the labels of the run are 0, 1, 2"):
         new_choices(tmp_path, ["1", "7"])
@@ -327,6 +354,7 @@ def test_a_csv_of_another_form_is_named(tmp_path, capsys, trained, command):
     path = write_csv(tmp_path / "new.csv", [("a", "b", 1, 0)], "txt reader calm angry")
     says = refused(capsys, f"{command} {trained('cls_p')[0]} --csv {path}")
     assert path in says and "not one column 'text'" in says
+    assert ("make data" in says) == (command == "adapt")  # which needs labels
 
 
 def test_an_error_of_ours_is_no_error_of_the_users(monkeypatch):
