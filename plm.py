@@ -6,7 +6,7 @@ better it then predicts the labels that this reader chose. This file is that exp
 of annotations to the F1 score.
 
     python plm.py cls_p                                 the default: tiny model, sample data
-    python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
+    python plm.py cls_p --model phi2 --data goemotions  the paper's model and data (make data)
 
 The next chapter is data/readers.py: a trained run reads new sentences, and gets to know new people.
 
@@ -17,7 +17,7 @@ Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it i
     ...-P             ..._p             (the examples are the user's own)
     (baselines)       rates, rates_p    label rates of everybody, and of each user
 
-Letters in the shapes below:
+Letters in the shapes below; () is a single number:
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
     T nodes of a prompt tree, or tokens of the longest of the B prompts of an encoder-decoder
     U users
@@ -57,7 +57,7 @@ from contextlib import contextmanager
 from email.utils import mktime_tz, parsedate_tz
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -121,19 +121,21 @@ def short(x):
 
 
 # 1. What can be run -------------------------------------------------------------------------------
-# A model, a method or a recipe is a row of a table. Our recipe is overruled by what was tuned for a
-# model, the paper's is not; a flag overrules both.
+# A model, a method or a recipe is a row of a table. For every run make_config (section 13) merges
+# what the tables, the flags and the data say into one dict, `config`, which most functions below
+# are given: the recipe; if it is ours, what was tuned for the model; the flags (section 14), which
+# overrule both; the fields of the Method; and labels, single, ordered and none of the Dataset.
 
 OURS = dict(
     ids="token",         # how the prompt names the user: token or number (section 3)
     prompt="tree",       # the reader behind the text; "paper": before it, as in [1]
     nobody=True,         # learn to read for nobody in particular as well (section 10)
-    tune="lora",         # "full" trains every weight
+    tune="lora",         # "full" trains every weight but those of the LM's head
     quant=True,          # False leaves the weights as they are stored
     r=8, alpha=32, dropout=0.0,  # LoRA on every linear of the backbone, times alpha / r [3]
     lr=4e-4,             # learning rate
     head_lr=1,           # of the classification head: times lr
-    user_lr=35,          # of the user tokens: times lr, times the size of the embeddings
+    user_lr=35,          # of the user tokens: times lr, times the RMS of the embeddings' entries
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient
@@ -183,9 +185,10 @@ for name, head, shots in [
 # 2. Annotations and splits ------------------------------------------------------------------------
 # One row of a CSV is one person's judgement of one text. There is one form: columns `text` and
 # `user`, then the labels. Several label columns hold 0 and 1, and any number may be chosen; a
-# single one names the choice, in words or as a rating in numbers. A `split` column is followed to
-# the letter. Without one a hash splits the texts, and validation and test keep only users that
-# training knows: the model has met the reader, never the text [1].
+# single one names the choice, in words or as a rating in numbers (of 0 and 1 the labels "not x" and
+# "x" are made). A `split` column is followed to the letter. Without one a hash splits the texts,
+# and validation and test keep only users that training knows: the model has met the reader, never
+# the text [1].
 #
 # data/prepare.py makes this form of nearly any file. So nothing is guessed or mended here: the
 # first cell that is not what CELLS says ends the run, with the command that makes the form.
@@ -206,6 +209,11 @@ class Annotation(NamedTuple):
     text: str
     user: str
     labels: tuple  # (L) of 0 and 1
+
+
+def gold_labels(annotations):
+    """(R, L) of 0 and 1: what was really chosen."""
+    return np.array([a.labels for a in annotations])
 
 
 class Dataset(NamedTuple):
@@ -256,7 +264,8 @@ def read_csv(path, *needed):
     check(rows, "no annotations in it")
     columns = reader.fieldnames
     for column in (*needed, *columns):
-        check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
+        check(columns.count(column) == 1,
+              f"needs exactly one column {column!r}, not {', '.join(columns)}")
     # DictReader has what is too much in a row under None.
     check(all(None not in row for row in rows), "a row has more cells than the header")
     return rows
@@ -283,8 +292,8 @@ def label_cells(rows, columns):
         return {f"not {column}": (column, "0"), column: (column, "1")}, False
     ordered = all(map(NUMBER.fullmatch, values))
     meaning = float if ordered else str
-    check(1 < len(set(map(meaning, values))) == len(values) <= 100,
-          f"{column!r} holds {len(values)} values, not 2 to 100, each of them spelled in one way")
+    check(2 <= len(values) <= 100, f"{column!r} holds {len(values)} values, not 2 to 100")
+    check(len(set(map(meaning, values))) == len(values), f"{column!r} spells a value in two ways")
     return {cell: (column, cell) for cell in sorted(values, key=meaning)}, ordered
 
 
@@ -371,10 +380,11 @@ def print_data(data):
     print("a row of train chooses", short(dict(zip(data.labels, rates))))
 
 
-# 3. Prompts ---------------------------------------------------------------------------------------
+# 3. Prompts and answers ---------------------------------------------------------------------------
 # Our prompt asks about the text first and names the reader last: all readers of a text share what
 # stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
-# reads the classes. LM-P's has a colon behind the reader, and there the answer begins:
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins. (A prompt
+# that names no reader ends with the line "### Response:", as the paper's.)
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -434,7 +444,7 @@ def prompt_pieces(config, text, user, examples=()):
     """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "first" begins
     it, "text" may be cut if it is long, "reader" may be a token, "words" are ours."""
     reader = [USER_ID, ("reader", f" {user}")]
-    order = config["personalized"] and config["prompt"]
+    order = config["prompt"] if config["personalized"] else "names no reader"
     pieces = [("first", instruction(config))]
     if order == "paper":
         pieces += reader
@@ -455,17 +465,41 @@ def words_of(text):
     return "".join(letters).split()
 
 
-def answer_room(data, head):
-    """How many tokens an answer may take, here and over HTTP: those of the longest in the data (a
-    token seldom holds less than two bytes), and a sentence around it. BadInput if an LM's answer
-    would be read as other labels than it was written for."""
-    longest = 0
+def parse_answer(answer, labels, single=False):
+    """((L) of 0 and 1, number of words that belong to no label). Where one label begins another the
+    longer is read. If only one label may be chosen, the first that is named counts."""
+    label_of = {}  # the words of a label -> the label
+    for i, label in enumerate(sorted(labels, key=len, reverse=True)):
+        name = " ".join(words_of(label))
+        if not name:  # a label of symbols alone gets a word
+            name = f"symbol{i}"
+            answer = answer.replace(label, f" {name} ")
+        label_of[name] = label
+    names = "|".join(sorted(label_of, key=len, reverse=True))
+    whole = rf"(?<!\S)(?:{names})(?!\S)"  # words are letters and digits: none to escape
+    words = " ".join(words_of(answer))
+    found = [label_of[name] for name in re.findall(whole, words)]
+    if single:
+        found = found[:1]
+    rest = re.sub(whole, "", words).split()
+    unknown = sum(word != NONE for word in rest)
+    return tuple(int(label in found) for label in labels), unknown
+
+
+def check_answers(data):
+    """BadInput if an answer would be read as other labels than it was written for."""
     for chosen in {a.labels for a in sum(data.parts.values(), [])}:
         answer = answer_text(data.labels, chosen)
         read, _ = parse_answer(answer, data.labels, data.single)
-        check(read == chosen or head not in ("lm", "ask"),
-              f"the answer{answer!r} could mean other labels: rename them, or take cls or cls_p")
-        longest = max(longest, len(answer.encode()))
+        check(read == chosen, f"the answer {answer.strip()!r} could mean other labels: rename "
+                              "them, or take cls or cls_p")
+
+
+def answer_room(data):
+    """How many tokens an answer may take, here and over HTTP: half the bytes of the longest in the
+    data (a token seldom holds less than two), and 32 for a sentence around it."""
+    chosen = {a.labels for a in sum(data.parts.values(), [])}
+    longest = max(len(answer_text(data.labels, labels).encode()) for labels in chosen)
     return 32 + longest // 2
 
 
@@ -525,9 +559,9 @@ def frame(tokenizer, chat=False):
     return around[:start], around[start:]
 
 
-def name_users(config, users, V):
-    """dict user -> the id that stands for the user, from V on; the last is nobody's. It is empty
-    where users have no token."""
+def ids_of_users(config, users, V):
+    """dict user -> the token id that stands for the user, from V on; the last is nobody's. It is
+    empty where users have no token."""
     if not config["personalized"] or config["ids"] == "number":
         return {}
     return {user: V + i for i, user in enumerate([*users, NOBODY])}
@@ -544,9 +578,9 @@ class Row(NamedTuple):
     weight: float = 1.0  # of this row in the loss
 
 
-def encode(tokenizer, config, annotations, train, names):
+def encode(tokenizer, config, annotations, train, user_ids):
     """(list of Row, Counter of texts_cut and too_few_examples) of the annotations. `train` has the
-    examples, `names` is what name_users returned."""
+    examples, `user_ids` is what ids_of_users returned."""
     before, after = frame(tokenizer, chat=config["head"] == "ask")
     choose_examples = example_chooser(config, train)
     counts = Counter()
@@ -569,13 +603,13 @@ def encode(tokenizer, config, annotations, train, names):
             ids = ids_of(kind, piece)
             if kind == "reader":
                 reader_at = len(prompt)
-                if names:
-                    ids = (names.get(a.user, names[NOBODY]),)
+                if user_ids:
+                    ids = (user_ids.get(a.user, user_ids[NOBODY]),)
             prompt += ids
         prompt += after
         nobody = ()
-        if names:
-            nobody = (*prompt[:reader_at], names[NOBODY], *prompt[reader_at + 1:])
+        if user_ids:
+            nobody = (*prompt[:reader_at], user_ids[NOBODY], *prompt[reader_at + 1:])
         answer = (*ids_of("words", answer_text(config["labels"], a.labels)), tokenizer.eos_token_id)
         rows.append(Row(prompt, reader_at, nobody, answer, a.labels, a))
     return rows, counts
@@ -608,13 +642,16 @@ def label_tokens(tokenizer, config):
 #     index         0      8     11  ...   of -1.0, 0.0796, 0.3379
 #     bytes      0x08         0xB?   ...
 #
-# The absmax themselves take 8 bits ("double quantization"): less their mean, blocks of 256 are
-# rounded to the 256 values of the dynamic map [5] in the same way. Together that makes
-# 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, byte for byte what bitsandbytes stores [4].
+# The absmax themselves take 8 bits ("double quantization"): their mean is subtracted, and in blocks
+# of 256 they are rounded to the 256 values of the dynamic map [5] in the same way. Together that
+# makes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, byte for byte what bitsandbytes stores
+# [4].
 #
 # And in training? The gradient of x W^T by x needs W. Had we written F.linear(x, dequantize()),
 # autograd would keep the dense W of every layer until the backward pass, and the saving would be
-# gone. NF4Matmul keeps the layer's bytes alone and dequantizes once more on the way back.
+# gone. NF4Matmul keeps the layer's bytes alone and dequantizes once more on the way back. (Where
+# memory is plentiful, section 7 keeps a dense copy of the rounded weights after all: the same
+# numbers, faster.)
 
 NF4 = torch.tensor([  # a test computes these quantiles anew
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -635,9 +672,10 @@ def dynamic_map():
 
 
 @functools.cache
-def on_device(table, device):
-    """On the device, copied once: the two values of NF4 in every byte (256, 2), or dynamic_map."""
-    values = torch.cartesian_prod(NF4, NF4) if table == "nf4" else dynamic_map()
+def codebook(code, device):
+    """What a stored byte means, as a table on the device: of "nf4" its two values (256, 2), of
+    "dynamic" the one value of dynamic_map (256)."""
+    values = torch.cartesian_prod(NF4, NF4) if code == "nf4" else dynamic_map()
     return values.to(device)
 
 
@@ -654,9 +692,9 @@ def in_blocks(flat, size):
 
 
 def scaled_to_one(blocks):
-    """(blocks (b, size) divided by their largest magnitudes, and the magnitudes (b))"""
+    """(the rows of blocks (.., size) divided by their largest magnitudes, and these (..))"""
     absmax = blocks.abs().amax(1)
-    inverse = 1 / absmax.clamp(min=1e-38)  # [4] multiplies by it: the last bit differs
+    inverse = 1 / absmax.clamp(min=1e-38)  # as [4]: blocks / absmax has other last bits
     return blocks * inverse[:, None], absmax
 
 
@@ -679,7 +717,7 @@ def quantize_absmax(absmax):
 
 
 class NF4Matmul(torch.autograd.Function):
-    """x (.., K) -> x W^T (.., N), with a backward pass that dequantizes W again."""
+    """x (.., K) -> x W^T + bias (.., N), with a backward pass that dequantizes W again."""
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
@@ -698,7 +736,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # the weights to compute with, if not the bytes: see quantize, keep_dense
+        self.dense = None  # or a dense W to compute with: see quantize and keep_dense, section 7
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -708,7 +746,7 @@ class NF4Linear(nn.Module):
 
     def absmax(self):
         """(blocks) float32, what quantize_absmax rounded"""
-        code = on_device("dynamic", self.packed.device)[self.absmax_code.int()]
+        code = codebook("dynamic", self.packed.device)[self.absmax_code.int()]
         scale = self.absmax_scale.repeat_interleave(256)[:len(code)]
         return code * scale + self.absmax_offset
 
@@ -716,7 +754,7 @@ class NF4Linear(nn.Module):
         """(N, K) the weights to compute with; from the bytes in float32, cast last."""
         if self.dense is not None:
             return self.dense.to(dtype)
-        values = on_device("nf4", self.packed.device)[self.packed.int()]
+        values = codebook("nf4", self.packed.device)[self.packed.int()]
         blocks = in_blocks(values.flatten(), 64) * self.absmax()[:, None]
         return blocks.flatten()[:self.N * self.K].view(self.N, self.K).to(dtype)
 
@@ -770,10 +808,10 @@ def add_lora(model, r, alpha, dropout):
 #                                                   +- 96
 #
 # Every token of it is a node. We lay all nodes into one flat sequence without padding, each behind
-# its parent, and call the transformer once. Only two things in a transformer mix tokens or know
-# where they stand, and both are arguments. The position of a node is its depth in the tree: 17 and
-# 44 above have the same. And attention has a mask: a node sees itself and what its parent sees,
-# that is, its own branch back to the root, as it would in a prompt of its own:
+# its parent, and call the transformer once. Its tokens know of each other in two ways only, and we
+# pass both to the call. The first are positions: that of a node is its depth in the tree, so 17 and
+# 44 above have the same position. The second is the mask of attention: a node sees itself and what
+# its parent sees, that is, its own branch back to the root, as in a prompt of its own:
 #
 #     node  token  parent  position    sees 0 1 2 3 4 5
 #        0  Text:      -          0         x
@@ -787,16 +825,17 @@ def add_lora(model, r, alpha, dropout):
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
 
 def prompt_tree(paths, share=True):
-    """(input_ids, positions, parents: lists over T nodes; branches: the nodes of each path) of
-    sequences of ids. The nodes of a path come in the order of the paths. Without `share`, each path
-    has all of its nodes for itself."""
+    """Merges sequences of ids (paths) into a tree. Returns input_ids, positions and parents, lists
+    over its T nodes, and branches: the nodes of each path from its first token on. Nodes are
+    numbered as they are met: all of the first path, then what the second adds, and so on. Without
+    `share` no two paths meet."""
     input_ids = []
     positions = []
     parents = []
     branches = []
     node_of = {}  # (parent, token) -> node
     for i, path in enumerate(paths):
-        parent = -1 if share else -1 - i  # a root for all, or one of the path's own
+        parent = -1 if share else -1 - i  # no node is negative; paths that start alike may meet
         branch = []
         for position, token in enumerate(path):
             key = (parent, token)
@@ -873,7 +912,8 @@ class PersonalizedLM(nn.Module):
         return self
 
     def trainable(self):
-        """dict name -> parameter of all that is trained: LoRA, the classification head, users."""
+        """dict name -> parameter of all that is trained: LoRA (or the whole backbone), the
+        classification head, users."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def embed(self, input_ids):
@@ -889,8 +929,8 @@ class PersonalizedLM(nn.Module):
         return torch.where(is_user, as_users.to(as_words.dtype), as_words)
 
     def decode(self, input_ids, positions, sees, cache=None):
-        """(T, D) the states of the nodes of a tree in a decoder; sees (T, all nodes so far). With a
-        cache, the nodes that it holds come first, and these are added to it."""
+        """(T, D) the states of T nodes of a tree in a decoder; sees (T, nodes in the cache + T).
+        These nodes are numbered behind those in the cache, if there is one, and are added to it."""
         out = self.lm.base_model(
             inputs_embeds=self.embed(input_ids[None]), position_ids=positions[None],
             attention_mask=additive_mask(sees, self.lm.dtype), past_key_values=cache,
@@ -903,8 +943,9 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads. By index_select: on a CPU the backward pass of
-        x[index] would add up in another order in every run. On a GPU that of either does."""
+        """(P, D) the states that the head reads, at the places of a batch (section 8). index_select
+        and not x[index], whose backward pass adds in another order in every run on a CPU. (On a GPU
+        both do.)"""
         if not self.seq2seq:
             states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
@@ -986,15 +1027,15 @@ def fingerprint(lm, tokenizer):
     sha = hashlib.sha256()
     for name, tensor in sorted(lm.state_dict().items()):
         flat = tensor.flatten()
-        some = flat[::max(len(flat) // 1000, 1)].float()  # training moves nearly all of them
+        some = flat[::max(len(flat) // 1000, 1)].float()  # training changes nearly all numbers
         sha.update(name.encode() + some.numpy().tobytes())
     sha.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return sha.hexdigest()[:16]
 
 
 def quantize(lm, device, quant=True):
-    """The model, frozen, in float32 on the device, its linear layers in NF4. Without `quant` they
-    keep the weights as they were stored as well, and compute with those."""
+    """The model, frozen, in float32 on the device, its linear layers turned into NF4Linear. Without
+    `quant` these have their bytes all the same, but compute with the stored weights (`dense`)."""
     head = lm.get_output_embeddings()
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
@@ -1066,12 +1107,12 @@ def keep_dense(model):
     dequantized anew then, which is faster."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     if model.device.type == "cuda":
-        room = torch.cuda.mem_get_info()[1]
+        memory = torch.cuda.mem_get_info()[1]
     else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     dtype = model.lm.dtype
     needed = sum(layer.N * layer.K * dtype.itemsize for layer in layers)
-    if 4 * needed <= room:
+    if 4 * needed <= memory:
         for layer in layers:
             layer.dense = layer.dequantize(dtype)
 
@@ -1085,10 +1126,10 @@ def load_model(config, users=()):
     fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
     trained = config["head"] != "ask"
-    whole = trained and config["tune"] == "full"  # for comparison, in float32; not the LM's head
-    if whole:
+    full = trained and config["tune"] == "full"
+    if full:  # no NF4, no LoRA: the backbone itself is trained, in float32, to compare with
         lm = lm.to(device).float().eval()
-        lm.get_output_embeddings().requires_grad_(False)
+        lm.get_output_embeddings().requires_grad_(False)  # nor what is tied to it
     else:
         lm = quantize(lm, device, config["quant"])
         if trained:
@@ -1099,7 +1140,7 @@ def load_model(config, users=()):
     model = PersonalizedLM(lm, head, len(config["labels"]), n_users, tokens).train(False)
     model.share = config["share"]
     check_forward(model)
-    if not whole:
+    if not full:
         cast(model, compute_dtype(device, lm.config.hidden_size, config["dtype"]))
         if config["quant"] and not config["no_dense"]:
             keep_dense(model)
@@ -1113,7 +1154,7 @@ def load_model(config, users=()):
 # computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
 # the state at a token predicts the next.
 
-MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
+MAX_NODES = {"cpu": 1024, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -1128,7 +1169,8 @@ def targets_of(rows, head):
 
 
 def tree_batch(model, rows, head, before=()):
-    """The batch of some rows for a decoder: their prompt tree. The nodes of `before` come first."""
+    """The batch of some rows for a decoder: their prompt tree. `before`: sequences of ids whose
+    nodes are numbered first, though nothing is read there (data/readers.py has some)."""
     paths = list(before)
     for row in rows:
         answer = row.answer[:-1] if head == "lm" else ()
@@ -1190,48 +1232,37 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order; the rows of a text stay together, where they share."""
+    """Lists of `size` rows in random order; those of a text stay together and share its nodes."""
     texts = by_text(rows)
     rng.shuffle(texts)
     flat = [row for own in texts for row in own]
     return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
-def micro_batches(rows, size, max_nodes):
-    """Lists of at most `size` rows, neighbours, that have about `max_nodes` nodes at most."""
-    parts = [[]]
+def micro_batches(model, rows, size):
+    """Lists of at most `size` rows, neighbours, that have about MAX_NODES nodes at most."""
+    max_nodes = MAX_NODES[model.device.type]
+    chunks = [[]]
     nodes = 0
     last = ()
     for row in rows:
         path = row.prompt + row.answer
-        new = len(path) - len(os.path.commonprefix([path, last]))  # nodes that it adds
-        if parts[-1] and (len(parts[-1]) == size or nodes + new > max_nodes):
-            parts.append([])
+        shared = os.path.commonprefix([path, last]) if model.share else ()
+        new = len(path) - len(shared)  # nodes that it adds
+        if chunks[-1] and (len(chunks[-1]) == size or nodes + new > max_nodes):
+            chunks.append([])
             nodes = 0
             new = len(path)
-        parts[-1].append(row)
+        chunks[-1].append(row)
         nodes += new
         last = path
-    return parts
+    return chunks
 
 
 # 9. Scores ----------------------------------------------------------------------------------------
 # The paper's score is the F1 of each label and their plain mean: a rare label counts as much as a
 # frequent one. Beside it stands the loss, which asks how probable the model took the truth to be.
 # How far such numbers can be believed is asked in data/evidence.py.
-
-def gold_labels(annotations):
-    """(R, L) of 0 and 1: what was really chosen."""
-    return np.array([a.labels for a in annotations])
-
-
-def rows_of(keys):
-    """dict key -> list of the rows that have it."""
-    found = defaultdict(list)
-    for row, key in enumerate(keys):
-        found[key].append(row)
-    return found
-
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_macro_present, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays
@@ -1259,7 +1290,7 @@ def probabilities(scores, single):
 
 
 def mean_loss(gold, scores, single):
-    """Mean negative log-likelihood of the rows of a single choice, else of their labels."""
+    """Mean negative log-likelihood, per row of a single choice, else per label of each row."""
     p = probabilities(scores, single)
     of_truth = p[gold.astype(bool)] if single else np.where(gold, p, 1 - p)
     return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
@@ -1286,13 +1317,14 @@ def score(config, annotations, result):
 
 
 # 10. Training -------------------------------------------------------------------------------------
-# The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
-# that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
-# however its rows are cut into micro-batches. A personalized model of ours also learns to read for
-# nobody: each text of a step is read once more behind nobody's token (one node of the tree), and
-# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine
-# schedule with warm-up, clipped gradients; the epoch with the lowest validation loss is kept [1].
-# Dropout depends on seed and step alone, so a run that is taken up again needs no random state.
+# The loss of CLS is the cross-entropy of a single choice, else the binary cross-entropy of the
+# labels; the loss of LM is the cross-entropy of the answer's tokens. Either is a weighted mean over
+# all targets of a step, however its rows are cut into micro-batches. A personalized model of ours
+# also learns to read for nobody: each text of a step is read once more behind nobody's token (one
+# node of the tree), and what its readers chose is what should be said there, at a lower weight.
+# AdamW in float32, a cosine schedule with warm-up, clipped gradients; the epoch with the lowest
+# validation loss is kept [1]. Dropout depends on seed and step alone, so a run that is taken up
+# again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
@@ -1326,11 +1358,13 @@ def learning_rate(step, steps, lr, warmup):
 
 
 def make_optimizer(model, config):
-    """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
-    # A step of AdamW is as long as its rate; T5's embeddings are 100 times as long as SmolLM2's.
+    """AdamW over LoRA (or the backbone), the classification head and the user tokens, each at its
+    own rate."""
+    # AdamW moves every number by about its rate, whatever its size. Those in T5's embeddings are
+    # 100 times SmolLM2's, so the rate of users is in units of their root mean square (RMS).
     words = model.lm.get_input_embeddings().weight
-    size = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
-    rates = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * size)
+    rms = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
+    rates = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * rms)
     groups = []
     for kind, times in rates.items():
         params = [p for name, p in model.trainable().items() if name.startswith(kind)]
@@ -1347,8 +1381,8 @@ def prepare_step(model, rows, config):
         for own in texts:
             rows += own + for_nobody(own)
     size = config["micro_batch"] or len(rows)
-    parts = micro_batches(rows, size, MAX_NODES[model.device.type])
-    return [make_batch(model, part) for part in parts]
+    chunks = micro_batches(model, rows, size)
+    return [make_batch(model, chunk) for chunk in chunks]
 
 
 def update(optimizer, lr):
@@ -1365,9 +1399,9 @@ def train_step(model, batches, optimizer, lr, config):
     total = sum(batch["weight"].sum() for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = summed_loss(model(batch), batch, model.head, config["single"]) / total
-        part.backward()
-        loss += part.detach()
+        share = summed_loss(model(batch), batch, model.head, config["single"]) / total
+        share.backward()
+        loss += share.detach()
     nn.utils.clip_grad_norm_(model.trainable().values(), config["clip"])
     update(optimizer, lr)
     return loss
@@ -1418,38 +1452,39 @@ def plan_steps(rows, config):
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
-        for part in shuffled_steps(rows, config["batch"], rng):
-            plan.append((epoch, part))
+        for own in shuffled_steps(rows, config["batch"], rng):
+            plan.append((epoch, own))
     return plan[:config["max_steps"] or None]
 
 
-def parts_to_read(model, rows, config):
+def chunks_to_read(model, rows, config):
     """Lists of rows for one forward pass each. Neighbours share most, and are of about one length,
     for an encoder's padding."""
     rows = sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt))
-    size = 2 * config["micro_batch"] or 256  # or as many as fit into a tree
-    return micro_batches(rows, size, MAX_NODES[model.device.type])
+    size = 2 * config["micro_batch"] if config["micro_batch"] else 256
+    return micro_batches(model, rows, size)
 
 
 @torch.no_grad()
 def read_labels(model, rows, config, what):
-    """(mean loss, scores (R, L)) of encoded rows. Scores of an LM are the logits of the tokens with
-    which labels begin to differ, behind what they have in common."""
+    """(mean loss, scores (R, L)) of encoded rows. An LM reads each prompt with its true answer
+    behind it. Its scores are the logits at the first place where answers differ (label_tokens):
+    only what all answers have in common stands before it, so nothing of the truth is in them."""
     model.train(False)
     loss = torch.zeros((), device=model.device)
     total = 0.0
     scores = {}  # of each prompt
-    for part in progress(parts_to_read(model, rows, config), what, "batches"):
-        batch = make_batch(model, part)
+    for chunk in progress(chunks_to_read(model, rows, config), what, "batches"):
+        batch = make_batch(model, chunk)
         out = model(batch)
         loss += summed_loss(out, batch, model.head, config["single"])
         total += float(batch["weight"].sum())
         if model.head == "lm":
             place, tokens = model.label_tokens
-            answers = out.split([len(row.answer) for row in part])
+            answers = out.split([len(row.answer) for row in chunk])
             out = torch.stack([logits[place] for logits in answers])
             out = out[:, tokens[:len(config["labels"])]]
-        for row, line in zip(part, out.float().cpu().numpy()):
+        for row, line in zip(chunk, out.float().cpu().numpy()):
             scores[row.prompt] = line
     return loss.item() / total, np.array([scores[row.prompt] for row in rows])
 
@@ -1483,34 +1518,34 @@ def train(model, rows, config, base_sha, folder):
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step, (epoch, part) in enumerate(plan[state["step"]:], state["step"] + 1):
+        for step, (epoch, own) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
-            batches = batches or prepare_step(model, part, config)
+            batches = batches or prepare_step(model, own, config)
             tokens = sum(batch["tokens"] for batch in batches)
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            if step < len(plan):  # while a GPU computes
+            if step < len(plan):  # plan counts from 0: the next step, while a GPU computes this
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
             bar.update()
             state["step"] = step
             state["seconds"] += time.perf_counter() - start
-            ends = step == len(plan) or plan[step][0] > epoch  # does the epoch?
-            if ends:
+            epoch_ends = step == len(plan) or plan[step][0] > epoch
+            if epoch_ends:
                 val_loss, _ = read_labels(model, rows["val"], config, "validate")
                 record(log, step=step, epoch=epoch, val_loss=val_loss)
                 bar.write(f"epoch {epoch}: val_loss {short(val_loss)}", file=sys.stdout)
                 if val_loss < state["val_loss"]:
                     state["val_loss"] = val_loss
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
-            if ends or time.time() - saved > SAVE_EVERY:
+            if epoch_ends or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
                 save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    rows_per_second = sum(len(part) for _, part in plan) / state["seconds"]
+    rows_per_second = sum(len(own) for _, own in plan) / state["seconds"]
     return dict(val_loss=state["val_loss"], step=len(plan), rows_per_second=rows_per_second)
 
 
@@ -1565,8 +1600,8 @@ def write_answers(model, tokenizer, rows, config):
     write = write_with_encoder_decoder if model.seq2seq else write_with_decoder
     distinct = {row.prompt: row for row in rows}  # equal prompts are answered once
     replies = {}
-    for part in progress(parts_to_read(model, distinct.values(), config), "write", "batches"):
-        prompts = [row.prompt for row in part]
+    for chunk in progress(chunks_to_read(model, distinct.values(), config), "write", "batches"):
+        prompts = [row.prompt for row in chunk]
         for prompt, ids in zip(prompts, write(model, prompts, ends, limit)):
             end = next((i for i, token in enumerate(ids) if token in ends), None)
             answer = tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -1574,32 +1609,13 @@ def write_answers(model, tokenizer, rows, config):
     return [replies[row.prompt] for row in rows]
 
 
-def parse_answer(answer, labels, single=False):
-    """((L) zeros and ones, number of words that belong to no label). Of labels that begin alike the
-    longest is meant, of a single choice the first."""
-    label_of = {}  # the words of a label -> the label
-    for i, label in enumerate(sorted(labels, key=len, reverse=True)):
-        name = " ".join(words_of(label))
-        if not name:  # a label of symbols alone gets a word
-            name = f"symbol{i}"
-            answer = answer.replace(label, f" {name} ")
-        label_of[name] = label
-    names = "|".join(sorted(label_of, key=len, reverse=True))
-    whole = rf"(?<!\S)(?:{names})(?!\S)"  # words are letters and digits: none to escape
-    words = " ".join(words_of(answer))
-    found = [label_of[name] for name in re.findall(whole, words)]
-    if single:
-        found = found[:1]
-    rest = re.sub(whole, "", words).split()
-    unknown = sum(word != NONE for word in rest)
-    return tuple(int(label in found) for label in labels), unknown
-
-
 def final_words(reply, in_thought=False):
-    """What a reply says in the end: what stands behind its thoughts, and before the next section of
-    a prompt, which models write that only continue a text. "" if it was cut off before that."""
+    """The answer in a reply, without the thoughts before it and without the next "###" section,
+    which a model writes that only continues the text. "" if the reply was cut off before its end.
+    """
     _, thought_ended, answer = reply["answer"].rpartition("</think>")
-    if "<think>" in answer or in_thought and not thought_ended:
+    unfinished = in_thought and not thought_ended
+    if unfinished or "<think>" in answer:
         return ""
     answer, next_section, _ = answer.partition(SECTION)
     return "" if reply["cut"] and not next_section else answer
@@ -1640,9 +1656,17 @@ def predict(model, tokenizer, rows, config):
     return result | read_answers(replies, config, "<think>" in opened)
 
 
+def rows_of(keys):
+    """dict key -> list of the rows that have it."""
+    found = defaultdict(list)
+    for row, key in enumerate(keys):
+        found[key].append(row)
+    return found
+
+
 def predict_rates(data, config, annotations):
-    """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's as
-    if five more of the user's rows were everybody's mean."""
+    """dict(predicted, scores): log odds of the labels in training (of a single choice log rates), a
+    user's shrunk to everybody's as if five more of the user's rows were everybody's mean."""
     train = data.parts["train"]
     gold = gold_labels(train)
     overall = gold.mean(0)
@@ -1925,6 +1949,8 @@ def make_config(args, data):
     config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
+    if method.head in ("lm", "ask"):
+        check_answers(data)
     config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
@@ -1933,8 +1959,7 @@ def make_config(args, data):
         config["server"] = server_address()
     return config | dict(
         data=data.name, split=args.split_col, data_sha=data.sha, labels=data.labels,
-        single=data.single, ordered=data.ordered, none=data.none,
-        answer_room=answer_room(data, method.head))
+        single=data.single, ordered=data.ordered, none=data.none, answer_room=answer_room(data))
 
 
 def model_name(model):
@@ -1989,11 +2014,11 @@ def settle(folder, config, fresh):
 def encode_parts(model, tokenizer, config, users, parts, train):
     """(dict part -> list of Row, Counter of texts_cut and too_few_examples) of the annotations of
     parts; BadInput if a prompt with its answer is longer than what a decoder reads at once."""
-    names = name_users(config, users, model.V)
+    user_ids = ids_of_users(config, users, model.V)
     rows = {}
     counts = Counter()
     for part, annotations in parts.items():
-        rows[part], found = encode(tokenizer, config, annotations, train, names)
+        rows[part], found = encode(tokenizer, config, annotations, train, user_ids)
         counts += found
     longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
@@ -2141,7 +2166,7 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
 
 
 def print_metrics(m, says):
-    """A run, and those of its metrics that there is something to say of."""
+    """What a run was, and the metrics that `says` explains."""
     head = "\n{method} with {model} on {data}, seed {seed}, {rows[test]:,} test rows"
     print(head.format(**m))
     for key, what in says.items():
@@ -2174,7 +2199,7 @@ def load_run(folder):
 
 
 # 14. The command line -----------------------------------------------------------------------------
-# What a user can say, and what a user is told if it cannot be done: one line, and status 2.
+# The flags. What cannot be done is said in one line, and the exit status is 2.
 
 def number(kind, least, most=10 ** 18):
     """An argparse type: a number of that kind, from `least` to `most`."""
@@ -2189,7 +2214,7 @@ def number(kind, least, most=10 ** 18):
 
 
 COUNT = number(int, 1)
-FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
+FLAGS = [  # (flag, arguments of add_argument); no default: TUNED or the recipe has the value
     ("--model", dict(default="tiny",
                      help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
@@ -2207,7 +2232,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
     ("--batch", dict(type=COUNT, help="annotations a step")),
-    ("--micro-batch", dict(type=COUNT, default=0, help="of these computed at once: less memory")),
+    ("--micro-batch", dict(type=COUNT, default=0, help="prompts computed at once: less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
     ("--max-text", dict(type=COUNT, default=384, help="tokens of a text (384)")),

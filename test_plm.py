@@ -481,7 +481,7 @@ def test_rows_that_have_fewer_examples_are_counted():
 def test_a_user_is_a_token_behind_the_vocabulary_and_a_stranger_is_nobody():
     tokenizer = tiny_tokenizer()
     config = configured("cls_p")
-    names = plm.name_users(config, ["a7", "b8"], 2048)
+    names = plm.ids_of_users(config, ["a7", "b8"], 2048)
     asked = [plm.Annotation("hi", user, (0, 1)) for user in ("a7", "b8", "new", "newer")]
     rows, _ = plm.encode(tokenizer, config, asked, [], names)
     assert names == {"a7": 2048, "b8": 2049, plm.NOBODY: 2050}
@@ -494,7 +494,7 @@ def test_a_user_is_a_token_behind_the_vocabulary_and_a_stranger_is_nobody():
 def test_a_user_of_the_paper_is_a_number():
     tokenizer = tiny_tokenizer()
     config = configured("cls_p --recipe paper")
-    names = plm.name_users(config, ["17"], 2048)
+    names = plm.ids_of_users(config, ["17"], 2048)
     rows, _ = plm.encode(tokenizer, config, [plm.Annotation("hi", "17", (0, 1))], [], names)
     assert names == {}
     assert rows[0].nobody == ()
@@ -513,13 +513,12 @@ def dataset_of(labels, rows, single=False):
 def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, rows):
     data = dataset_of(labels, rows)
     with pytest.raises(plm.BadInput, match="could mean other labels"):
-        plm.answer_room(data, "lm")
-    plm.answer_room(data, "cls")
+        plm.check_answers(data)
 
 
 def test_labels_that_an_answer_tells_apart_are_taken():
-    plm.answer_room(dataset_of(["a,b", "c", "none"], "100 010 001", single=True), "ask")
-    plm.answer_room(dataset_of(["a,b", "c"], "11 10 01 00"), "lm")
+    plm.check_answers(dataset_of(["a,b", "c", "none"], "100 010 001", single=True))
+    plm.check_answers(dataset_of(["a,b", "c"], "11 10 01 00"))
 
 
 def test_the_room_for_an_answer_is_that_of_the_longest_in_the_data():
@@ -528,8 +527,8 @@ def test_the_room_for_an_answer_is_that_of_the_longest_in_the_data():
     data = dataset(labels, train=[plm.Annotation("t", "u", chosen)])
     answer = plm.answer_text(labels, chosen)
     for name in ("tiny", "tiny_t5"):
-        assert plm.answer_room(data, "lm") > len(plm.tokenize(tiny_tokenizer(name), answer)) / 2
-    assert plm.answer_room(dataset(), "lm") == 32
+        assert plm.answer_room(data) > len(plm.tokenize(tiny_tokenizer(name), answer)) / 2
+    assert plm.answer_room(dataset()) == 32
 
 
 @pytest.mark.parametrize("labels, place", [(["calm", "angry"], 0), (["is_calm", "is_angry"], 1)])
@@ -1244,15 +1243,18 @@ def test_the_order_of_steps_is_the_seeds():
     assert plm.shuffled_steps(rows, 32, random.Random(6)) != first
 
 
-def test_micro_batches_are_bounded_by_rows_and_by_nodes():
+@pytest.mark.parametrize("size, max_nodes", [(5, 10 ** 9), (10 ** 9, 150), (4, 100)])
+@pytest.mark.parametrize("share", [True, False])
+def test_micro_batches_are_bounded_by_rows_and_by_nodes(monkeypatch, size, max_nodes, share):
+    monkeypatch.setitem(plm.MAX_NODES, "cpu", max_nodes)
+    model = types.SimpleNamespace(device=CPU, share=share)
     rows = random_rows(texts=20)
-    for size, max_nodes in ((5, 10 ** 9), (10 ** 9, 150), (4, 100)):
-        parts = plm.micro_batches(rows, size, max_nodes)
-        assert sum(parts, []) == rows
-        for part in parts:
-            nodes = plm.prompt_tree([row.prompt + row.answer for row in part])[0]
-            assert len(part) <= size
-            assert len(nodes) <= max_nodes
+    chunks = plm.micro_batches(model, rows, size)
+    assert sum(chunks, []) == rows
+    for chunk in chunks:
+        nodes = plm.prompt_tree([row.prompt + row.answer for row in chunk], share)[0]
+        assert len(chunk) <= size
+        assert len(nodes) <= max_nodes
 
 
 def test_padding_goes_by_lengths_and_not_by_the_padding_token():
@@ -2287,7 +2289,7 @@ def test_where_readers_do_not_differ_a_stranger_reads_as_the_plain_model(tmp_pat
     for method in ("cls", "cls_p"):
         folder = finished(tmp_path / method, f"{method} --data {path} --epochs 3")
         config, model, tokenizer, users = plm.load_run(folder)
-        names = plm.name_users(config, users, model.V)
+        names = plm.ids_of_users(config, users, model.V)
         encoded, _ = plm.encode(tokenizer, config, strangers, [], names)
         scores = plm.predict(model, tokenizer, encoded, config)["scores"]
         read[method] = plm.probabilities(scores, False)
@@ -2622,11 +2624,11 @@ def gpu_step(device, mode, line):
 def check_gpu():
     """Steps of both kinds of model run on the pretended GPU, and seeded faults are caught."""
     device, mode = pretend_gpu()
-    on_device = plm.on_device.__wrapped__
+    codebook = plm.codebook.__wrapped__
     dequantize = plm.NF4Linear.dequantize
     summed_loss = plm.summed_loss
     faults = [
-        (plm, "on_device", lambda table, device: on_device(table, CPU), "two devices"),
+        (plm, "codebook", lambda code, device: codebook(code, CPU), "two devices"),
         (plm.NF4Linear, "dequantize", lambda layer, dtype: dequantize(layer), "two dtypes"),
         (plm, "summed_loss", lambda *x: summed_loss(*x) * summed_loss(*x).item(), "_local_scalar"),
         (plm, "summed_loss", lambda *x: summed_loss(*x).cpu(), "waits for a copy")]

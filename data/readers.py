@@ -150,8 +150,7 @@ def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
     size = config["micro_batch"] or config["batch"]
-    parts = plm.micro_batches(rows, size, plm.MAX_NODES[model.device.type])
-    batches = [reader_batch(model, part) for part in parts]
+    batches = [reader_batch(model, chunk) for chunk in plm.micro_batches(model, rows, size)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:

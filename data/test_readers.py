@@ -223,7 +223,7 @@ def test_adapting_learns_a_person(tmp_path, new_csv, trained):
     folder, _ = trained("cls_p")
     config, model, tokenizer, users = plm.load_run(folder)
     parts = readers.read_new_people(new_csv, None, config)
-    names = plm.name_users(config, users + NEW_PEOPLE, model.V)
+    names = plm.ids_of_users(config, users + NEW_PEOPLE, model.V)
     readers.add_users(model, 3)
     rows, _ = plm.encode(tokenizer, config, parts["train"], [], names)
     before, _ = plm.read_labels(model, rows, config, "before")
