@@ -42,19 +42,17 @@ import io
 import json
 import math
 import os
-import queue
 import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from email.utils import mktime_tz, parsedate_tz
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Ctrl-C while torch is being loaded needs no traceback
@@ -1683,242 +1681,165 @@ def predict_rates(data, config, annotations):
 # A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
 # servers speak.
 #
-# An answer costs money and time. It is on the disk before the next one is heard, it is found again
-# by a hash of the server's address and the whole request, so it is never asked for twice, and rows
-# with equal prompts share it. The file also has a line for each request that was sent.
+# An answer costs money and time. It is on the disk before the next one is heard, and it is found
+# again by a hash of the server's address and the whole request: it is never asked for twice, and
+# rows with equal prompts share it.
 #
-# A thread makes one attempt and ends; the main thread alone decides what is sent, and writes. So
-# nothing is sent any more once a run has stopped, and no thread waits for another.
+# Requests are sent in rounds, those of a round at once, each by a thread that makes one attempt.
+# The main thread hears what comes back, keeps the answers, and decides after the round:
 #
-# A server is not known beforehand: one bears hundreds of requests at once, another computes them
-# one by one. The first request goes alone, and shows whether the key, the model and the parameters
-# are right. Every sixth answer lets one more request in if it was quick, up to AT_ONCE. A request
-# that fails goes to the end of the queue and sets the number back to one; once nothing is on its
-# way all wait a second, then two, four, ..., or as long as the server says. Many failures without
-# an answer between them end the run. A prompt that the server refuses is not sent again; the others
-# go on.
+#     what comes back                         what follows
+#     an answer                               it is kept
+#     REFUSED_ROW: this row would be, again   it goes unanswered; the others go on
+#     REFUSED_ROW, and a parameter's name     before the first answer: all go without the parameter
+#     HOPELESS: any request would fail        the run ends
+#     anything else, or nothing               a pause, and it is sent again
+#
+# Until the first answer, rounds have one request, which shows whether the key, the model and the
+# parameters are right. Then each round without a failure lets one more into the next, up to
+# AT_ONCE, and a failure sets the number back to one. A pause takes a second, after the next failure
+# two, four, ..., or as long as the server says. If a row has no answer in the end, nothing is
+# scored.
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
-AT_ONCE = 8         # requests on their way, at most
-CONNECT = 10        # seconds for a connection
-READ = 300          # seconds of silence after which an attempt has failed
-QUICK = READ / 3    # seconds: a server that answers one by one stays far from READ
-BACKOFF = 1         # seconds of the first wait, then 2, 4, ..., 20
-LONGEST_WAIT = 600  # seconds: if the server asks for more, the run ends
-GIVE_UP = 20        # failures in a row, five minutes with the waits, end the run,
-GIVE_UP_EARLY = 10  # and these, two minutes, if nothing was ever answered
-SILENCE = 5         # failures that a silence of READ counts for
-TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
-OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-REFUSED_ROW = (400, 413, 422)  # statuses that this request would get again
-HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)  # and those that any would get
-NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
+AT_ONCE = 8          # requests of a round, at most
+TIMEOUT = (10, 300)  # seconds for a connection, and of silence, that fail an attempt
+LONGEST_PAUSE = 300  # seconds; after ten failures without an answer it would be more: the run ends
+MOST_REFUSED = 10    # rows, which end it, too
+REFUSED_ROW = "HTTP (400|413|422):"
+# Google's limit per minute speaks of billing, too, and says when to retry.
+HOPELESS = "(?i)HTTP (3|40[1-7]|429.*(insufficient_quota|billing(?!.*retry in)))"
 
 
 def server_address():
     """The address of the server: OPENAI_BASE_URL, or OpenAI's."""
-    address = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
-    valid = re.fullmatch(r"https?://(\w[\w-]*(\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?",
-                         address, re.I)
+    address = (os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+    valid = re.fullmatch(r"(?i)https?://(\w[\w-]*(\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?",
+                         address)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     return address
 
 
-def api_key():
-    """The key by which the server knows who pays."""
+def attempt(settings, prompt):
+    """Asks once. Returns (prompt, response, what the server or the network said)."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY (to any word if the server needs none)")
-    return key
-
-
-def retry_after(response):
-    """The seconds that the server wants us to wait: a number, or until a date; else 0."""
-    value = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
-    date = parsedate_tz(value)
-    return mktime_tz(date) - time.time() if date else 0
-
-
-def read_reply(response):
-    """What a model said, as a dict; None if the response is none in the protocol."""
-    try:
-        reply = json.loads(response.content)
-        choice = reply["choices"][0]
-        parts = choice["message"].get("content") or ""  # nothing where the model refuses
-        text = "".join(x if isinstance(x, str) else x.get("text") or "" for x in parts)
-        usage = reply.get("usage") or {}  # not every server counts
-        tokens = {name: int(usage.get(name) or 0) for name in TOKENS}
-    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
-        return None
-    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-    cut = choice.get("finish_reason") == "length"
-    return dict(answer=text, cut=cut, model=str(reply.get("model") or ""), **tokens)
-
-
-def attempt(address, key, sha, body, responses):
-    """Sends a request and queues (sha, response, what the server or the network said)."""
-    response = requests.Response()  # an empty one
-    words = ""  # stays so if what is raised is no OSError: a mistake in this file
     try:
         response = requests.post(
-            f"{address}/chat/completions", json=body, timeout=(CONNECT, READ),
+            f"{server_address()}/chat/completions", timeout=TIMEOUT,
+            json=dict(settings, messages=[dict(role="user", content=prompt)]),
             headers={"Authorization": f"Bearer {key}"},
             auth=lambda request: request,  # without one, a .netrc replaces the header
             allow_redirects=False)         # no other server gets the prompts
         words = f"HTTP {response.status_code}: {response.text or response.reason}"
     except OSError as e:  # as all errors of requests are
+        response = requests.Response()  # an empty one
         words = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
-    finally:
-        words = " ".join(words.replace(key, "[key]").split())
-        responses.put((sha, response, words[:500]))
+    words = " ".join(words.replace(key, "[key]").split())
+    return prompt, response, words[:500]
 
 
-class Pace:
-    """How many requests a server bears at once, and when the next one may be sent."""
-
-    def __init__(self):
-        self.room = 1        # requests that may be on their way
-        self.ready_at = 0.0  # when the pause after a failure is over
-        self.answers = 0     # so far
-        self.heard_at = time.monotonic()  # when the last response came
-        self.failures = 0    # since the last answer
-        self.error = ""      # of the last failure
-
-    def show(self, bar):
-        """Says in the bar how the server is."""
-        slow = ", the server is slow" if time.monotonic() - self.heard_at > QUICK else ""
-        bar.set_postfix_str(f"{self.room} at once{slow}{self.error}", refresh=False)
-        bar.update(0)
-
-    def speed_up(self, seconds):
-        """After an answer that took so long."""
-        self.heard_at = time.monotonic()
-        self.answers += 1
-        self.failures = 0
-        if self.answers % 6 == 0 and seconds < QUICK:
-            self.room = min(AT_ONCE, self.room + 1)
-
-    def slow_down(self, response, words, on_the_way):
-        """After a failure that may pass. Ends the run where waiting does not help."""
-        if not words:
-            raise RuntimeError("a request ended in the error above")
-        self.heard_at = time.monotonic()
-        no_money = response.status_code == 429 and re.search(NO_MONEY, words, re.I)
-        check(response.status_code not in HOPELESS and not no_money,
-              f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
-        self.error = f", last error: {words[:100]}"
-        self.room = 1
-        wait = retry_after(response)
-        if on_the_way == 0:  # what was sent together fails together, and counts once
-            self.failures += SILENCE if "Read timed out" in words else 1
-            wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
-        self.ready_at = max(self.ready_at, time.monotonic() + wait)
-        most = GIVE_UP if self.answers else GIVE_UP_EARLY
-        check(self.failures < most and wait <= LONGEST_WAIT,
-              f"{words}; later, the same command asks for the rest")
+def read_reply(response):
+    """What a model said, as a dict; None if the response is none in the protocol."""
+    try:
+        reply = response.json()
+        choice = reply["choices"][0]
+        text = choice["message"]["content"] or ""  # nothing where the model refuses
+        return dict(answer=text.strip(), cut=choice.get("finish_reason") == "length",
+                    model=str(reply.get("model")), usage=reply.get("usage"))
+    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
+        return None
 
 
 def change_refused(settings, words):
     """Renames or leaves out a parameter that the server's words name. Did they name one?"""
-    for name, other in OTHER_NAMES.items():
-        if name in settings and re.search(rf"\b{name}\b", words):
+    for name in ("max_tokens", "temperature", "seed"):
+        if name in settings and name in words:
             value = settings.pop(name)
-            if other:
-                settings[other] = value
+            if name == "max_tokens":
+                settings["max_completion_tokens"] = value
             return True
     return False
 
 
-def write_line(file, record):
-    """Adds a record to a file of answers, and waits until it is on the disk."""
-    file.write(json.dumps(record).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+def wait(seconds, response, words):
+    """Waits after a failure, at least so many seconds; BadInput where that does not help."""
+    check(not re.match(HOPELESS, words),
+          f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
+    asked = response.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", asked):
+        seconds = max(seconds, float(asked))
+    check(seconds <= LONGEST_PAUSE, f"{words}; later, the same command asks for the rest")
+    tqdm.write(f"{words}; again in {seconds:.0f} s")
+    time.sleep(seconds)
+
+
+def ask_server(settings, prompts, waiting):
+    """Yields (prompt, reply) for the prompts that are waiting; BadInput if one has no answer."""
+    send = functools.partial(attempt, settings)
+    room = 1   # requests of the next round
+    pause = 1  # seconds, after the next failure
+    answered = False
+    refused = []
+    with ThreadPool(AT_ONCE) as pool:  # its threads end with the process
+        while waiting and len(refused) < MOST_REFUSED:
+            batch = waiting[:room]
+            waiting = waiting[room:]
+            failure = None
+            for prompt, response, words in pool.imap_unordered(send, batch):
+                reply = read_reply(response)
+                if reply:
+                    yield prompt, reply
+                    answered = True
+                    pause = 1
+                elif not re.match(REFUSED_ROW, words):
+                    waiting.append(prompt)
+                    failure = (response, words)
+                elif not answered and change_refused(settings, words):
+                    waiting.insert(0, prompt)
+                else:
+                    refused.append(f"test row {prompts.index(prompt) + 1}: {words}")
+            if failure:
+                wait(pause, *failure)
+                pause *= 2
+                room = 1
+            elif answered:
+                room = min(AT_ONCE, room + 1)
+    check(not refused, f"refused: {'; '.join(refused)}; if it is too long, lower --max-text")
 
 
 def kept_answers(file):
-    """(dict sha -> answer, how many requests were sent) of a file of answers; half a line at its
-    end, left by a kill, is cut off."""
+    """dict sha -> answer of a file of answers; half a line at its end, left by a kill, is cut."""
     file.seek(0)
-    *lines, half = file.read().split(b"\n")
+    *lines, half = file.read().split("\n")
     file.truncate(file.tell() - len(half))
-    records = [json.loads(line) for line in lines]
-    answers = {record["sha"]: record for record in records if "sha" in record}
-    return answers, sum("sent" in record for record in records)
-
-
-def ask_server(address, key, settings, prompts, file):
-    """Asks for all of dict sha -> prompt; the file gets a line for each request and each answer.
-    Returns dict sha -> the server's words of the prompts that it refused."""
-    responses = queue.SimpleQueue()
-    waiting = deque(prompts)
-    on_the_way = 0
-    refused = {}
-    pace = Pace()
-    with progress(None, "ask", "requests", len(prompts)) as bar:
-        bar.dynamic_miniters = False  # or tqdm shows nothing new until the next answer
-        while waiting or on_the_way:
-            while waiting and on_the_way < pace.room and time.monotonic() >= pace.ready_at:
-                sha = waiting.popleft()
-                write_line(file, dict(sent=sha))
-                body = dict(settings, messages=[dict(role="user", content=prompts[sha])])
-                request = (address, key, sha, body, responses)
-                threading.Thread(target=attempt, args=request, daemon=True).start()
-                on_the_way += 1
-            pace.show(bar)
-            try:
-                sha, response, words = responses.get(timeout=BACKOFF)
-            except queue.Empty:
-                continue
-            on_the_way -= 1
-            reply = read_reply(response)
-            if reply:
-                pace.speed_up(response.elapsed.total_seconds())
-                left_out = [name for name in ("temperature", "seed") if name not in settings]
-                write_line(file, dict(sha=sha, **reply, left_out=left_out))
-                bar.update()
-            elif response.status_code not in REFUSED_ROW:
-                pace.slow_down(response, words, on_the_way)
-                waiting.append(sha)
-            elif pace.answers or not change_refused(settings, words):
-                refused[sha] = words
-                if len(refused) == GIVE_UP:
-                    waiting.clear()
-            else:
-                waiting.appendleft(sha)
-    return refused
+    return {record.get("sha"): record for record in map(json.loads, lines)}
 
 
 def ask_chat(prompts, path, model, seed, limit):
-    """(dict(answer, cut, ...) of each prompt, dict of counts); the file `path` keeps answers."""
+    """(dict(answer, cut, ...) of each prompt, dict of facts); the file `path` keeps answers."""
     address = server_address()
     settings = dict(model=model, temperature=0, seed=seed, max_tokens=limit)
-    prompt_of = {}
-    shas = []
+    shas = {}
     for prompt in prompts:
         whole = json.dumps([address, settings, prompt])
-        shas.append(hashlib.sha256(whole.encode()).hexdigest())
-        prompt_of[shas[-1]] = prompt
-    with open(path, "ab+") as file:
-        answers, _ = kept_answers(file)
-        todo = {sha: prompt for sha, prompt in prompt_of.items() if sha not in answers}
-        tokens = sum(map(len, todo.values())) // 4
-        print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
-              f"{tokens:,} tokens; {len(prompt_of) - len(todo):,} answers are there", flush=True)
-        if todo:
-            refused = ask_server(address, api_key(), settings, todo, file)
-            for sha, words in refused.items():  # the first is named
-                raise BadInput(f"{len(refused)} requests were refused, as that of test row "
-                               f"{shas.index(sha) + 1}: {words}; if it is too long, lower "
-                               "--max-text")
-        answers, sent = kept_answers(file)
-    used = [answers[sha] for sha in prompt_of]
-    counts = dict(server=address, requests=sent, retries=sent - len(answers))
-    for name in TOKENS:
-        counts[name] = sum(answer[name] for answer in used)
-    counts["answered_by"] = sorted({answer["model"] for answer in used} - {""})
-    counts["left_out"] = sorted({name for answer in used for name in answer["left_out"]})
-    return [answers[sha] for sha in shas], counts
+        shas[prompt] = hashlib.sha256(whole.encode()).hexdigest()
+    with open(path, "a+", encoding="utf-8") as file:
+        answers = kept_answers(file)
+        todo = [prompt for prompt, sha in shas.items() if sha not in answers]
+        tokens = sum(map(len, todo)) // 4
+        print(f"{model} at {address}: {len(todo):,} requests, about {tokens:,} tokens; "
+              f"{len(shas) - len(todo):,} answers are there", flush=True)
+        replies = ask_server(settings, prompts, todo)
+        for prompt, reply in progress(replies, "ask", "requests", len(todo)):
+            left_out = sorted({"temperature", "seed"} - set(settings))
+            record = dict(reply, sha=shas[prompt], left_out=left_out)
+            print(json.dumps(record), file=file, flush=True)
+            os.fsync(file.fileno())
+        answers = kept_answers(file)
+    replies = [answers[shas[prompt]] for prompt in prompts]
+    return replies, dict(
+        answered_by=sorted({reply["model"] for reply in replies}),
+        left_out=sorted({name for reply in replies for name in reply["left_out"]}))
 
 
 # 13. One experiment from end to end ---------------------------------------------------------------
