@@ -497,8 +497,8 @@ def answer_room(data):
     """How many tokens an answer may take, here and over HTTP: half the bytes of the longest in the
     data (a token seldom holds less than two), and 32 for a sentence around it."""
     chosen = {a.labels for a in sum(data.parts.values(), [])}
-    longest = max(len(answer_text(data.labels, labels).encode()) for labels in chosen)
-    return 32 + longest // 2
+    answers = [answer_text(data.labels, labels).encode() for labels in chosen]
+    return 32 + max(map(len, answers), default=0) // 2
 
 
 def example_chooser(config, train):

@@ -114,9 +114,9 @@ def test_byte_order_mark_and_line_ends_are_no_part_of_the_data(tmp_path):
 
 
 @pytest.mark.parametrize("content, says", [
-    ("txt,user,a,b\nt,u,1,1", "not one column 'text' in txt, user, a, b"),
-    ("text,user,user,b\nt,u,1,1", "not one column 'user'"),
-    ("text,user,a,a\nt,u,1,0", "not one column 'a'"),
+    ("txt,user,a,b\nt,u,1,1", "needs exactly one column 'text', not txt, user, a, b"),
+    ("text,user,user,b\nt,u,1,1", "needs exactly one column 'user'"),
+    ("text,user,a,a\nt,u,1,0", "needs exactly one column 'a'"),
     ("text,user,a,b\nt,u,1,1\nt,u,2,1\nt,u,1,1", "row 2: 'a' is '2', not 0 or 1"),
     ("text,user,a,b\nt,u,1,1\n ,u,1,1", "row 2: 'text' is ' ', not a text"),
     ("text,user,a,b\nt,u,1,1\nt,u,,1", "row 2: 'a' is '', not 0 or 1"),
@@ -226,7 +226,7 @@ def test_rows_in_which_nothing_is_chosen_stay(tmp_path):
 
 
 @pytest.mark.parametrize("users, choices, says", [
-    ("ab", ["1", "2", "1.0"], "'stars' holds 3 values, not 2 to 100, each of them spelled in one"),
+    ("ab", ["1", "2", "1.0"], "'stars' spells a value in two ways"),
     ("ab", ["good", "bad", "good "], "row 3: 'stars' is 'good ', not one choice"),
     (["a", "a "], ["good", "bad"], "row 3: 'user' is 'a ', not a user ID")])
 def test_one_value_or_user_in_two_spellings_is_refused(tmp_path, capsys, users, choices, says):
@@ -2504,7 +2504,7 @@ def test_what_is_missing_or_damaged_of_a_run_is_named(tmp_path, elsewhere):
 @pytest.mark.parametrize("line, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
     ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "no CSV, nor in"),
-    ("cls --split-col nosuch", "not one column 'nosuch'"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --split-col nosuch", "needs exactly one column 'nosuch'"), ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --model ./nosuch", "./nosuch: no folder"), (f"cls --model {HERE}", "cannot be used"),
     ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
     ("cls_p --ids word", "invalid choice: 'word'"), ("q_0s --model openai:", "needs a name"),

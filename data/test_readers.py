@@ -326,7 +326,7 @@ def test_bad_input_gets_one_line_and_status_2(capsys, line, says):
 def test_a_csv_of_another_form_is_named(tmp_path, capsys, trained, command):
     path = write_csv(tmp_path / "new.csv", [("a", "b", 1, 0)], "txt reader calm angry")
     says = refused(capsys, f"{command} {trained('cls_p')[0]} --csv {path}")
-    assert path in says and "not one column 'text'" in says
+    assert path in says and "needs exactly one column 'text'" in says
 
 
 def test_an_error_of_ours_is_no_error_of_the_users(monkeypatch):
