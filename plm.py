@@ -181,12 +181,16 @@ for name, head, shots in [
     METHODS[f"{name}_p"] = Method(head, True, shots)
 
 # 2. Annotations and splits ------------------------------------------------------------------------
-# One row of a CSV is one person's judgement of one text. There is one form: columns `text` and
-# `user`, then the labels. Several label columns hold 0 and 1, and any number may be chosen; a
-# single one names the choice, in words or as a rating in numbers (of 0 and 1 the labels "not x" and
-# "x" are made). A `split` column is followed to the letter. Without one a hash splits the texts,
-# and validation and test keep only users that training knows: the model has met the reader, never
-# the text [1].
+# One row of a CSV is one person's judgement of one text. There is one form of it: columns `text`
+# and `user`, and columns of labels, which are all others (but for `time`) in one of three kinds:
+#
+#     several columns of 0 and 1    any number may be chosen; the columns are the labels
+#     one column x of 0 and 1       one is chosen; the labels are "not x" and "x"
+#     one column of anything else   one is chosen; the values are the labels, and a rating if all of
+#                                   them are numbers
+#
+# A `split` column is followed to the letter. Without one a hash splits the texts, and validation
+# and test keep only users that training knows: the model has met the reader, never the text [1].
 #
 # data/prepare.py makes this form of nearly any file. So nothing is guessed or mended here: the
 # first cell that is not what CELLS says ends the run, with the command that makes the form.
@@ -196,9 +200,9 @@ NUMBER = re.compile(r"[+-]?\d+([.]\d+)?(e[+-]?\d+)?")  # in a rating
 
 CELLS = {  # what a cell has to be -> a regular expression of the whole of it
     "a text": r"(?s).*\S.*",
-    "a user ID": r"(?s)(?!\d([.,]\d+)?E\+\d+$)\S(.*\S)?",  # a spreadsheet makes 3.9E+16 of one
+    "a user ID": r"(?s)(?!\d([.,]\d+)?E\+\d+$)\S(.*\S)?",  # not 3.9E+16, of a spreadsheet
     "0 or 1": r"[01]",
-    "one choice": r"(?![\[{])(?!.*\w\s*[#|;]\s*\w)\S(.*\S)?",  # a#b and [a, b] are lists of them
+    "one choice": r"(?![\[{])(?!.*\w\s*[#|;]\s*\w)\S(.*\S)?",  # not "a#b", "[a, b]"
     "train, val, test or empty": r"(train|val|test)?",
 }
 
@@ -212,6 +216,14 @@ class Annotation(NamedTuple):
 def gold_labels(annotations):
     """(R, L) of 0 and 1: what was really chosen."""
     return np.array([a.labels for a in annotations])
+
+
+def grouped(items, keys):
+    """dict key -> list of the items that have it, in their order."""
+    found = defaultdict(list)
+    for item, key in zip(items, keys):
+        found[key].append(item)
+    return found
 
 
 class Dataset(NamedTuple):
@@ -273,7 +285,8 @@ def label_columns(rows, split_col):
     """list of the columns that hold labels: neither time nor another split does."""
     columns = []
     for column in rows[0]:
-        another_split = {row[column] for row in rows} <= {*PARTS, ""}
+        values = {row[column] for row in rows}
+        another_split = values <= {*PARTS, ""} and values != {""}
         if column not in ("text", "user", "time", split_col) and not another_split:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
@@ -300,7 +313,7 @@ def read_annotations(path, split_col):
     says the part or None) of a CSV."""
     found = []
     with in_file(path):
-        rows = read_csv(path, "text", "user", split_col or "text")
+        rows = read_csv(path, "text", "user", *([split_col] if split_col else []))
         if split_col is None and "split" in rows[0]:
             split_col = "split"
         columns = label_columns(rows, split_col)
@@ -381,8 +394,8 @@ def print_data(data):
 # 3. Prompts and answers ---------------------------------------------------------------------------
 # Our prompt asks about the text first and names the reader last: all readers of a text share what
 # stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
-# reads the classes. LM-P's has a colon behind the reader, and there the answer begins. (A prompt
-# that names no reader ends with the line "### Response:", as the paper's.)
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins. (Q-P's has
+# the line "### Response:" there, and a prompt that names no reader ends with that line, too.)
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -417,9 +430,10 @@ HOW = {  # (one label a row?, are there rows without?)
 NONE = "none"     # the answer where no label is chosen
 NOBODY = None     # the user who is nobody in particular
 SECTION = "\n###"  # begins every part of a prompt but the first
-TEXT = ("words", "\n### Text:")
-USER_ID = ("words", "\n### User ID:")
-RESPONSE = ("words", "\n### Response:")
+# A piece of a prompt is (kind, string); prompt_pieces says which kinds there are.
+TEXT = ("words", f"{SECTION} Text:")
+USER_ID = ("words", f"{SECTION} User ID:")
+RESPONSE = ("words", f"{SECTION} Response:")
 BEHIND_READER = {"cls": [], "lm": [("words", ":")], "ask": [RESPONSE]}
 
 
@@ -442,15 +456,15 @@ def prompt_pieces(config, text, user, examples=()):
     """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "first" begins
     it, "text" may be cut if it is long, "reader" may be a token, "words" are ours."""
     reader = [USER_ID, ("reader", f" {user}")]
-    order = config["prompt"] if config["personalized"] else "names no reader"
+    told = config["personalized"]
     pieces = [("first", instruction(config))]
-    if order == "paper":
+    if told and config["prompt"] == "paper":
         pieces += reader
     for example in examples:
         answer = answer_text(config["labels"], example.labels)
         pieces += [TEXT, ("text", f" {example.text}"), RESPONSE, ("words", answer)]
     pieces += [TEXT, ("text", f" {text}")]
-    if order == "tree":
+    if told and config["prompt"] == "tree":
         return pieces + reader + BEHIND_READER[config["head"]]
     return pieces + [RESPONSE]
 
@@ -503,9 +517,7 @@ def answer_room(data):
 
 def example_chooser(config, train):
     """A function: an annotation -> up to `shots` of other texts, the user's own or other users'."""
-    by_user = defaultdict(list)
-    for a in train:
-        by_user[a.user].append(a)
+    by_user = grouped(train, [a.user for a in train])
 
     def choose(asked):
         if not config["shots"]:
@@ -532,12 +544,11 @@ def tokenize(tokenizer, piece, first=False):
     if special.intersection(plain(piece)):  # a SentencePiece vocabulary has "</s>" as a word
         for token in tokenizer.all_special_tokens:
             piece = piece.replace(token, f"{token[0]} {token[1:]}")
-    ids = plain(piece)
     letter = plain("a")
     inside = plain("a" + piece)
-    if not first and inside[:len(letter)] == letter:
-        ids = inside[len(letter):]
-    return ids
+    if first or inside[:len(letter)] != letter:  # or the letter grew together with the piece
+        return plain(piece)
+    return inside[len(letter):]
 
 
 def frame(tokenizer, chat=False):
@@ -734,7 +745,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # or a dense W to compute with: see quantize and keep_dense, section 7
+        self.dense = None  # a dense W to compute with instead, if section 7 gives one: the stored
+        #                    one (freeze, --no-quant) or a copy of the rounded one (keep_dense)
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -833,7 +845,7 @@ def prompt_tree(paths, share=True):
     branches = []
     node_of = {}  # (parent, token) -> node
     for i, path in enumerate(paths):
-        parent = -1 if share else -1 - i  # no node is negative; paths that start alike may meet
+        parent = -1 if share else -1 - i  # above the first token: one root for all, or one each
         branch = []
         for position, token in enumerate(path):
             key = (parent, token)
@@ -941,9 +953,9 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads, at the places of a batch (section 8). index_select
-        and not x[index], whose backward pass adds in another order in every run on a CPU. (On a GPU
-        both do.)"""
+        """(P, D) the states that the head reads, at the places of a batch (section 8). By
+        x.index_select(0, at): the backward pass of x[at] adds up in any order on a CPU. (On a GPU
+        that of both does.)"""
         if not self.seq2seq:
             states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
@@ -970,7 +982,7 @@ class PersonalizedLM(nn.Module):
         return self.read(self.hidden(batch))
 
 
-REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
+UNSUPPORTED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
 
 
 def load_pretrained(name, attention):
@@ -996,7 +1008,7 @@ def load_pretrained(name, attention):
         raise BadInput(f"--model {name} cannot be used ({why})") from None
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of quantized weights
-    wrong += [key for key in REFUSED if getattr(config, key, None)]
+    wrong += [key for key in UNSUPPORTED if getattr(config, key, None)]
     check(not wrong, f"--model {name}: missing, of another shape or not supported: {wrong[:1]}")
     return lm, tokenizer
 
@@ -1025,23 +1037,23 @@ def fingerprint(lm, tokenizer):
     sha = hashlib.sha256()
     for name, tensor in sorted(lm.state_dict().items()):
         flat = tensor.flatten()
-        some = flat[::max(len(flat) // 1000, 1)].float()  # training changes nearly all numbers
+        some = flat[::max(len(flat) // 1000, 1)].float()  # enough: training changes nearly all
         sha.update(name.encode() + some.numpy().tobytes())
     sha.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return sha.hexdigest()[:16]
 
 
-def quantize(lm, device, quant=True):
+def freeze(lm, device, quant=True):
     """The model, frozen, in float32 on the device, its linear layers turned into NF4Linear. Without
     `quant` these have their bytes all the same, but compute with the stored weights (`dense`)."""
     head = lm.get_output_embeddings()
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
-        packed = NF4Linear(layer.to(device))
-        if not quant:
-            packed.dense = nn.Parameter(layer.weight.detach())
-        lm.set_submodule(path, packed)
+        frozen = NF4Linear(layer.to(device))
+        if not quant:  # a parameter, so that its dtype changes as that of all others
+            frozen.dense = nn.Parameter(layer.weight.detach())
+        lm.set_submodule(path, frozen)
         layer.weight = None  # so that its dense weight goes now
     for p in lm.parameters():
         p.data = p.data.to(torch.float32, copy=True)  # no view of the mapped file
@@ -1119,7 +1131,7 @@ def load_model(config, users=()):
     """(PersonalizedLM, tokenizer, fingerprint of the base model), checked and ready to be used.
     Users are those that training knows, in the order of their tokens."""
     device = find_device()
-    attention = "sdpa" if device.type == "cuda" else "eager"  # faster there with a mask
+    attention = "sdpa" if device.type == "cuda" else "eager"  # each is the faster with our mask
     lm, tokenizer = load_pretrained(config["model"], attention)
     fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
@@ -1127,9 +1139,9 @@ def load_model(config, users=()):
     full = trained and config["tune"] == "full"
     if full:  # no NF4, no LoRA: the backbone itself is trained, in float32, to compare with
         lm = lm.to(device).float().eval()
-        lm.get_output_embeddings().requires_grad_(False)  # nor what is tied to it
+        lm.get_output_embeddings().requires_grad_(False)  # and words' embeddings where tied to it
     else:
-        lm = quantize(lm, device, config["quant"])
+        lm = freeze(lm, device, config["quant"])
         if trained:
             add_lora(lm, config["r"], config["alpha"], config["dropout"])
     n_users = len(users) if config["ids"] == "token" else 0
@@ -1146,11 +1158,11 @@ def load_model(config, users=()):
 
 
 # 8. Batches ---------------------------------------------------------------------------------------
-# What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P);
-# `weight` (P) in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
-# computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
-# the state at a token predicts the next.
+# A batch says in the same three fields, for both heads and both kinds of model, where the head
+# reads and what it should say there: `at` (P) the places; `target` the labels (P, L) or the ids of
+# all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt. LM
+# reads that and every token of the answer but the last: the state at a token predicts the next. The
+# other fields are what the backbone wants; `tokens` counts what is computed.
 
 MAX_NODES = {"cpu": 1024, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
@@ -1223,10 +1235,7 @@ def make_batch(model, rows):
 
 def by_text(rows):
     """list of lists: the rows of each text, in the order of the rows."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row.annotation.text].append(row)
-    return list(found.values())
+    return list(grouped(rows, [row.annotation.text for row in rows]).values())
 
 
 def shuffled_steps(rows, size, rng):
@@ -1245,12 +1254,14 @@ def micro_batches(model, rows, size):
     last = ()
     for row in rows:
         path = row.prompt + row.answer
-        shared = os.path.commonprefix([path, last]) if model.share else ()
-        new = len(path) - len(shared)  # nodes that it adds
+        shared = ()
+        if model.share and not model.seq2seq:
+            shared = os.path.commonprefix([path, last])  # it takes any sequences
+        new = len(path) - len(shared)  # nodes that the row adds
         if chunks[-1] and (len(chunks[-1]) == size or nodes + new > max_nodes):
             chunks.append([])
             nodes = 0
-            new = len(path)
+            new = len(path)  # in a new chunk nothing is shared
         chunks[-1].append(row)
         nodes += new
         last = path
@@ -1260,7 +1271,7 @@ def micro_batches(model, rows, size):
 # 9. Scores ----------------------------------------------------------------------------------------
 # The paper's score is the F1 of each label and their plain mean: a rare label counts as much as a
 # frequent one. Beside it stands the loss, which asks how probable the model took the truth to be.
-# How far such numbers can be believed is asked in data/evidence.py.
+# How far such numbers can be believed is the subject of data/evidence.py.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_macro_present, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays
@@ -1334,10 +1345,9 @@ def summed_loss(out, batch, head, single):
     target = batch["target"]
     if head == "cls" and not single:
         losses = F.binary_cross_entropy_with_logits(out, target.float(), reduction="none").mean(1)
-    elif head == "cls":
-        losses = F.cross_entropy(out, target.argmax(1), reduction="none")
     else:
-        losses = F.cross_entropy(out, target, reduction="none")
+        answer = target.argmax(1) if head == "cls" else target
+        losses = F.cross_entropy(out, answer, reduction="none")
     return (losses * batch["weight"]).sum()
 
 
@@ -1362,9 +1372,9 @@ def make_optimizer(model, config):
     # 100 times SmolLM2's, so the rate of users is in units of their root mean square (RMS).
     words = model.lm.get_input_embeddings().weight
     rms = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
-    rates = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * rms)
+    times_lr = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * rms)
     groups = []
-    for kind, times in rates.items():
+    for kind, times in times_lr.items():
         params = [p for name, p in model.trainable().items() if name.startswith(kind)]
         if params:
             groups.append(dict(params=params, times=times))
@@ -1450,8 +1460,8 @@ def plan_steps(rows, config):
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
-        for own in shuffled_steps(rows, config["batch"], rng):
-            plan.append((epoch, own))
+        for step_rows in shuffled_steps(rows, config["batch"], rng):
+            plan.append((epoch, step_rows))
     return plan[:config["max_steps"] or None]
 
 
@@ -1479,9 +1489,9 @@ def read_labels(model, rows, config, what):
         total += float(batch["weight"].sum())
         if model.head == "lm":
             place, tokens = model.label_tokens
-            answers = out.split([len(row.answer) for row in chunk])
-            out = torch.stack([logits[place] for logits in answers])
-            out = out[:, tokens[:len(config["labels"])]]
+            tokens = tokens[:len(config["labels"])]  # without that of "none"
+            answers = out.split([len(row.answer) for row in chunk])  # logits[i] says token i of one
+            out = torch.stack([logits[place, tokens] for logits in answers])
         for row, line in zip(chunk, out.float().cpu().numpy()):
             scores[row.prompt] = line
     return loss.item() / total, np.array([scores[row.prompt] for row in rows])
@@ -1515,15 +1525,17 @@ def train(model, rows, config, base_sha, folder):
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
-        log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step, (epoch, own) in enumerate(plan[state["step"]:], state["step"] + 1):
+        log.truncate(min(state["log"], log.tell()))  # later steps are done again
+        # step counts from 1 and plan from 0: plan[step] is the next step, which is prepared while a
+        # GPU still computes this one.
+        for step, (epoch, step_rows) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
-            batches = batches or prepare_step(model, own, config)
+            batches = batches or prepare_step(model, step_rows, config)
             tokens = sum(batch["tokens"] for batch in batches)
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            if step < len(plan):  # plan counts from 0: the next step, while a GPU computes this
+            if step < len(plan):
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
@@ -1543,8 +1555,8 @@ def train(model, rows, config, base_sha, folder):
                 save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    rows_per_second = sum(len(own) for _, own in plan) / state["seconds"]
-    return dict(val_loss=state["val_loss"], step=len(plan), rows_per_second=rows_per_second)
+    return dict(val_loss=state["val_loss"], step=len(plan),
+                rows_per_second=sum(len(step_rows) for _, step_rows in plan) / state["seconds"])
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
@@ -1594,7 +1606,7 @@ def write_answers(model, tokenizer, rows, config):
     """list of dict(answer, cut: did it end at the limit?), one a row."""
     model.train(False)
     ends = model.lm.generation_config.eos_token_id
-    limit = max(config["answer_room"], *(len(row.answer) for row in rows))
+    limit = config["answer_room"]
     write = write_with_encoder_decoder if model.seq2seq else write_with_decoder
     distinct = {row.prompt: row for row in rows}  # equal prompts are answered once
     replies = {}
@@ -1648,18 +1660,11 @@ def predict(model, tokenizer, rows, config):
     if config["head"] == "cls":
         result["predicted"] = chosen_labels(result["scores"], config["single"])
         return result
-    _, behind = frame(tokenizer, chat=config["head"] == "ask")
-    opened = tokenizer.decode(behind).rpartition("</think>")[2]  # some templates begin a thought
+    # Some chat templates end with "<think>": a reply then begins inside a thought.
+    _, after = frame(tokenizer, chat=config["head"] == "ask")
+    in_thought = "<think>" in tokenizer.decode(after).rpartition("</think>")[2]
     replies = write_answers(model, tokenizer, rows, config)
-    return result | read_answers(replies, config, "<think>" in opened)
-
-
-def rows_of(keys):
-    """dict key -> list of the rows that have it."""
-    found = defaultdict(list)
-    for row, key in enumerate(keys):
-        found[key].append(row)
-    return found
+    return result | read_answers(replies, config, in_thought)
 
 
 def predict_rates(data, config, annotations):
@@ -1670,8 +1675,8 @@ def predict_rates(data, config, annotations):
     overall = gold.mean(0)
     rates = {}
     if config["personalized"]:
-        for user, own in rows_of(a.user for a in train).items():
-            rates[user] = (gold[own].sum(0) + 5 * overall) / (len(own) + 5)
+        for user, own in grouped(gold, [a.user for a in train]).items():
+            rates[user] = (np.sum(own, axis=0) + 5 * overall) / (len(own) + 5)
     p = np.clip([rates.get(a.user, overall) for a in annotations], 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
@@ -1690,9 +1695,9 @@ def predict_rates(data, config, annotations):
 #
 #     what comes back                         what follows
 #     an answer                               it is kept
-#     REFUSED_ROW: this row would be, again   it goes unanswered; the others go on
-#     REFUSED_ROW, and a parameter's name     before the first answer: all go without the parameter
-#     HOPELESS: any request would fail        the run ends
+#     REFUSED_ROW (the row is at fault)       it is not sent again; the others go on
+#     REFUSED_ROW that names a parameter      before the first answer: it is renamed or left out
+#     HOPELESS (every request would fail)     the run ends
 #     anything else, or nothing               a pause, and it is sent again
 #
 # Until the first answer, rounds have one request, which shows whether the key, the model and the
@@ -1700,11 +1705,12 @@ def predict_rates(data, config, annotations):
 # AT_ONCE, and a failure sets the number back to one. A pause takes a second, after the next failure
 # two, four, ..., or as long as the server says. If a row has no answer in the end, nothing is
 # scored.
+
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
 AT_ONCE = 8          # requests of a round, at most
 TIMEOUT = (10, 300)  # seconds for a connection, and of silence, that fail an attempt
-LONGEST_PAUSE = 300  # seconds; after ten failures without an answer it would be more: the run ends
-MOST_REFUSED = 10    # rows, which end it, too
+LONGEST_PAUSE = 300  # seconds; the tenth failure in a row would ask for 512, and ends the run
+MOST_REFUSED = 10    # so many refused rows end the run, too
 REFUSED_ROW = "HTTP (400|413|422):"
 # Google's limit per minute speaks of billing, too, and says when to retry.
 HOPELESS = "(?i)HTTP (3|40[1-7]|429.*(insufficient_quota|billing(?!.*retry in)))"
@@ -1733,8 +1739,11 @@ def attempt(settings, prompt):
         words = f"HTTP {response.status_code}: {response.text or response.reason}"
     except OSError as e:  # as all errors of requests are
         response = requests.Response()  # an empty one
+        # Of "...Pool(host=.., port=443): Max retries exceeded .. (Caused by X)" X is kept.
         words = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
-    words = " ".join(words.replace(key, "[key]").split())
+    if len(key) > 7:  # a key, and no word that stands for one
+        words = words.replace(key, "[key]")
+    words = " ".join(words.split())
     return prompt, response, words[:500]
 
 
@@ -1940,7 +1949,7 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     counts = Counter()
     for part, annotations in parts.items():
         rows[part], found = encode(tokenizer, config, annotations, train, user_ids)
-        counts += found
+        counts.update(found)
     longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
         longest += config["answer_room"]
@@ -2032,10 +2041,10 @@ def finish(folder, metrics, parts, result, start):
 
 def run_chat(config, data, folder):
     """(what is predicted for the test rows, facts) of a model behind HTTP."""
-    prompts, facts = chat_prompts(config, data)
-    replies, counts = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
-                               config["seed"], config["answer_room"])
-    return read_answers(replies, config), dict(facts, chat=counts)
+    prompts, counts = chat_prompts(config, data)
+    replies, facts = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
+                              config["seed"], config["answer_room"])
+    return read_answers(replies, config), dict(counts, chat=facts)
 
 
 def run(args):
@@ -2081,7 +2090,7 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
     "cut": "answers ended at the limit", "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
     "f1_macro": "mean over labels",
-    "labels_without_test_row": "labels have no test row, and so count as 0 in it",
+    "labels_without_test_row": "labels have no test row, and count as 0 in f1_macro",
     "accuracy": "of whole rows", "test_loss": "negative log-likelihood",
 }
 
@@ -2140,7 +2149,7 @@ FLAGS = [  # (flag, arguments of add_argument); no default: TUNED or the recipe 
                      help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
-    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
+    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of all that is random (42)")),
     ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
     ("--fresh", dict(action="store_true", help="start a run over that is there already")),
     ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),

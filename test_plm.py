@@ -811,7 +811,7 @@ def architecture(request, tmp_path_factory):
 
 def quantized_lm(path):
     lm, tokenizer = plm.load_pretrained(path, "eager")
-    return plm.quantize(lm, CPU)
+    return plm.freeze(lm, CPU)
 
 
 def plain_model(path, head="lm", user_rows=()):

@@ -166,12 +166,11 @@ def adapt(model, rows, config):
     model.train(False)
     model.requires_grad_(False)
     model.user_embedding.requires_grad_(True)
-    people = list(plm.rows_of(row.annotation.user for row in rows).values())
+    people = list(plm.grouped(rows, [row.annotation.user for row in rows]).values())
     groups = [people[i:i + PEOPLE] for i in range(0, len(people), PEOPLE)]
     with plm.progress(None, "adapt", "steps", len(groups) * STEPS) as bar:
         for group in groups:
-            own = [rows[i] for i in sum(group, [])]
-            learn(model, own, config, bar)
+            learn(model, sum(group, []), config, bar)
 
 
 # 3. The rows of new people ------------------------------------------------------------------------
