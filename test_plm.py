@@ -1244,7 +1244,7 @@ def test_the_order_of_steps_is_the_seeds():
 @pytest.mark.parametrize("share", [True, False])
 def test_micro_batches_are_bounded_by_rows_and_by_nodes(monkeypatch, size, max_nodes, share):
     monkeypatch.setitem(plm.MAX_NODES, "cpu", max_nodes)
-    model = SimpleNamespace(device=CPU, share=share)
+    model = SimpleNamespace(device=CPU, share=share, seq2seq=False)
     rows = random_rows(texts=20)
     chunks = plm.micro_batches(model, rows, size)
     assert sum(chunks, []) == rows
