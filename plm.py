@@ -6,7 +6,7 @@ better it then predicts the labels that this reader chose. This file is that exp
 of annotations to the F1 score.
 
     python plm.py cls_p                                 the default: tiny model, sample data
-    python plm.py cls_p --model phi2 --data goemotions  the paper's own (first: make data)
+    python plm.py cls_p --model phi2 --data goemotions  the paper's model and data (make data)
 
 The next chapter is data/readers.py: a trained run reads new sentences, and gets to know new people.
 
@@ -17,7 +17,7 @@ Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it i
     ...-P             ..._p             (the examples are the user's own)
     (baselines)       rates, rates_p    label rates of everybody, and of each user
 
-Letters in the shapes below:
+Letters in the shapes below; () is a single number:
     R rows (annotations)         L labels                D width of a hidden state   V vocabulary
     T nodes of a prompt tree, or tokens of the longest of the B prompts of an encoder-decoder
     U users
@@ -42,22 +42,20 @@ import io
 import json
 import math
 import os
-import queue
 import random
 import re
 import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from contextlib import contextmanager
-from email.utils import mktime_tz, parsedate_tz
+from multiprocessing.pool import ThreadPool
 from typing import NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C while torch is loaded needs no traceback
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import numpy as np
@@ -121,19 +119,21 @@ def short(x):
 
 
 # 1. What can be run -------------------------------------------------------------------------------
-# A model, a method or a recipe is a row of a table. Our recipe is overruled by what was tuned for a
-# model, the paper's is not; a flag overrules both.
+# A model, a method or a recipe is a row of a table. For every run make_config (section 13) merges
+# what the tables, the flags and the data say into one dict, `config`, which most functions below
+# are given: the recipe; if it is ours, what was tuned for the model; the flags (section 14), which
+# overrule both; the fields of the Method; and labels, single, ordered and none of the Dataset.
 
 OURS = dict(
     ids="token",         # how the prompt names the user: token or number (section 3)
     prompt="tree",       # the reader behind the text; "paper": before it, as in [1]
     nobody=True,         # learn to read for nobody in particular as well (section 10)
-    tune="lora",         # "full" trains every weight
+    tune="lora",         # "full" trains every weight but those of the LM's head
     quant=True,          # False leaves the weights as they are stored
     r=8, alpha=32, dropout=0.0,  # LoRA on every linear of the backbone, times alpha / r [3]
     lr=4e-4,             # learning rate
     head_lr=1,           # of the classification head: times lr
-    user_lr=35,          # of the user tokens: times lr, times the size of the embeddings
+    user_lr=35,          # of the user tokens: times lr, times the RMS of the embeddings' entries
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient
@@ -181,11 +181,16 @@ for name, head, shots in [
     METHODS[f"{name}_p"] = Method(head, True, shots)
 
 # 2. Annotations and splits ------------------------------------------------------------------------
-# One row of a CSV is one person's judgement of one text. There is one form: columns `text` and
-# `user`, then the labels. Several label columns hold 0 and 1, and any number may be chosen; a
-# single one names the choice, in words or as a rating in numbers. A `split` column is followed to
-# the letter. Without one a hash splits the texts, and validation and test keep only users that
-# training knows: the model has met the reader, never the text [1].
+# One row of a CSV is one person's judgement of one text. There is one form of it: columns `text`
+# and `user`, and columns of labels, which are all others (but for `time`) in one of three kinds:
+#
+#     several columns of 0 and 1    any number may be chosen; the columns are the labels
+#     one column x of 0 and 1       one is chosen; the labels are "not x" and "x"
+#     one column of anything else   one is chosen; the values are the labels, and a rating if all of
+#                                   them are numbers
+#
+# A `split` column is followed to the letter. Without one a hash splits the texts, and validation
+# and test keep only users that training knows: the model has met the reader, never the text [1].
 #
 # data/prepare.py makes this form of nearly any file. So nothing is guessed or mended here: the
 # first cell that is not what CELLS says ends the run, with the command that makes the form.
@@ -195,9 +200,9 @@ NUMBER = re.compile(r"[+-]?\d{1,18}([.]\d+)?(e[+-]?\d\d?)?")  # in a rating, and
 
 CELLS = {  # what a cell has to be -> a regular expression of the whole of it
     "a text": r"(?s).*\S.*",
-    "a user ID": r"(?s)(?!\d([.,]\d+)?E\+\d+$)\S(.*\S)?",  # a spreadsheet makes 3.9E+16 of one
+    "a user ID": r"(?s)(?!\d([.,]\d+)?E\+\d+$)\S(.*\S)?",  # not 3.9E+16, of a spreadsheet
     "0 or 1": r"[01]",
-    "one choice": r"(?![\[{])(?!.*\w\s*[#|;]\s*\w)\S(.*\S)?",  # a#b and [a, b] are lists of them
+    "one choice": r"(?![\[{])(?!.*\w\s*[#|;]\s*\w)\S(.*\S)?",  # not "a#b", "[a, b]"
     "train, val, test or empty": r"(train|val|test)?",
 }
 
@@ -206,6 +211,19 @@ class Annotation(NamedTuple):
     text: str
     user: str
     labels: tuple  # (L) of 0 and 1
+
+
+def gold_labels(annotations):
+    """(R, L) of 0 and 1: what was really chosen."""
+    return np.array([a.labels for a in annotations])
+
+
+def grouped(items, keys):
+    """dict key -> list of the items that have it, in their order."""
+    found = defaultdict(list)
+    for item, key in zip(items, keys):
+        found[key].append(item)
+    return found
 
 
 class Dataset(NamedTuple):
@@ -256,7 +274,8 @@ def read_csv(path, *needed):
     check(rows, "no annotations in it")
     columns = reader.fieldnames
     for column in (*needed, *columns):
-        check(columns.count(column) == 1, f"not one column {column!r} in {', '.join(columns)}")
+        check(columns.count(column) == 1,
+              f"needs exactly one column {column!r}, not {', '.join(columns)}")
     for number, row in enumerate(rows, 1):  # DictReader has what is too much under None
         check(None not in row, f"row {number} has more cells than the header")
     return rows
@@ -266,7 +285,8 @@ def label_columns(rows, split_col):
     """list of the columns that hold labels: neither time nor another split does."""
     columns = []
     for column in rows[0]:
-        another_split = {row[column] for row in rows} <= {*PARTS, ""}
+        values = {row[column] for row in rows}
+        another_split = values <= {*PARTS, ""} and values != {""}
         if column not in ("text", "user", "time", split_col) and not another_split:
             columns.append(column)
     check(columns, "no column of labels beside text and user")
@@ -286,8 +306,8 @@ def label_cells(rows, columns):
         return {f"not {column}": (column, "0"), column: (column, "1")}, False
     ordered = all(map(NUMBER.fullmatch, values))
     meaning = float if ordered else str
-    check(len(set(map(meaning, values))) == len(values) <= 100,
-          f"{column!r} holds {len(values)} values, not 2 to 100, each of them spelled in one way")
+    check(len(values) <= 100, f"{column!r} holds {len(values)} values, more than 100")
+    check(len(set(map(meaning, values))) == len(values), f"{column!r} spells a value in two ways")
     return {cell: (column, cell) for cell in sorted(values, key=meaning)}, ordered
 
 
@@ -296,7 +316,7 @@ def read_annotations(path, split_col):
     says the part or None) of a CSV."""
     found = []
     with in_file(path):
-        rows = read_csv(path, "text", "user", split_col or "text")
+        rows = read_csv(path, "text", "user", *([split_col] if split_col else []))
         if split_col is None and "split" in rows[0]:
             split_col = "split"
         columns = label_columns(rows, split_col)
@@ -375,10 +395,11 @@ def print_data(data):
     print("a row of train chooses", short(dict(zip(data.labels, rates))))
 
 
-# 3. Prompts ---------------------------------------------------------------------------------------
+# 3. Prompts and answers ---------------------------------------------------------------------------
 # Our prompt asks about the text first and names the reader last: all readers of a text share what
 # stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
-# reads the classes. LM-P's has a colon behind the reader, and there the answer begins:
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins. (Q-P's has
+# the line "### Response:" there, and a prompt that names no reader ends with that line, too.)
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -413,9 +434,10 @@ HOW = {  # (one label a row?, are there rows without?)
 NONE = "none"     # the answer where no label is chosen
 NOBODY = None     # the user who is nobody in particular
 SECTION = "\n###"  # begins every part of a prompt but the first
-TEXT = ("words", "\n### Text:")
-USER_ID = ("words", "\n### User ID:")
-RESPONSE = ("words", "\n### Response:")
+# A piece of a prompt is (kind, string); prompt_pieces says which kinds there are.
+TEXT = ("words", f"{SECTION} Text:")
+USER_ID = ("words", f"{SECTION} User ID:")
+RESPONSE = ("words", f"{SECTION} Response:")
 BEHIND_READER = {"cls": [], "lm": [("words", ":")], "ask": [RESPONSE]}
 
 
@@ -438,15 +460,15 @@ def prompt_pieces(config, text, user, examples=()):
     """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "first" begins
     it, "text" may be cut if it is long, "reader" may be a token, "words" are ours."""
     reader = [USER_ID, ("reader", f" {user}")]
-    order = config["personalized"] and config["prompt"]
+    told = config["personalized"]
     pieces = [("first", instruction(config))]
-    if order == "paper":
+    if told and config["prompt"] == "paper":
         pieces += reader
     for example in examples:
         answer = answer_text(config["labels"], example.labels)
         pieces += [TEXT, ("text", f" {example.text}"), RESPONSE, ("words", answer)]
     pieces += [TEXT, ("text", f" {text}")]
-    if order == "tree":
+    if told and config["prompt"] == "tree":
         return pieces + reader + BEHIND_READER[config["head"]]
     return pieces + [RESPONSE]
 
@@ -459,25 +481,47 @@ def words_of(text):
     return "".join(letters).split()
 
 
-def answer_room(data, head):
-    """How many tokens an answer may take, here and over HTTP: those of the longest in the data (a
-    token seldom holds less than two bytes), and a sentence around it. BadInput if an LM's answer
-    would be read as other labels than it was written for."""
-    longest = 0
+def parse_answer(answer, labels, single=False):
+    """((L) of 0 and 1, number of words that belong to no label). Where one label begins another the
+    longer is read. If only one label may be chosen, the first that is named counts."""
+    label_of = {}  # the words of a label -> the label
+    for i, label in enumerate(sorted(labels, key=len, reverse=True)):
+        name = " ".join(words_of(label))
+        if not name:  # a label of symbols alone gets a word
+            name = f"symbol{i}"
+            answer = answer.replace(label, f" {name} ")
+        label_of[name] = label
+    names = "|".join(sorted(label_of, key=len, reverse=True))
+    whole = rf"(?<!\S)(?:{names})(?!\S)"  # words are letters and digits: none to escape
+    words = " ".join(words_of(answer))
+    found = [label_of[name] for name in re.findall(whole, words)]
+    if single:
+        found = found[:1]
+    rest = re.sub(whole, "", words).split()
+    unknown = sum(word != NONE for word in rest)
+    return tuple(int(label in found) for label in labels), unknown
+
+
+def check_answers(data):
+    """BadInput if an answer would be read as other labels than it was written for."""
     for chosen in {a.labels for a in sum(data.parts.values(), [])}:
         answer = answer_text(data.labels, chosen)
         read, _ = parse_answer(answer, data.labels, data.single)
-        check(read == chosen or head not in ("lm", "ask"),
-              f"the answer{answer!r} could mean other labels: rename them, or take cls or cls_p")
-        longest = max(longest, len(answer.encode()))
-    return 32 + longest // 2
+        check(read == chosen, f"the answer {answer.strip()!r} could mean other labels: rename "
+                              "them, or take cls or cls_p")
+
+
+def answer_room(data):
+    """How many tokens an answer may take, here and over HTTP: half the bytes of the longest in the
+    data (a token seldom holds less than two), and 32 for a sentence around it."""
+    chosen = {a.labels for a in sum(data.parts.values(), [])}
+    answers = [answer_text(data.labels, labels).encode() for labels in chosen]
+    return 32 + max(map(len, answers), default=0) // 2
 
 
 def example_chooser(config, train):
     """A function: an annotation -> up to `shots` of other texts, the user's own or other users'."""
-    by_user = defaultdict(list)
-    for a in train:
-        by_user[a.user].append(a)
+    by_user = grouped(train, [a.user for a in train])
 
     def choose(asked):
         if not config["shots"]:
@@ -504,12 +548,11 @@ def tokenize(tokenizer, piece, first=False):
     if special.intersection(plain(piece)):  # a SentencePiece vocabulary has "</s>" as a word
         for token in tokenizer.all_special_tokens:
             piece = piece.replace(token, f"{token[0]} {token[1:]}")
-    ids = plain(piece)
     letter = plain("a")
     inside = plain("a" + piece)
-    if not first and inside[:len(letter)] == letter:
-        ids = inside[len(letter):]
-    return ids
+    if first or inside[:len(letter)] != letter:  # or the letter grew together with the piece
+        return plain(piece)
+    return inside[len(letter):]
 
 
 def frame(tokenizer, chat=False):
@@ -529,9 +572,9 @@ def frame(tokenizer, chat=False):
     return around[:start], around[start:]
 
 
-def name_users(config, users, V):
-    """dict user -> the id that stands for the user, from V on; the last is nobody's. It is empty
-    where users have no token."""
+def ids_of_users(config, users, V):
+    """dict user -> the token id that stands for the user, from V on; the last is nobody's. It is
+    empty where users have no token."""
     if not config["personalized"] or config["ids"] == "number":
         return {}
     return {user: V + i for i, user in enumerate([*users, NOBODY])}
@@ -548,9 +591,9 @@ class Row(NamedTuple):
     weight: float = 1.0  # of this row in the loss
 
 
-def encode(tokenizer, config, annotations, train, names):
+def encode(tokenizer, config, annotations, train, user_ids):
     """(list of Row, Counter of texts_cut and too_few_examples) of the annotations. `train` has the
-    examples, `names` is what name_users returned."""
+    examples, `user_ids` is what ids_of_users returned."""
     before, after = frame(tokenizer, chat=config["head"] == "ask")
     choose_examples = example_chooser(config, train)
     counts = Counter()
@@ -573,13 +616,13 @@ def encode(tokenizer, config, annotations, train, names):
             ids = ids_of(kind, piece)
             if kind == "reader":
                 reader_at = len(prompt)
-                if names:
-                    ids = (names.get(a.user, names[NOBODY]),)
+                if user_ids:
+                    ids = (user_ids.get(a.user, user_ids[NOBODY]),)
             prompt += ids
         prompt += after
         nobody = ()
-        if names:
-            nobody = (*prompt[:reader_at], names[NOBODY], *prompt[reader_at + 1:])
+        if user_ids:
+            nobody = (*prompt[:reader_at], user_ids[NOBODY], *prompt[reader_at + 1:])
         answer = (*ids_of("words", answer_text(config["labels"], a.labels)), tokenizer.eos_token_id)
         rows.append(Row(prompt, reader_at, nobody, answer, a.labels, a))
     return rows, counts
@@ -612,13 +655,16 @@ def label_tokens(tokenizer, config):
 #     index         0      8     11  ...   of -1.0, 0.0796, 0.3379
 #     bytes      0x08         0xB?   ...
 #
-# The absmax themselves take 8 bits ("double quantization"): less their mean, blocks of 256 are
-# rounded to the 256 values of the dynamic map [5] in the same way. Together that makes
-# 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, byte for byte what bitsandbytes stores [4].
+# The absmax themselves take 8 bits ("double quantization"): their mean is subtracted, and in blocks
+# of 256 they are rounded to the 256 values of the dynamic map [5] in the same way. Together that
+# makes 4 + 8 / 64 + 32 / (64 * 256) = 4.127 bits a weight, byte for byte what bitsandbytes stores
+# [4].
 #
 # And in training? The gradient of x W^T by x needs W. Had we written F.linear(x, dequantize()),
 # autograd would keep the dense W of every layer until the backward pass, and the saving would be
-# gone. NF4Matmul keeps the layer's bytes alone and dequantizes once more on the way back.
+# gone. NF4Matmul keeps the layer's bytes alone and dequantizes once more on the way back. (Where
+# memory is plentiful, section 7 keeps a dense copy of the rounded weights after all: the same
+# numbers, faster.)
 
 NF4 = torch.tensor([  # a test computes these quantiles anew
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -639,9 +685,10 @@ def dynamic_map():
 
 
 @functools.cache
-def on_device(table, device):
-    """On the device, copied once: the two values of NF4 in every byte (256, 2), or dynamic_map."""
-    values = torch.cartesian_prod(NF4, NF4) if table == "nf4" else dynamic_map()
+def codebook(code, device):
+    """What a stored byte means, as a table on the device: of "nf4" its two values (256, 2), of
+    "dynamic" the one value of dynamic_map (256)."""
+    values = torch.cartesian_prod(NF4, NF4) if code == "nf4" else dynamic_map()
     return values.to(device)
 
 
@@ -658,9 +705,9 @@ def in_blocks(flat, size):
 
 
 def scaled_to_one(blocks):
-    """(blocks (b, size) divided by their largest magnitudes, and the magnitudes (b))"""
+    """(the rows of blocks (.., size) divided by their largest magnitudes, and these (..))"""
     absmax = blocks.abs().amax(1)
-    inverse = 1 / absmax.clamp(min=1e-38)  # [4] multiplies by it: the last bit differs
+    inverse = 1 / absmax.clamp(min=1e-38)  # as [4]: blocks / absmax has other last bits
     return blocks * inverse[:, None], absmax
 
 
@@ -683,7 +730,7 @@ def quantize_absmax(absmax):
 
 
 class NF4Matmul(torch.autograd.Function):
-    """x (.., K) -> x W^T (.., N), with a backward pass that dequantizes W again."""
+    """x (.., K) -> x W^T + bias (.., N), with a backward pass that dequantizes W again."""
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
@@ -702,7 +749,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # the weights to compute with, if not the bytes: see quantize, keep_dense
+        self.dense = None  # a dense W to compute with instead, if section 7 gives one: the stored
+        #                    one (freeze, --no-quant) or a copy of the rounded one (keep_dense)
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -712,7 +760,7 @@ class NF4Linear(nn.Module):
 
     def absmax(self):
         """(blocks) float32, what quantize_absmax rounded"""
-        code = on_device("dynamic", self.packed.device)[self.absmax_code.int()]
+        code = codebook("dynamic", self.packed.device)[self.absmax_code.int()]
         scale = self.absmax_scale.repeat_interleave(256)[:len(code)]
         return code * scale + self.absmax_offset
 
@@ -720,7 +768,7 @@ class NF4Linear(nn.Module):
         """(N, K) the weights to compute with; from the bytes in float32, cast last."""
         if self.dense is not None:
             return self.dense.to(dtype)
-        values = on_device("nf4", self.packed.device)[self.packed.int()]
+        values = codebook("nf4", self.packed.device)[self.packed.int()]
         blocks = in_blocks(values.flatten(), 64) * self.absmax()[:, None]
         return blocks.flatten()[:self.N * self.K].view(self.N, self.K).to(dtype)
 
@@ -774,10 +822,10 @@ def add_lora(model, r, alpha, dropout):
 #                                                   +- 96
 #
 # Every token of it is a node. We lay all nodes into one flat sequence without padding, each behind
-# its parent, and call the transformer once. Only two things in a transformer mix tokens or know
-# where they stand, and both are arguments. The position of a node is its depth in the tree: 17 and
-# 44 above have the same. And attention has a mask: a node sees itself and what its parent sees,
-# that is, its own branch back to the root, as it would in a prompt of its own:
+# its parent, and call the transformer once. Its tokens know of each other in two ways only, and we
+# pass both to the call. The first are positions: that of a node is its depth in the tree, so 17 and
+# 44 above have the same position. The second is the mask of attention: a node sees itself and what
+# its parent sees, that is, its own branch back to the root, as in a prompt of its own:
 #
 #     node  token  parent  position    sees 0 1 2 3 4 5
 #        0  Text:      -          0         x
@@ -791,16 +839,17 @@ def add_lora(model, r, alpha, dropout):
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
 
 def prompt_tree(paths, share=True):
-    """(input_ids, positions, parents: lists over T nodes; branches: the nodes of each path) of
-    sequences of ids. The nodes of a path come in the order of the paths. Without `share`, each path
-    has all of its nodes for itself."""
+    """Merges sequences of ids (paths) into a tree. Returns input_ids, positions and parents, lists
+    over its T nodes, and branches: the nodes of each path from its first token on. Nodes are
+    numbered as they are met: all of the first path, then what the second adds, and so on. Without
+    `share` no two paths meet."""
     input_ids = []
     positions = []
     parents = []
     branches = []
     node_of = {}  # (parent, token) -> node
     for i, path in enumerate(paths):
-        parent = -1 if share else -1 - i  # a root for all, or one of the path's own
+        parent = -1 if share else -1 - i  # above the first token: one root for all, or one each
         branch = []
         for position, token in enumerate(path):
             key = (parent, token)
@@ -877,7 +926,8 @@ class PersonalizedLM(nn.Module):
         return self
 
     def trainable(self):
-        """dict name -> parameter of all that is trained: LoRA, the classification head, users."""
+        """dict name -> parameter of all that is trained: LoRA (or the whole backbone), the
+        classification head, users."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def embed(self, input_ids):
@@ -893,8 +943,8 @@ class PersonalizedLM(nn.Module):
         return torch.where(is_user, as_users.to(as_words.dtype), as_words)
 
     def decode(self, input_ids, positions, sees, cache=None):
-        """(T, D) the states of the nodes of a tree in a decoder; sees (T, all nodes so far). With a
-        cache, the nodes that it holds come first, and these are added to it."""
+        """(T, D) the states of T nodes of a tree in a decoder; sees (T, nodes in the cache + T).
+        These nodes are numbered behind those in the cache, if there is one, and are added to it."""
         out = self.lm.base_model(
             inputs_embeds=self.embed(input_ids[None]), position_ids=positions[None],
             attention_mask=additive_mask(sees, self.lm.dtype), past_key_values=cache,
@@ -907,8 +957,9 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads. By index_select: on a CPU the backward pass of
-        x[index] would add up in another order in every run. On a GPU that of either does."""
+        """(P, D) the states that the head reads, at the places of a batch (section 8). By
+        x.index_select(0, at): the backward pass of x[at] adds up in any order on a CPU. (On a GPU
+        that of both does.)"""
         if not self.seq2seq:
             states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
@@ -935,7 +986,7 @@ class PersonalizedLM(nn.Module):
         return self.read(self.hidden(batch))
 
 
-REFUSED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
+UNSUPPORTED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
 
 
 def load_pretrained(name, attention):
@@ -961,7 +1012,7 @@ def load_pretrained(name, attention):
         raise BadInput(f"--model {name} cannot be used ({why})") from None
     wrong = [*info["missing_keys"], *info["mismatched_keys"]]
     wrong += [key for key in info["unexpected_keys"] if "scale" in key]  # of quantized weights
-    wrong += [key for key in REFUSED if getattr(config, key, None)]
+    wrong += [key for key in UNSUPPORTED if getattr(config, key, None)]
     check(not wrong, f"--model {name}: missing, of another shape or not supported: {wrong[:1]}")
     return lm, tokenizer
 
@@ -990,23 +1041,23 @@ def fingerprint(lm, tokenizer):
     sha = hashlib.sha256()
     for name, tensor in sorted(lm.state_dict().items()):
         flat = tensor.flatten()
-        some = flat[::max(len(flat) // 1000, 1)].float()  # training moves nearly all of them
+        some = flat[::max(len(flat) // 1000, 1)].float()  # enough: training changes nearly all
         sha.update(name.encode() + some.numpy().tobytes())
     sha.update(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
     return sha.hexdigest()[:16]
 
 
-def quantize(lm, device, quant=True):
-    """The model, frozen, in float32 on the device, its linear layers in NF4. Without `quant` they
-    keep the weights as they were stored as well, and compute with those."""
+def freeze(lm, device, quant=True):
+    """The model, frozen, in float32 on the device, its linear layers turned into NF4Linear. Without
+    `quant` these have their bytes all the same, but compute with the stored weights (`dense`)."""
     head = lm.get_output_embeddings()
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
     for path, layer in progress(linear.items(), "quantize", "layers", len(linear)):
-        packed = NF4Linear(layer.to(device))
-        if not quant:
-            packed.dense = nn.Parameter(layer.weight.detach())
-        lm.set_submodule(path, packed)
+        frozen = NF4Linear(layer.to(device))
+        if not quant:  # a parameter, so that its dtype changes as that of all others
+            frozen.dense = nn.Parameter(layer.weight.detach())
+        lm.set_submodule(path, frozen)
         layer.weight = None  # so that its dense weight goes now
     for p in lm.parameters():
         p.data = p.data.to(torch.float32, copy=True)  # no view of the mapped file
@@ -1070,12 +1121,12 @@ def keep_dense(model):
     dequantized anew then, which is faster."""
     layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
     if model.device.type == "cuda":
-        room = torch.cuda.mem_get_info()[1]
+        memory = torch.cuda.mem_get_info()[1]
     else:
-        room = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     dtype = model.lm.dtype
     needed = sum(layer.N * layer.K * dtype.itemsize for layer in layers)
-    if 4 * needed <= room:
+    if 4 * needed <= memory:
         for layer in layers:
             layer.dense = layer.dequantize(dtype)
 
@@ -1084,17 +1135,17 @@ def load_model(config, users=()):
     """(PersonalizedLM, tokenizer, fingerprint of the base model), checked and ready to be used.
     Users are those that training knows, in the order of their tokens."""
     device = find_device()
-    attention = "sdpa" if device.type == "cuda" else "eager"  # faster there with a mask
+    attention = "sdpa" if device.type == "cuda" else "eager"  # each is the faster with our mask
     lm, tokenizer = load_pretrained(config["model"], attention)
     fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
     trained = config["head"] != "ask"
-    whole = trained and config["tune"] == "full"  # for comparison, in float32; not the LM's head
-    if whole:
+    full = trained and config["tune"] == "full"
+    if full:  # no NF4, no LoRA: the backbone itself is trained, in float32, to compare with
         lm = lm.to(device).float().eval()
-        lm.get_output_embeddings().requires_grad_(False)
+        lm.get_output_embeddings().requires_grad_(False)  # and words' embeddings where tied to it
     else:
-        lm = quantize(lm, device, config["quant"])
+        lm = freeze(lm, device, config["quant"])
         if trained:
             add_lora(lm, config["r"], config["alpha"], config["dropout"])
     n_users = len(users) if config["ids"] == "token" else 0
@@ -1103,7 +1154,7 @@ def load_model(config, users=()):
     model = PersonalizedLM(lm, head, len(config["labels"]), n_users, tokens).train(False)
     model.share = config["share"]
     check_forward(model)
-    if not whole:
+    if not full:
         cast(model, compute_dtype(device, lm.config.hidden_size, config["dtype"]))
         if config["quant"] and not config["no_dense"]:
             keep_dense(model)
@@ -1111,13 +1162,13 @@ def load_model(config, users=()):
 
 
 # 8. Batches ---------------------------------------------------------------------------------------
-# What a head reads and what it should say there is the same for both heads and both kinds of model:
-# `at` (P), the places that are read; `target`, labels (P, L) or the ids of all answers (P);
-# `weight` (P) in the loss. The rest of a batch is what the backbone wants; `tokens` counts what is
-# computed. CLS reads the end of a prompt. LM reads it and every token of the answer but the last:
-# the state at a token predicts the next.
+# A batch says in the same three fields, for both heads and both kinds of model, where the head
+# reads and what it should say there: `at` (P) the places; `target` the labels (P, L) or the ids of
+# all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt. LM
+# reads that and every token of the answer but the last: the state at a token predicts the next. The
+# other fields are what the backbone wants; `tokens` counts what is computed.
 
-MAX_NODES = {"cpu": 1024, "cuda": 8192}  # of a tree: its mask has nodes x nodes
+MAX_NODES = {"cpu": 1024, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -1132,7 +1183,8 @@ def targets_of(rows, head):
 
 
 def tree_batch(model, rows, head, before=()):
-    """The batch of some rows for a decoder: their prompt tree. The nodes of `before` come first."""
+    """The batch of some rows for a decoder: their prompt tree. `before`: sequences of ids whose
+    nodes are numbered first, though nothing is read there (data/readers.py has some)."""
     paths = list(before)
     for row in rows:
         answer = row.answer[:-1] if head == "lm" else ()
@@ -1187,55 +1239,43 @@ def make_batch(model, rows):
 
 def by_text(rows):
     """list of lists: the rows of each text, in the order of the rows."""
-    found = defaultdict(list)
-    for row in rows:
-        found[row.annotation.text].append(row)
-    return list(found.values())
+    return list(grouped(rows, [row.annotation.text for row in rows]).values())
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order; the rows of a text stay together, where they share."""
+    """Lists of `size` rows in random order; those of a text stay together and share its nodes."""
     texts = by_text(rows)
     rng.shuffle(texts)
     flat = [row for own in texts for row in own]
     return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
-def micro_batches(rows, size, max_nodes):
-    """Lists of at most `size` rows, neighbours, that have about `max_nodes` nodes at most."""
-    parts = [[]]
+def micro_batches(model, rows, size):
+    """Lists of at most `size` rows, neighbours, that have about MAX_NODES nodes at most."""
+    max_nodes = MAX_NODES[model.device.type]
+    chunks = [[]]
     nodes = 0
     last = ()
     for row in rows:
         path = row.prompt + row.answer
-        new = len(path) - len(os.path.commonprefix([path, last]))  # nodes that it adds
-        if parts[-1] and (len(parts[-1]) == size or nodes + new > max_nodes):
-            parts.append([])
+        shared = ()
+        if model.share and not model.seq2seq:
+            shared = os.path.commonprefix([path, last])  # it takes any sequences
+        new = len(path) - len(shared)  # nodes that the row adds
+        if chunks[-1] and (len(chunks[-1]) == size or nodes + new > max_nodes):
+            chunks.append([])
             nodes = 0
-            new = len(path)
-        parts[-1].append(row)
+            new = len(path)  # in a new chunk nothing is shared
+        chunks[-1].append(row)
         nodes += new
         last = path
-    return parts
+    return chunks
 
 
 # 9. Scores ----------------------------------------------------------------------------------------
 # The paper's score is the F1 of each label and their plain mean: a rare label counts as much as a
 # frequent one. Beside it stands the loss, which asks how probable the model took the truth to be.
-# How far such numbers can be believed is asked in data/evidence.py.
-
-def gold_labels(annotations):
-    """(R, L) of 0 and 1: what was really chosen."""
-    return np.array([a.labels for a in annotations])
-
-
-def rows_of(keys):
-    """dict key -> list of the rows that have it."""
-    found = defaultdict(list)
-    for row, key in enumerate(keys):
-        found[key].append(row)
-    return found
-
+# How far such numbers can be believed is the subject of data/evidence.py.
 
 def f1_scores(gold, predicted):
     """dict(f1_macro, f1_macro_present, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays
@@ -1263,7 +1303,7 @@ def probabilities(scores, single):
 
 
 def mean_loss(gold, scores, single):
-    """Mean negative log-likelihood of the rows of a single choice, else of their labels."""
+    """Mean negative log-likelihood, per row of a single choice, else per label of each row."""
     p = probabilities(scores, single)
     of_truth = p[gold.astype(bool)] if single else np.where(gold, p, 1 - p)
     return float(-np.log(np.maximum(of_truth, 1e-12)).mean())
@@ -1290,13 +1330,14 @@ def score(config, annotations, result):
 
 
 # 10. Training -------------------------------------------------------------------------------------
-# The loss of CLS is the cross-entropy of a single choice, else binary cross-entropy of each label;
-# that of LM is the cross-entropy of the answer's tokens: the mean over all targets of a step,
-# however its rows are cut into micro-batches. A personalized model of ours also learns to read for
-# nobody: each text of a step is read once more behind nobody's token (one node of the tree), and
-# what its readers chose is what should be said there, at a lower weight. AdamW in float32, a cosine
-# schedule with warm-up, clipped gradients; the epoch with the lowest validation loss is kept [1].
-# Dropout depends on seed and step alone, so a run that is taken up again needs no random state.
+# The loss of CLS is the cross-entropy of a single choice, else the binary cross-entropy of the
+# labels; the loss of LM is the cross-entropy of the answer's tokens. Either is a weighted mean over
+# all targets of a step, however its rows are cut into micro-batches. A personalized model of ours
+# also learns to read for nobody: each text of a step is read once more behind nobody's token (one
+# node of the tree), and what its readers chose is what should be said there, at a lower weight.
+# AdamW in float32, a cosine schedule with warm-up, clipped gradients; the epoch with the lowest
+# validation loss is kept [1]. Dropout depends on seed and step alone, so a run that is taken up
+# again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
@@ -1308,10 +1349,9 @@ def summed_loss(out, batch, head, single):
     target = batch["target"]
     if head == "cls" and not single:
         losses = F.binary_cross_entropy_with_logits(out, target.float(), reduction="none").mean(1)
-    elif head == "cls":
-        losses = F.cross_entropy(out, target.argmax(1), reduction="none")
     else:
-        losses = F.cross_entropy(out, target, reduction="none")
+        answer = target.argmax(1) if head == "cls" else target
+        losses = F.cross_entropy(out, answer, reduction="none")
     return (losses * batch["weight"]).sum()
 
 
@@ -1330,13 +1370,15 @@ def learning_rate(step, steps, lr, warmup):
 
 
 def make_optimizer(model, config):
-    """AdamW over LoRA, the classification head and the user tokens, each at its own rate."""
-    # A step of AdamW is as long as its rate; T5's embeddings are 100 times as long as SmolLM2's.
+    """AdamW over LoRA (or the backbone), the classification head and the user tokens, each at its
+    own rate."""
+    # AdamW moves every number by about its rate, whatever its size. Those in T5's embeddings are
+    # 100 times SmolLM2's, so the rate of users is in units of their root mean square (RMS).
     words = model.lm.get_input_embeddings().weight
-    size = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
-    rates = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * size)
+    rms = torch.linalg.vector_norm(words, dtype=torch.float32).item() / math.sqrt(words.numel())
+    times_lr = dict(lm=1.0, score=config["head_lr"], user_embedding=config["user_lr"] * rms)
     groups = []
-    for kind, times in rates.items():
+    for kind, times in times_lr.items():
         params = [p for name, p in model.trainable().items() if name.startswith(kind)]
         if params:
             groups.append(dict(params=params, times=times))
@@ -1351,8 +1393,8 @@ def prepare_step(model, rows, config):
         for own in texts:
             rows += own + for_nobody(own)
     size = config["micro_batch"] or len(rows)
-    parts = micro_batches(rows, size, MAX_NODES[model.device.type])
-    return [make_batch(model, part) for part in parts]
+    chunks = micro_batches(model, rows, size)
+    return [make_batch(model, chunk) for chunk in chunks]
 
 
 def update(optimizer, lr):
@@ -1369,9 +1411,9 @@ def train_step(model, batches, optimizer, lr, config):
     total = sum(batch["weight"].sum() for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        part = summed_loss(model(batch), batch, model.head, config["single"]) / total
-        part.backward()
-        loss += part.detach()
+        share = summed_loss(model(batch), batch, model.head, config["single"]) / total
+        share.backward()
+        loss += share.detach()
     nn.utils.clip_grad_norm_(model.trainable().values(), config["clip"])
     update(optimizer, lr)
     return loss
@@ -1422,38 +1464,39 @@ def plan_steps(rows, config):
     plan = []
     for epoch in range(1, config["epochs"] + 1):
         rng = random.Random(f"{config['seed']} {epoch - 1}")
-        for part in shuffled_steps(rows, config["batch"], rng):
-            plan.append((epoch, part))
+        for step_rows in shuffled_steps(rows, config["batch"], rng):
+            plan.append((epoch, step_rows))
     return plan[:config["max_steps"] or None]
 
 
-def parts_to_read(model, rows, config):
+def chunks_to_read(model, rows, config):
     """Lists of rows for one forward pass each. Neighbours share most, and are of about one length,
     for an encoder's padding."""
     rows = sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt))
-    size = 2 * config["micro_batch"] or 256  # or as many as fit into a tree
-    return micro_batches(rows, size, MAX_NODES[model.device.type])
+    size = 2 * config["micro_batch"] if config["micro_batch"] else 256
+    return micro_batches(model, rows, size)
 
 
 @torch.no_grad()
 def read_labels(model, rows, config, what):
-    """(mean loss, scores (R, L)) of encoded rows. Scores of an LM are the logits of the tokens with
-    which labels begin to differ, behind what they have in common."""
+    """(mean loss, scores (R, L)) of encoded rows. An LM reads each prompt with its true answer
+    behind it. Its scores are the logits at the first place where answers differ (label_tokens):
+    only what all answers have in common stands before it, so nothing of the truth is in them."""
     model.train(False)
     loss = torch.zeros((), device=model.device)
     total = 0.0
     scores = {}  # of each prompt
-    for part in progress(parts_to_read(model, rows, config), what, "batches"):
-        batch = make_batch(model, part)
+    for chunk in progress(chunks_to_read(model, rows, config), what, "batches"):
+        batch = make_batch(model, chunk)
         out = model(batch)
         loss += summed_loss(out, batch, model.head, config["single"])
         total += float(batch["weight"].sum())
         if model.head == "lm":
             place, tokens = model.label_tokens
-            answers = out.split([len(row.answer) for row in part])
-            out = torch.stack([logits[place] for logits in answers])
-            out = out[:, tokens[:len(config["labels"])]]
-        for row, line in zip(part, out.float().cpu().numpy()):
+            tokens = tokens[:len(config["labels"])]  # without that of "none"
+            answers = out.split([len(row.answer) for row in chunk])  # logits[i] says token i of one
+            out = torch.stack([logits[place, tokens] for logits in answers])
+        for row, line in zip(chunk, out.float().cpu().numpy()):
             scores[row.prompt] = line
     return loss.item() / total, np.array([scores[row.prompt] for row in rows])
 
@@ -1486,36 +1529,38 @@ def train(model, rows, config, base_sha, folder):
     batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
-        log.truncate(min(state["log"], log.tell()))  # what it held when the state was saved
-        for step, (epoch, part) in enumerate(plan[state["step"]:], state["step"] + 1):
+        log.truncate(min(state["log"], log.tell()))  # later steps are done again
+        # step counts from 1 and plan from 0: plan[step] is the next step, which is prepared while a
+        # GPU still computes this one.
+        for step, (epoch, step_rows) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
-            batches = batches or prepare_step(model, part, config)
+            batches = batches or prepare_step(model, step_rows, config)
             tokens = sum(batch["tokens"] for batch in batches)
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            if step < len(plan):  # while a GPU computes
+            if step < len(plan):
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
             bar.update()
             state["step"] = step
             state["seconds"] += time.perf_counter() - start
-            ends = step == len(plan) or plan[step][0] > epoch  # does the epoch?
-            if ends:
+            epoch_ends = step == len(plan) or plan[step][0] > epoch
+            if epoch_ends:
                 val_loss, _ = read_labels(model, rows["val"], config, "validate")
                 record(log, step=step, epoch=epoch, val_loss=val_loss)
                 bar.write(f"epoch {epoch}: val_loss {short(val_loss)}", file=sys.stdout)
                 if val_loss < state["val_loss"]:
                     state["val_loss"] = val_loss
                     best = {name: p.detach().clone() for name, p in model.trainable().items()}
-            if ends or time.time() - saved > SAVE_EVERY:
+            if epoch_ends or time.time() - saved > SAVE_EVERY:
                 state["log"] = log.tell()
                 save_state(f"{folder}/{STATE}", state, model, optimizer, best)
                 saved = time.time()
     model.load_state_dict(best, strict=False)
-    rows_per_second = sum(len(part) for _, part in plan) / state["seconds"]
-    return dict(val_loss=state["val_loss"], step=len(plan), rows_per_second=rows_per_second)
+    return dict(val_loss=state["val_loss"], step=len(plan),
+                rows_per_second=sum(len(step_rows) for _, step_rows in plan) / state["seconds"])
 
 
 # 11. Prediction -----------------------------------------------------------------------------------
@@ -1565,12 +1610,12 @@ def write_answers(model, tokenizer, rows, config):
     """list of dict(answer, cut: did it end at the limit?), one a row."""
     model.train(False)
     ends = model.lm.generation_config.eos_token_id
-    limit = max(config["answer_room"], *(len(row.answer) for row in rows))
+    limit = config["answer_room"]
     write = write_with_encoder_decoder if model.seq2seq else write_with_decoder
     distinct = {row.prompt: row for row in rows}  # equal prompts are answered once
     replies = {}
-    for part in progress(parts_to_read(model, distinct.values(), config), "write", "batches"):
-        prompts = [row.prompt for row in part]
+    for chunk in progress(chunks_to_read(model, distinct.values(), config), "write", "batches"):
+        prompts = [row.prompt for row in chunk]
         for prompt, ids in zip(prompts, write(model, prompts, ends, limit)):
             end = next((i for i, token in enumerate(ids) if token in ends), None)
             answer = tokenizer.decode(ids[:end], skip_special_tokens=True)
@@ -1578,32 +1623,13 @@ def write_answers(model, tokenizer, rows, config):
     return [replies[row.prompt] for row in rows]
 
 
-def parse_answer(answer, labels, single=False):
-    """((L) zeros and ones, number of words that belong to no label). Of labels that begin alike the
-    longest is meant, of a single choice the first."""
-    label_of = {}  # the words of a label -> the label
-    for i, label in enumerate(sorted(labels, key=len, reverse=True)):
-        name = " ".join(words_of(label))
-        if not name:  # a label of symbols alone gets a word
-            name = f"symbol{i}"
-            answer = answer.replace(label, f" {name} ")
-        label_of[name] = label
-    names = "|".join(sorted(label_of, key=len, reverse=True))
-    whole = rf"(?<!\S)(?:{names})(?!\S)"  # words are letters and digits: none to escape
-    words = " ".join(words_of(answer))
-    found = [label_of[name] for name in re.findall(whole, words)]
-    if single:
-        found = found[:1]
-    rest = re.sub(whole, "", words).split()
-    unknown = sum(word != NONE for word in rest)
-    return tuple(int(label in found) for label in labels), unknown
-
-
 def final_words(reply, in_thought=False):
-    """What a reply says in the end: what stands behind its thoughts, and before the next section of
-    a prompt, which models write that only continue a text. "" if it was cut off before that."""
+    """The answer in a reply, without the thoughts before it and without the next "###" section,
+    which a model writes that only continues the text. "" if the reply was cut off before its end.
+    """
     _, thought_ended, answer = reply["answer"].rpartition("</think>")
-    if "<think>" in answer or in_thought and not thought_ended:
+    unfinished = in_thought and not thought_ended
+    if unfinished or "<think>" in answer:
         return ""
     answer, next_section, _ = answer.partition(SECTION)
     return "" if reply["cut"] and not next_section else answer
@@ -1638,22 +1664,23 @@ def predict(model, tokenizer, rows, config):
     if config["head"] == "cls":
         result["predicted"] = chosen_labels(result["scores"], config["single"])
         return result
-    _, behind = frame(tokenizer, chat=config["head"] == "ask")
-    opened = tokenizer.decode(behind).rpartition("</think>")[2]  # some templates begin a thought
+    # Some chat templates end with "<think>": a reply then begins inside a thought.
+    _, after = frame(tokenizer, chat=config["head"] == "ask")
+    in_thought = "<think>" in tokenizer.decode(after).rpartition("</think>")[2]
     replies = write_answers(model, tokenizer, rows, config)
-    return result | read_answers(replies, config, "<think>" in opened)
+    return result | read_answers(replies, config, in_thought)
 
 
 def predict_rates(data, config, annotations):
-    """dict(predicted, scores): log odds of labels in training, a user's shrunk to everybody's as
-    if five more of the user's rows were everybody's mean."""
+    """dict(predicted, scores): log odds of the labels in training (of a single choice log rates), a
+    user's shrunk to everybody's as if five more of the user's rows were everybody's mean."""
     train = data.parts["train"]
     gold = gold_labels(train)
     overall = gold.mean(0)
     rates = {}
     if config["personalized"]:
-        for user, own in rows_of(a.user for a in train).items():
-            rates[user] = (gold[own].sum(0) + 5 * overall) / (len(own) + 5)
+        for user, own in grouped(gold, [a.user for a in train]).items():
+            rates[user] = (np.sum(own, axis=0) + 5 * overall) / (len(own) + 5)
     p = np.clip([rates.get(a.user, overall) for a in annotations], 1e-6, 1 - 1e-6)
     scores = np.log(p) if config["single"] else np.log(p / (1 - p))
     return dict(predicted=chosen_labels(scores, config["single"]), scores=scores)
@@ -1663,242 +1690,169 @@ def predict_rates(data, config, annotations):
 # A model that cannot be downloaded is asked over HTTP, in the protocol that OpenAI made and many
 # servers speak.
 #
-# An answer costs money and time. It is on the disk before the next one is heard, it is found again
-# by a hash of the server's address and the whole request, so it is never asked for twice, and rows
-# with equal prompts share it. The file also has a line for each request that was sent.
+# An answer costs money and time. It is on the disk before the next one is heard, and it is found
+# again by a hash of the server's address and the whole request: it is never asked for twice, and
+# rows with equal prompts share it.
 #
-# A thread makes one attempt and ends; the main thread alone decides what is sent, and writes. So
-# nothing is sent any more once a run has stopped, and no thread waits for another.
+# Requests are sent in rounds, those of a round at once, each by a thread that makes one attempt.
+# The main thread hears what comes back, keeps the answers, and decides after the round:
 #
-# A server is not known beforehand: one bears hundreds of requests at once, another computes them
-# one by one. The first request goes alone, and shows whether the key, the model and the parameters
-# are right. Every sixth answer lets one more request in if it was quick, up to AT_ONCE. A request
-# that fails goes to the end of the queue and sets the number back to one; once nothing is on its
-# way all wait a second, then two, four, ..., or as long as the server says. Many failures without
-# an answer between them end the run. A prompt that the server refuses is not sent again; the others
-# go on.
+#     what comes back                         what follows
+#     an answer                               it is kept
+#     REFUSED_ROW (the row is at fault)       it is not sent again; the others go on
+#     REFUSED_ROW that names a parameter      before the first answer: it is renamed or left out
+#     HOPELESS (every request would fail)     the run ends
+#     anything else, or nothing               a pause, and it is sent again
+#
+# Until the first answer, rounds have one request, which shows whether the key, the model and the
+# parameters are right. Then each round without a failure lets one more into the next, up to
+# AT_ONCE, and a failure sets the number back to one. A pause takes a second, after the next failure
+# two, four, ..., or as long as the server says. If a row has no answer in the end, nothing is
+# scored.
+
 OPENAI = "https://api.openai.com/v1"  # unless OPENAI_BASE_URL names another server
-AT_ONCE = 8         # requests on their way, at most
-CONNECT = 10        # seconds for a connection
-READ = 300          # seconds of silence after which an attempt has failed
-QUICK = READ / 3    # seconds: a server that answers one by one stays far from READ
-BACKOFF = 1         # seconds of the first wait, then 2, 4, ..., 20
-LONGEST_WAIT = 600  # seconds: if the server asks for more, the run ends
-GIVE_UP = 20        # failures in a row, five minutes with the waits, end the run,
-GIVE_UP_EARLY = 10  # and these, two minutes, if nothing was ever answered
-SILENCE = 5         # failures that a silence of READ counts for
-TOKENS = ("prompt_tokens", "completion_tokens")  # as a server counts them
-OTHER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None, "seed": None}
-REFUSED_ROW = (400, 413, 422)  # statuses that this request would get again
-HOPELESS = (301, 302, 303, 307, 308, 401, 402, 403, 404, 405)  # and those that any would get
-NO_MONEY = "insufficient_quota|billing(?!.*retry in)"  # Google's limit per minute says both
+AT_ONCE = 8          # requests of a round, at most
+TIMEOUT = (10, 300)  # seconds for a connection, and of silence, that fail an attempt
+LONGEST_PAUSE = 300  # seconds; the tenth failure in a row would ask for 512, and ends the run
+MOST_REFUSED = 10    # so many refused rows end the run, too
+REFUSED_ROW = "HTTP (400|413|422):"
+# Google's limit per minute speaks of billing, too, and says when to retry.
+HOPELESS = "(?i)HTTP (3|40[1-7]|429.*(insufficient_quota|billing(?!.*retry in)))"
 
 
 def server_address():
     """The address of the server: OPENAI_BASE_URL, or OpenAI's."""
-    address = os.environ.get("OPENAI_BASE_URL", "").strip().rstrip("/") or OPENAI
-    valid = re.fullmatch(r"https?://(\w[\w-]*(\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?",
-                         address, re.I)
+    address = (os.environ.get("OPENAI_BASE_URL") or OPENAI).rstrip("/")
+    valid = re.fullmatch(r"(?i)https?://(\w[\w-]*(\.[\w-]+)*|\[[\da-f:]+\])(:\d+)?(/[^@?#\s]*)?",
+                         address)
     check(valid, f"OPENAI_BASE_URL has to be like {OPENAI}, with no user or key in it")
     return address
 
 
-def api_key():
-    """The key by which the server knows who pays."""
+def attempt(settings, prompt):
+    """Asks once. Returns (prompt, response, what the server or the network said)."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     check(re.fullmatch("[!-~]+", key), "set OPENAI_API_KEY (to any word if the server needs none)")
-    return key
-
-
-def retry_after(response):
-    """The seconds that the server wants us to wait: a number, or until a date; else 0."""
-    value = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"\d+(\.\d+)?", value):
-        return float(value)
-    date = parsedate_tz(value)
-    return mktime_tz(date) - time.time() if date else 0
-
-
-def read_reply(response):
-    """What a model said, as a dict; None if the response is none in the protocol."""
-    try:
-        reply = json.loads(response.content)
-        choice = reply["choices"][0]
-        parts = choice["message"].get("content") or ""  # nothing where the model refuses
-        text = "".join(x if isinstance(x, str) else x.get("text") or "" for x in parts)
-        usage = reply.get("usage") or {}  # not every server counts
-        tokens = {name: int(usage.get(name) or 0) for name in TOKENS}
-    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
-        return None
-    text = text.strip().encode("utf-8", "replace").decode()  # half a surrogate pair is no text
-    cut = choice.get("finish_reason") == "length"
-    return dict(answer=text, cut=cut, model=str(reply.get("model") or ""), **tokens)
-
-
-def attempt(address, key, sha, body, responses):
-    """Sends a request and queues (sha, response, what the server or the network said)."""
-    response = requests.Response()  # an empty one
-    words = ""  # stays so if what is raised is no OSError: a mistake in this file
     try:
         response = requests.post(
-            f"{address}/chat/completions", json=body, timeout=(CONNECT, READ),
+            f"{server_address()}/chat/completions", timeout=TIMEOUT,
+            json=dict(settings, messages=[dict(role="user", content=prompt)]),
             headers={"Authorization": f"Bearer {key}"},
             auth=lambda request: request,  # without one, a .netrc replaces the header
             allow_redirects=False)         # no other server gets the prompts
         words = f"HTTP {response.status_code}: {response.text or response.reason}"
     except OSError as e:  # as all errors of requests are
+        response = requests.Response()  # an empty one
+        # Of "...Pool(host=.., port=443): Max retries exceeded .. (Caused by X)" X is kept.
         words = re.sub(r'.*(port=\d+\): |Caused by )|"\)+$', "", str(e))
-    finally:
-        words = " ".join(words.replace(key, "[key]").split())
-        responses.put((sha, response, words[:500]))
+    if len(key) > 7:  # a key, and no word that stands for one
+        words = words.replace(key, "[key]")
+    words = " ".join(words.split())
+    return prompt, response, words[:500]
 
 
-class Pace:
-    """How many requests a server bears at once, and when the next one may be sent."""
-
-    def __init__(self):
-        self.room = 1        # requests that may be on their way
-        self.ready_at = 0.0  # when the pause after a failure is over
-        self.answers = 0     # so far
-        self.heard_at = time.monotonic()  # when the last response came
-        self.failures = 0    # since the last answer
-        self.error = ""      # of the last failure
-
-    def show(self, bar):
-        """Says in the bar how the server is."""
-        slow = ", the server is slow" if time.monotonic() - self.heard_at > QUICK else ""
-        bar.set_postfix_str(f"{self.room} at once{slow}{self.error}", refresh=False)
-        bar.update(0)
-
-    def speed_up(self, seconds):
-        """After an answer that took so long."""
-        self.heard_at = time.monotonic()
-        self.answers += 1
-        self.failures = 0
-        if self.answers % 6 == 0 and seconds < QUICK:
-            self.room = min(AT_ONCE, self.room + 1)
-
-    def slow_down(self, response, words, on_the_way):
-        """After a failure that may pass. Ends the run where waiting does not help."""
-        if not words:
-            raise RuntimeError("a request ended in the error above")
-        self.heard_at = time.monotonic()
-        no_money = response.status_code == 429 and re.search(NO_MONEY, words, re.I)
-        check(response.status_code not in HOPELESS and not no_money,
-              f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
-        self.error = f", last error: {words[:100]}"
-        self.room = 1
-        wait = retry_after(response)
-        if on_the_way == 0:  # what was sent together fails together, and counts once
-            self.failures += SILENCE if "Read timed out" in words else 1
-            wait = max(wait, BACKOFF * min(20, 2 ** (self.failures - 1)))
-        self.ready_at = max(self.ready_at, time.monotonic() + wait)
-        most = GIVE_UP if self.answers else GIVE_UP_EARLY
-        check(self.failures < most and wait <= LONGEST_WAIT,
-              f"{words}; later, the same command asks for the rest")
+def read_reply(response):
+    """What a model said, as a dict; None if the response is none in the protocol."""
+    try:
+        reply = response.json()
+        choice = reply["choices"][0]
+        text = choice["message"]["content"] or ""  # nothing where the model refuses
+        return dict(answer=text.strip(), cut=choice.get("finish_reason") == "length",
+                    model=str(reply.get("model")), usage=reply.get("usage"))
+    except (ValueError, TypeError, LookupError, AttributeError):  # other JSON, or none
+        return None
 
 
 def change_refused(settings, words):
     """Renames or leaves out a parameter that the server's words name. Did they name one?"""
-    for name, other in OTHER_NAMES.items():
-        if name in settings and re.search(rf"\b{name}\b", words):
+    for name in ("max_tokens", "temperature", "seed"):
+        if name in settings and name in words:
             value = settings.pop(name)
-            if other:
-                settings[other] = value
+            if name == "max_tokens":
+                settings["max_completion_tokens"] = value
             return True
     return False
 
 
-def write_line(file, record):
-    """Adds a record to a file of answers, and waits until it is on the disk."""
-    file.write(json.dumps(record).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+def wait(seconds, response, words):
+    """Waits after a failure, at least so many seconds; BadInput where that does not help."""
+    check(not re.match(HOPELESS, words),
+          f"{words}; check OPENAI_API_KEY, OPENAI_BASE_URL, --model and your account")
+    asked = response.headers.get("Retry-After", "")
+    if re.fullmatch(r"\d+(\.\d+)?", asked):
+        seconds = max(seconds, float(asked))
+    check(seconds <= LONGEST_PAUSE, f"{words}; later, the same command asks for the rest")
+    tqdm.write(f"{words}; again in {seconds:.0f} s")
+    time.sleep(seconds)
+
+
+def ask_server(settings, prompts, waiting):
+    """Yields (prompt, reply) for the prompts that are waiting; BadInput if one has no answer."""
+    send = functools.partial(attempt, settings)
+    room = 1   # requests of the next round
+    pause = 1  # seconds, after the next failure
+    answered = False
+    refused = []
+    with ThreadPool(AT_ONCE) as pool:  # its threads end with the process
+        while waiting and len(refused) < MOST_REFUSED:
+            batch = waiting[:room]
+            waiting = waiting[room:]
+            failure = None
+            for prompt, response, words in pool.imap_unordered(send, batch):
+                reply = read_reply(response)
+                if reply:
+                    yield prompt, reply
+                    answered = True
+                    pause = 1
+                elif not re.match(REFUSED_ROW, words):
+                    waiting.append(prompt)
+                    failure = (response, words)
+                elif not answered and change_refused(settings, words):
+                    waiting.insert(0, prompt)
+                else:
+                    refused.append(f"test row {prompts.index(prompt) + 1}: {words}")
+            if failure:
+                wait(pause, *failure)
+                pause *= 2
+                room = 1
+            elif answered:
+                room = min(AT_ONCE, room + 1)
+    check(not refused, f"refused: {'; '.join(refused)}; if it is too long, lower --max-text")
 
 
 def kept_answers(file):
-    """(dict sha -> answer, how many requests were sent) of a file of answers; half a line at its
-    end, left by a kill, is cut off."""
+    """dict sha -> answer of a file of answers; half a line at its end, left by a kill, is cut."""
     file.seek(0)
-    *lines, half = file.read().split(b"\n")
+    *lines, half = file.read().split("\n")
     file.truncate(file.tell() - len(half))
-    records = [json.loads(line) for line in lines]
-    answers = {record["sha"]: record for record in records if "sha" in record}
-    return answers, sum("sent" in record for record in records)
-
-
-def ask_server(address, key, settings, prompts, file):
-    """Asks for all of dict sha -> prompt; the file gets a line for each request and each answer.
-    Returns dict sha -> the server's words of the prompts that it refused."""
-    responses = queue.SimpleQueue()
-    waiting = deque(prompts)
-    on_the_way = 0
-    refused = {}
-    pace = Pace()
-    with progress(None, "ask", "requests", len(prompts)) as bar:
-        bar.dynamic_miniters = False  # or tqdm shows nothing new until the next answer
-        while waiting or on_the_way:
-            while waiting and on_the_way < pace.room and time.monotonic() >= pace.ready_at:
-                sha = waiting.popleft()
-                write_line(file, dict(sent=sha))
-                body = dict(settings, messages=[dict(role="user", content=prompts[sha])])
-                request = (address, key, sha, body, responses)
-                threading.Thread(target=attempt, args=request, daemon=True).start()
-                on_the_way += 1
-            pace.show(bar)
-            try:
-                sha, response, words = responses.get(timeout=BACKOFF)
-            except queue.Empty:
-                continue
-            on_the_way -= 1
-            reply = read_reply(response)
-            if reply:
-                pace.speed_up(response.elapsed.total_seconds())
-                left_out = [name for name in ("temperature", "seed") if name not in settings]
-                write_line(file, dict(sha=sha, **reply, left_out=left_out))
-                bar.update()
-            elif response.status_code not in REFUSED_ROW:
-                pace.slow_down(response, words, on_the_way)
-                waiting.append(sha)
-            elif pace.answers or not change_refused(settings, words):
-                refused[sha] = words
-                if len(refused) == GIVE_UP:
-                    waiting.clear()
-            else:
-                waiting.appendleft(sha)
-    return refused
+    return {record.get("sha"): record for record in map(json.loads, lines)}
 
 
 def ask_chat(prompts, path, model, seed, limit):
-    """(dict(answer, cut, ...) of each prompt, dict of counts); the file `path` keeps answers."""
+    """(dict(answer, cut, ...) of each prompt, dict of facts); the file `path` keeps answers."""
     address = server_address()
     settings = dict(model=model, temperature=0, seed=seed, max_tokens=limit)
-    prompt_of = {}
-    shas = []
+    shas = {}
     for prompt in prompts:
         whole = json.dumps([address, settings, prompt])
-        shas.append(hashlib.sha256(whole.encode()).hexdigest())
-        prompt_of[shas[-1]] = prompt
-    with open(path, "ab+") as file:
-        answers, _ = kept_answers(file)
-        todo = {sha: prompt for sha, prompt in prompt_of.items() if sha not in answers}
-        tokens = sum(map(len, todo.values())) // 4
-        print(f"{model} at {address}: {len(todo):,} requests for {len(shas):,} rows, about "
-              f"{tokens:,} tokens; {len(prompt_of) - len(todo):,} answers are there", flush=True)
-        if todo:
-            refused = ask_server(address, api_key(), settings, todo, file)
-            for sha, words in refused.items():  # the first is named
-                raise BadInput(f"{len(refused)} requests were refused, as that of test row "
-                               f"{shas.index(sha) + 1}: {words}; if it is too long, lower "
-                               "--max-text")
-        answers, sent = kept_answers(file)
-    used = [answers[sha] for sha in prompt_of]
-    counts = dict(server=address, requests=sent, retries=sent - len(answers))
-    for name in TOKENS:
-        counts[name] = sum(answer[name] for answer in used)
-    counts["answered_by"] = sorted({answer["model"] for answer in used} - {""})
-    counts["left_out"] = sorted({name for answer in used for name in answer["left_out"]})
-    return [answers[sha] for sha in shas], counts
+        shas[prompt] = hashlib.sha256(whole.encode()).hexdigest()
+    with open(path, "a+", encoding="utf-8") as file:
+        answers = kept_answers(file)
+        todo = [prompt for prompt, sha in shas.items() if sha not in answers]
+        tokens = sum(map(len, todo)) // 4
+        print(f"{model} at {address}: {len(todo):,} requests, about {tokens:,} tokens; "
+              f"{len(shas) - len(todo):,} answers are there", flush=True)
+        replies = ask_server(settings, prompts, todo)
+        for prompt, reply in progress(replies, "ask", "requests", len(todo)):
+            left_out = sorted({"temperature", "seed"} - set(settings))
+            record = dict(reply, sha=shas[prompt], left_out=left_out)
+            print(json.dumps(record), file=file, flush=True)
+            os.fsync(file.fileno())
+        answers = kept_answers(file)
+    replies = [answers[shas[prompt]] for prompt in prompts]
+    return replies, dict(
+        answered_by=sorted({reply["model"] for reply in replies}),
+        left_out=sorted({name for reply in replies for name in reply["left_out"]}))
 
 
 # 13. One experiment from end to end ---------------------------------------------------------------
@@ -1929,6 +1883,8 @@ def make_config(args, data):
     config |= dict(method=args.command, **method._asdict())
     if method.head == "ask":  # an untrained model knows no token
         config["ids"] = "number"
+    if method.head in ("lm", "ask"):
+        check_answers(data)
     config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
@@ -1937,8 +1893,7 @@ def make_config(args, data):
         config["server"] = server_address()
     return config | dict(
         data=data.name, split=args.split_col, data_sha=data.sha, labels=data.labels,
-        single=data.single, ordered=data.ordered, none=data.none,
-        answer_room=answer_room(data, method.head))
+        single=data.single, ordered=data.ordered, none=data.none, answer_room=answer_room(data))
 
 
 def model_name(model):
@@ -1993,12 +1948,12 @@ def settle(folder, config, fresh):
 def encode_parts(model, tokenizer, config, users, parts, train):
     """(dict part -> list of Row, Counter of texts_cut and too_few_examples) of the annotations of
     parts; BadInput if a prompt with its answer is longer than what a decoder reads at once."""
-    names = name_users(config, users, model.V)
+    user_ids = ids_of_users(config, users, model.V)
     rows = {}
     counts = Counter()
     for part, annotations in parts.items():
-        rows[part], found = encode(tokenizer, config, annotations, train, names)
-        counts += found
+        rows[part], found = encode(tokenizer, config, annotations, train, user_ids)
+        counts.update(found)
     longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
         longest += config["answer_room"]
@@ -2090,10 +2045,10 @@ def finish(folder, metrics, parts, result, start):
 
 def run_chat(config, data, folder):
     """(what is predicted for the test rows, facts) of a model behind HTTP."""
-    prompts, facts = chat_prompts(config, data)
-    replies, counts = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
-                               config["seed"], config["answer_room"])
-    return read_answers(replies, config), dict(facts, chat=counts)
+    prompts, counts = chat_prompts(config, data)
+    replies, facts = ask_chat(prompts, f"{folder}/answers.jsonl", chat_model(config["model"]),
+                              config["seed"], config["answer_room"])
+    return read_answers(replies, config), dict(counts, chat=facts)
 
 
 def run(args):
@@ -2139,13 +2094,13 @@ SUMMARY = {  # key of the metrics -> its unit, or what it says
     "cut": "answers ended at the limit", "unreadable": "answers without a known label",
     "unknown_words": "words in answers that belong to no label",
     "f1_macro": "mean over labels",
-    "labels_without_test_row": "labels have no test row, and so count as 0 in it",
+    "labels_without_test_row": "labels have no test row, and count as 0 in f1_macro",
     "accuracy": "of whole rows", "test_loss": "negative log-likelihood",
 }
 
 
 def print_metrics(m, says):
-    """A run, and those of its metrics that there is something to say of."""
+    """What a run was, and the metrics that `says` explains."""
     head = "\n{method} with {model} on {data}, seed {seed}, {rows[test]:,} test rows"
     print(head.format(**m))
     for key, what in says.items():
@@ -2178,7 +2133,7 @@ def load_run(folder):
 
 
 # 14. The command line -----------------------------------------------------------------------------
-# What a user can say, and what a user is told if it cannot be done: one line, and status 2.
+# The flags. What cannot be done is said in one line, and the exit status is 2.
 
 def number(kind, least, most=10 ** 18):
     """An argparse type: a number of that kind, from `least` to `most`."""
@@ -2193,12 +2148,12 @@ def number(kind, least, most=10 ** 18):
 
 
 COUNT = number(int, 1)
-FLAGS = [  # flag, what argparse is told; without a default, the model's row or the recipe says
+FLAGS = [  # (flag, arguments of add_argument); no default: TUNED or the recipe has the value
     ("--model", dict(default="tiny",
                      help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),
     ("--split-col", dict(metavar="COL", help="column that says train, val or test (split)")),
-    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of what is random (42)")),
+    ("--seed", dict(type=number(int, 0, 2 ** 32), default=42, help="of all that is random (42)")),
     ("--out", dict(default="out", metavar="DIR", help="folder of all runs (out)")),
     ("--fresh", dict(action="store_true", help="start a run over that is there already")),
     ("--recipe", dict(default="ours", choices=RECIPES, help="ours, or the paper's settings")),
@@ -2211,7 +2166,7 @@ FLAGS = [  # flag, what argparse is told; without a default, the model's row or 
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
     ("--batch", dict(type=COUNT, help="annotations a step")),
-    ("--micro-batch", dict(type=COUNT, default=0, help="of these computed at once: less memory")),
+    ("--micro-batch", dict(type=COUNT, default=0, help="prompts computed at once: less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
     ("--max-text", dict(type=COUNT, default=384, help="tokens of a text (384)")),

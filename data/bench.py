@@ -125,13 +125,13 @@ def long_texts(annotations, length):
     return found
 
 
-def steps_of(config, data, tokenizer, names, steps, length):
+def steps_of(config, data, tokenizer, user_ids, steps, length):
     """Lists of the rows of a step, the first of them twice: it warms up."""
     n = steps * config["batch"]
     some = plm.some_texts(data.parts["train"], n)
     if length:
         some = long_texts(some[:n], length)
-    rows, _ = plm.encode(tokenizer, config, some, [], names)
+    rows, _ = plm.encode(tokenizer, config, some, [], user_ids)
     batches = plm.shuffled_steps(rows, config["batch"], random.Random(config["seed"]))
     full = [batch for batch in batches if len(batch) == config["batch"]]
     plm.check(full, f"{len(rows)} training rows are no step of {config['batch']}")
@@ -184,16 +184,16 @@ def measure(argv, peer, steps, length=None):
     data = plm.load_data(args.data, args.split_col, args.max_eval)
     config = plm.make_config(args, data)
     device = plm.find_device()
-    names = {}
+    user_ids = {}
     if peer:
         model, tokenizer = load_peer(config, getattr(torch, config["dtype"]))
     else:
         users = sorted({a.user for a in data.parts["train"]}) if config["ids"] == "token" else []
         torch.manual_seed(config["seed"])
         model, tokenizer, _ = plm.load_model(config, users)
-        names = plm.name_users(config, users, model.V)
+        user_ids = plm.ids_of_users(config, users, model.V)
     plm.check(not model.seq2seq, "the bench is for decoders")
-    batches = steps_of(config, data, tokenizer, names, steps, length)
+    batches = steps_of(config, data, tokenizer, user_ids, steps, length)
     optimizer = plm.make_optimizer(model, config)
     size = PEER_ROWS if device.type == "cpu" else config["batch"]
     losses = []
@@ -203,7 +203,8 @@ def measure(argv, peer, steps, length=None):
     for rows in batches:
         start = time.perf_counter()
         if peer:
-            parts = [padded_batch(model, part) for part in plm.micro_batches(rows, size, 10 ** 9)]
+            few = [rows[i:i + size] for i in range(0, len(rows), size)]
+            parts = [padded_batch(model, some) for some in few]
         else:
             parts = plm.prepare_step(model, rows, config)
         losses.append(plm.train_step(model, parts, optimizer, 1e-4, config).item())

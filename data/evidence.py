@@ -20,6 +20,7 @@ For the others the trained model has to read again, in other ways:
 
 Shapes have the letters of plm.py: R rows, L labels.
 """
+import itertools
 import math
 import os
 import random
@@ -35,6 +36,11 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.dirname(HERE), HERE]
 import plm  # noqa: E402
 from table import NoRun, read_predictions  # noqa: E402
+
+
+def rows_of(keys):
+    """dict key -> list of the numbers of the rows that have it."""
+    return plm.grouped(itertools.count(), keys)
 
 
 def f1_macro(gold, predicted):
@@ -82,7 +88,7 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
 def f1_of_users(annotations, gold, predicted):
     """dict user -> macro F1 on the user's rows."""
     found = {}
-    for user, own in sorted(plm.rows_of(a.user for a in annotations).items()):
+    for user, own in sorted(rows_of(a.user for a in annotations).items()):
         found[user] = f1_macro(gold[own], predicted[own])
     return found
 
@@ -90,7 +96,7 @@ def f1_of_users(annotations, gold, predicted):
 def disputed_rows(texts, annotations):
     """list of the rows whose text was read differently by somebody."""
     disputed = []
-    for own in plm.rows_of(texts).values():
+    for own in rows_of(texts).values():
         if len({annotations[i].labels for i in own}) > 1:
             disputed += own
     return disputed
@@ -261,7 +267,7 @@ def for_others(model, tokenizer, config, users, data):
 def user_bias(gold, scores, users, single, ridge=1.0):
     """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
     found = {}
-    for user, own in plm.rows_of(users).items():
+    for user, own in rows_of(users).items():
         bias = np.zeros(scores.shape[1])
         for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
             p = plm.probabilities(scores[own] + bias, single)

@@ -461,7 +461,7 @@ def export_merged(folder):
     plm.fit_tokenizer(config["model"], stored, tokenizer)
     names = {}
     if model.user_embedding is not None:
-        names = plm.name_users(config, users, model.V)
+        names = plm.ids_of_users(config, users, model.V)
     prompts, rows = awkward_rows(config, tokenizer, users, names)
     out = f"{folder}/merged"
     shutil.rmtree(out, ignore_errors=True)

@@ -153,8 +153,7 @@ def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
     size = config["micro_batch"] or config["batch"]
-    parts = plm.micro_batches(rows, size, plm.MAX_NODES[model.device.type])
-    batches = [reader_batch(model, part) for part in parts]
+    batches = [reader_batch(model, chunk) for chunk in plm.micro_batches(model, rows, size)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:
@@ -170,12 +169,11 @@ def adapt(model, rows, config):
     model.train(False)
     model.requires_grad_(False)
     model.user_embedding.requires_grad_(True)
-    people = list(plm.rows_of(row.annotation.user for row in rows).values())
+    people = list(plm.grouped(rows, [row.annotation.user for row in rows]).values())
     groups = [people[i:i + PEOPLE] for i in range(0, len(people), PEOPLE)]
     with plm.progress(None, "adapt", "steps", len(groups) * STEPS) as bar:
         for group in groups:
-            own = [rows[i] for i in sum(group, [])]
-            learn(model, own, config, bar)
+            learn(model, sum(group, []), config, bar)
 
 
 # 3. The rows of new people ------------------------------------------------------------------------

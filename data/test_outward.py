@@ -137,7 +137,7 @@ def test_a_whole_language_model_writes_the_answers_of_the_run(whole_writer, anno
 def test_words_have_the_logits_of_the_run_and_users_are_never_written(whole_writer):
     folder, seq2seq = whole_writer
     config, model, tokenizer, users = plm.load_run(folder)
-    names = plm.name_users(config, users, model.V)
+    names = plm.ids_of_users(config, users, model.V)
     prompts, rows = export.awkward_rows(config, tokenizer, users, names)
     own = transformers.AutoTokenizer.from_pretrained(f"{folder}/merged")
     auto = transformers.AutoModelForCausalLM
@@ -209,7 +209,7 @@ def test_whole_prompts_have_the_tokens_of_their_pieces(tmp_path, kind):
     config = dict(labels=["calm", "angry"], single=False, none=True, personalized=True, shots=0,
                   ids="token", prompt="tree", head="lm", max_text=99)
     V = max(tokenizer.get_vocab().values()) + 5
-    names = plm.name_users(config, ["17", "a b"], V)
+    names = plm.ids_of_users(config, ["17", "a b"], V)
     prompts, rows = export.awkward_rows(config, tokenizer, ["17", "a b"], names)
     export.add_user_tokens(tokenizer, names, V)
     export.save_tokenizer(str(tmp_path), tokenizer, "lm")

@@ -237,7 +237,7 @@ def test_adapting_learns_a_person(tmp_path, new_csv, trained):
     folder, _ = trained("cls_p")
     config, model, tokenizer, users = plm.load_run(folder)
     parts = readers.read_new_people(new_csv, None, config)
-    names = plm.name_users(config, users + NEW_PEOPLE, model.V)
+    names = plm.ids_of_users(config, users + NEW_PEOPLE, model.V)
     readers.add_users(model, 3)
     rows, _ = plm.encode(tokenizer, config, parts["train"], [], names)
     before, _ = plm.read_labels(model, rows, config, "before")
@@ -353,7 +353,7 @@ def test_bad_input_gets_one_line_and_status_2(capsys, line, says):
 def test_a_csv_of_another_form_is_named(tmp_path, capsys, trained, command):
     path = write_csv(tmp_path / "new.csv", [("a", "b", 1, 0)], "txt reader calm angry")
     says = refused(capsys, f"{command} {trained('cls_p')[0]} --csv {path}")
-    assert path in says and "not one column 'text'" in says
+    assert path in says and "needs exactly one column 'text'" in says
     assert ("make data" in says) == (command == "adapt")  # which needs labels
 
 

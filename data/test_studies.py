@@ -168,7 +168,8 @@ def test_the_most_frequent_labels_are_kept(tmp_path):
     ("--unseen --share 0.1", "too few users"), ("--unseen --known 99", "too few users"),
     ("--adapt", "--known 1 or more"), ("--ids hash", "PLM_KEY"), ("--ids dp", "--epsilon"),
     ("--labels 8", "there are 7"), ("--labels 1", "not a number from"), ("", "required"),
-    ("--unseen --labels 2", "not allowed"), ("--by-time --split-col day", "not one column 'day'")])
+    ("--unseen --labels 2", "not allowed"),
+    ("--by-time --split-col day", "needs exactly one column 'day'")])
 def test_what_cannot_be_done_honestly_is_refused(tmp_path, monkeypatch, capsys, line, why):
     monkeypatch.setenv("PLM_KEY", "too short")
     source = crowd(tmp_path / "a.csv")
