@@ -2524,7 +2524,8 @@ def test_what_is_missing_or_damaged_of_a_run_is_named(tmp_path, elsewhere):
 @pytest.mark.parametrize("line, says", [
     ("cls_q", "invalid choice: 'cls_q'"), ("cls --modle tiny", "--modle tiny (see --help)"),
     ("cls --data nosuch", "make data DATA=nosuch"), ("cls --data nosuch.csv", "no CSV, nor in"),
-    ("cls --split-col nosuch", "needs exactly one column 'nosuch'"), ("cls --dropout 2", "from 0 to 0.9"),
+    ("cls --split-col nosuch", "needs exactly one column 'nosuch'"),
+    ("cls --dropout 2", "from 0 to 0.9"),
     ("cls --model ./nosuch", "./nosuch: no folder"), (f"cls --model {HERE}", "cannot be used"),
     ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
     ("cls_p --ids word", "invalid choice: 'word'"), ("q_0s --model openai:", "needs a name"),
