@@ -182,7 +182,8 @@ for name, head, shots in [
 
 # 2. Annotations and splits ------------------------------------------------------------------------
 # One row of a CSV is one person's judgement of one text. There is one form of it: columns `text`
-# and `user`, and columns of labels, which are all others (but for `time`) in one of three kinds:
+# and `user`, and columns of labels, which are all others (but for `time` and splits) in one of
+# three kinds:
 #
 #     several columns of 0 and 1    any number may be chosen; the columns are the labels
 #     one column x of 0 and 1       one is chosen; the labels are "not x" and "x"
@@ -230,10 +231,10 @@ class Dataset(NamedTuple):
     name: str
     labels: list   # (L) names
     single: bool   # a row chooses exactly one label (softmax), or else any number (sigmoids)
-    ordered: bool  # single, and the labels are a rating: numbers in order
+    ordered: bool  # single, and the labels are a rating: numbers in order (data/ asks)
     none: bool     # are there rows in which nothing is chosen?
     parts: dict    # train, val, test -> list of Annotation
-    notes: dict    # what was read or left out, in words -> how many rows, or by what
+    notes: dict    # for people: "rows read" -> how many, "split by" -> a column or a hash, ...
     sha: str       # of the file
 
 
@@ -583,7 +584,7 @@ def ids_of_users(config, users, V):
 class Row(NamedTuple):
     """An annotation in token ids."""
     prompt: tuple
-    reader_at: int  # where the reader stands in the prompt; None if it names none
+    reader_at: int  # where the reader stands in the prompt (data/readers.py asks); or None
     nobody: tuple   # the prompt as it is for nobody in particular; () if there is no such token
     answer: tuple   # with the end token
     labels: tuple
@@ -699,13 +700,13 @@ def nearest(values, code):
 
 
 def in_blocks(flat, size):
-    """(n) -> (blocks, size), filled up with zeros."""
+    """(numbers) -> (blocks, size), filled up with zeros."""
     missing = -len(flat) % size
     return F.pad(flat, (0, missing)).view(-1, size)
 
 
 def scaled_to_one(blocks):
-    """(the rows of blocks (.., size) divided by their largest magnitudes, and these (..))"""
+    """(blocks (blocks, size), each divided by its largest magnitude, and these (blocks))"""
     absmax = blocks.abs().amax(1)
     inverse = 1 / absmax.clamp(min=1e-38)  # as [4]: blocks / absmax has other last bits
     return blocks * inverse[:, None], absmax
@@ -749,8 +750,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # a dense W to compute with instead, if section 7 gives one: the stored
-        #                    one (freeze, --no-quant) or a copy of the rounded one (keep_dense)
+        self.dense = None  # a dense W to compute with instead, if section 7 gives one: unrounded
+        #                    (freeze, --no-quant), or a copy of the rounded one (keep_dense)
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -794,7 +795,7 @@ class LoRALinear(nn.Module):
         device = base.packed.device
         self.lora_A = nn.Parameter(torch.empty(r, base.K, device=device))
         self.lora_B = nn.Parameter(torch.zeros(base.N, r, device=device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as [3]
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))  # as the code of [3]
 
     def forward(self, x):
         dropped = F.dropout(x, self.dropout, self.training)
@@ -812,9 +813,9 @@ def add_lora(model, r, alpha, dropout):
 
 # 6. The prompt tree -------------------------------------------------------------------------------
 # The prompts of a batch begin alike: all of them with the instruction, and those of one text with
-# that text. In a decoder the state of a token depends on the tokens before it alone, so what two
-# prompts have in common comes out the same in both, and it is enough to compute it once. Written
-# one below the other, the prompts of a batch are a tree:
+# that text. In a decoder the state of a token depends on itself and the tokens before it alone. So
+# a beginning that two prompts have in common comes out the same in both, and it is enough to
+# compute it once. Written one below the other, the prompts of a batch are a tree:
 #
 #     Which of ... Text: -+- well done, genius ... User ID: -+- 17
 #                         |                                  +- 44
@@ -835,7 +836,7 @@ def add_lora(model, r, alpha, dropout):
 #        4  nice       0          1         x       x
 #        5  17         4          2         x       x x
 #
-# The states, the loss and (dropout aside) the gradients are those of separate prompts: this is no
+# Dropout aside, the states, the loss and the gradients are those of separate prompts: this is no
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
 
 def prompt_tree(paths, share=True):
@@ -957,9 +958,9 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads, at the places of a batch (section 8). By
-        x.index_select(0, at): the backward pass of x[at] adds up in any order on a CPU. (On a GPU
-        that of both does.)"""
+        """(P, D) the states that the head reads, at the places of a batch (section 8). They are
+        taken with index_select and not x[at], whose backward pass may add up in another order in
+        every run on a CPU. (On a GPU it is the other way round.)"""
         if not self.seq2seq:
             states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
@@ -1049,7 +1050,7 @@ def fingerprint(lm, tokenizer):
 
 def freeze(lm, device, quant=True):
     """The model, frozen, in float32 on the device, its linear layers turned into NF4Linear. Without
-    `quant` these have their bytes all the same, but compute with the stored weights (`dense`)."""
+    `quant` these have their bytes all the same, but compute with unrounded weights (`dense`)."""
     head = lm.get_output_embeddings()
     linear = {path: layer for path, layer in lm.named_modules()
               if isinstance(layer, nn.Linear) and layer is not head}
@@ -1164,9 +1165,10 @@ def load_model(config, users=()):
 # 8. Batches ---------------------------------------------------------------------------------------
 # A batch says in the same three fields, for both heads and both kinds of model, where the head
 # reads and what it should say there: `at` (P) the places; `target` the labels (P, L) or the ids of
-# all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt. LM
-# reads that and every token of the answer but the last: the state at a token predicts the next. The
-# other fields are what the backbone wants; `tokens` counts what is computed.
+# all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt (in
+# an encoder-decoder the decoder's start token stands for it). LM reads that and every token of the
+# answer but the last: the state at a token predicts the next. The other fields are what the
+# backbone wants; `tokens` counts what is computed.
 
 MAX_NODES = {"cpu": 1024, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
@@ -1243,7 +1245,7 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order; those of a text stay together and share its nodes."""
+    """Lists of `size` rows in random order; those of a text stand side by side, to share nodes."""
     texts = by_text(rows)
     rng.shuffle(texts)
     flat = [row for own in texts for row in own]
@@ -1261,7 +1263,7 @@ def micro_batches(model, rows, size):
         shared = ()
         if model.share and not model.seq2seq:
             shared = os.path.commonprefix([path, last])  # it takes any sequences
-        new = len(path) - len(shared)  # nodes that the row adds
+        new = len(path) - len(shared)  # about so many nodes does the row add
         if chunks[-1] and (len(chunks[-1]) == size or nodes + new > max_nodes):
             chunks.append([])
             nodes = 0
@@ -1333,11 +1335,11 @@ def score(config, annotations, result):
 # The loss of CLS is the cross-entropy of a single choice, else the binary cross-entropy of the
 # labels; the loss of LM is the cross-entropy of the answer's tokens. Either is a weighted mean over
 # all targets of a step, however its rows are cut into micro-batches. A personalized model of ours
-# also learns to read for nobody: each text of a step is read once more behind nobody's token (one
-# node of the tree), and what its readers chose is what should be said there, at a lower weight.
-# AdamW in float32, a cosine schedule with warm-up, clipped gradients; the epoch with the lowest
-# validation loss is kept [1]. Dropout depends on seed and step alone, so a run that is taken up
-# again needs no random state.
+# also learns to read for nobody: each text of a step is read once more behind nobody's token (for
+# CLS, one more node of the tree), and what its readers chose is what should be said there, at a
+# lower weight. AdamW in float32, a cosine schedule with warm-up, clipped gradients; the epoch with
+# the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a run that is
+# taken up again needs no random state.
 
 STATE = "state.safetensors"  # in a run's folder, until the run is finished
 SAVE_EVERY = 120             # seconds; and after every epoch
@@ -1494,7 +1496,7 @@ def read_labels(model, rows, config, what):
         if model.head == "lm":
             place, tokens = model.label_tokens
             tokens = tokens[:len(config["labels"])]  # without that of "none"
-            answers = out.split([len(row.answer) for row in chunk])  # logits[i] says token i of one
+            answers = out.split([len(row.answer) for row in chunk])  # (tokens, V) for each row
             out = torch.stack([logits[place, tokens] for logits in answers])
         for row, line in zip(chunk, out.float().cpu().numpy()):
             scores[row.prompt] = line
@@ -1624,9 +1626,8 @@ def write_answers(model, tokenizer, rows, config):
 
 
 def final_words(reply, in_thought=False):
-    """The answer in a reply, without the thoughts before it and without the next "###" section,
-    which a model writes that only continues the text. "" if the reply was cut off before its end.
-    """
+    """The answer in a reply, without the thoughts before it and without a "###" section behind it,
+    which models that only continue a text go on to write. "" if it was cut off before its end."""
     _, thought_ended, answer = reply["answer"].rpartition("</think>")
     unfinished = in_thought and not thought_ended
     if unfinished or "<think>" in answer:
@@ -2148,7 +2149,7 @@ def number(kind, least, most=10 ** 18):
 
 
 COUNT = number(int, 1)
-FLAGS = [  # (flag, arguments of add_argument); no default: TUNED or the recipe has the value
+FLAGS = [  # (flag, arguments of add_argument); without a default, TUNED or the recipe has the value
     ("--model", dict(default="tiny",
                      help=f"{', '.join(MODELS)}, openai:NAME, a folder or a hub id (tiny)")),
     ("--data", dict(default="sample", help="NAME of data/NAME/annotations.csv, or a CSV (sample)")),

@@ -1396,7 +1396,8 @@ def test_users_learn_at_a_rate_that_fits_the_size_of_the_embeddings():
     words.data *= 3
     larger = [group["times"] for group in plm.make_optimizer(model, config).param_groups]
     assert times[:2] == larger[:2] == [1.0, config["head_lr"]]
-    assert times[2] == pytest.approx(config["user_lr"] * words.square().mean().sqrt().item() / 3, rel=1e-4)
+    rms = words.square().mean().sqrt().item() / 3
+    assert times[2] == pytest.approx(config["user_lr"] * rms, rel=1e-4)
     assert larger[2] == pytest.approx(3 * times[2])
 
 
