@@ -2076,8 +2076,8 @@ def run(args):
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
             facts = dict(base_sha=base_sha, **describe(model))
-            read = parts if config["head"] != "ask" else dict(test=parts["test"])
-            rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
+            needed = parts if config["head"] != "ask" else dict(test=parts["test"])
+            rows, counts = encode_parts(model, tokenizer, config, users, needed, parts["train"])
             if config["head"] != "ask":
                 facts |= train(model, rows, config, base_sha, folder)
                 save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
