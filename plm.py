@@ -505,6 +505,8 @@ def parse_answer(answer, labels, single=False):
 
 def check_answers(data):
     """BadInput if an answer would be read as other labels than it was written for."""
+    check(NONE not in data.labels, f"a label is called {NONE!r}, which is the answer without a "
+                                   "label: rename it, or take cls or cls_p")
     for chosen in {a.labels for a in sum(data.parts.values(), [])}:
         answer = answer_text(data.labels, chosen)
         read, _ = parse_answer(answer, data.labels, data.single)

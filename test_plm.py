@@ -534,8 +534,18 @@ def test_labels_that_an_answer_cannot_tell_apart_are_refused(labels, rows):
 
 
 def test_labels_that_an_answer_tells_apart_are_taken():
-    plm.check_answers(dataset_of(["a,b", "c", "none"], "100 010 001", single=True))
+    plm.check_answers(dataset_of(["a,b", "c", "d"], "100 010 001", single=True))
     plm.check_answers(dataset_of(["a,b", "c"], "11 10 01 00"))
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_a_label_that_reads_like_no_label_is_for_classifiers_alone(single):
+    data = dataset_of(["none", "sad"], "10 01", single)
+    for method in ("lm", "lm_p", "q_0s", "q_2s_p"):
+        with pytest.raises(plm.BadInput, match="a label is called 'none', which is the answer"):
+            configured(method, data)
+    for method in ("cls", "cls_p", "rates"):
+        assert configured(method, data)["labels"] == ["none", "sad"]
 
 
 def test_the_room_for_an_answer_is_that_of_the_longest_in_the_data():

@@ -13,7 +13,8 @@ What was predicted answers the first four questions, so they are asked of every 
     2  Whose score is it?                  f1_per_user, f1_disagreed
     3  Does the model listen?              listens, spread
     4  How far off is a rating?            mean_absolute_error, mean_absolute_error_median
-For the others the trained model has to read again, in other ways:
+For the others a trained model reads again (rates answer question 5 from their table; asked models
+none of these):
     5  Is it the model or the rule?        f1_macro_tuned, rule
     6  Is it the reader?                   f1_macro_nobody, test_loss_nobody, f1_macro_shuffled
     7  Would a table do?                   f1_macro_user_bias, ..._tuned, test_loss_user_bias
@@ -182,9 +183,9 @@ def from_predictions(config, annotations, result):
 # freely wins, though it knows no more. So all methods are given the same chance: their scores are
 # shifted until F1-macro is best on the validation rows, and the test rows are scored by that rule.
 #
-# With several labels every label has a threshold of its own. Few rows tell much of a rare label, so
-# a threshold for each label of a single choice would only learn the accidents of validation: there
-# one number says for all labels how much the rare ones are lifted.
+# With several labels every label has a threshold of its own. A single choice gets one number
+# instead, how much rare labels are lifted: a threshold for each would learn the accidents of the
+# few validation rows that rare labels have.
 
 def best_threshold(gold, scores):
     """The threshold of one label, gold (R) and scores (R), with the best F1 on these rows."""
@@ -227,11 +228,11 @@ def by_tuned_rule(config, data, scores):
 # A personalized run has a higher score than its plain twin: does it know the readers, or did it
 # only learn better? Two readings by the very same weights tell. The first is for nobody in
 # particular, whom our recipe trains as well: it should be about as good as the plain twin. In the
-# second the test rows keep their texts and labels, and the user IDs are dealt out anew. Whatever
-# was gained by knowing who reads has to vanish, and more than that, since each row is now read with
-# the taste of somebody else. A gain that stays had nothing to do with the reader.
+# second the test rows keep their texts and labels, and the user IDs are dealt out anew; by chance a
+# row may keep its reader. What stays of the gain has nothing to do with the reader (F1 gives
+# something to any answer that varies, too).
 
-def for_nobody(model, tokenizer, config, rows, gold):
+def scores_for_nobody(model, tokenizer, config, rows, gold):
     """dict(f1_macro_nobody, and test_loss_nobody where there are scores) of encoded test rows."""
     read = plm.predict(model, tokenizer, plm.for_nobody(rows), config)
     found = dict(f1_macro_nobody=f1_macro(gold, read["predicted"]))
@@ -240,13 +241,13 @@ def for_nobody(model, tokenizer, config, rows, gold):
     return found
 
 
-def for_others(model, tokenizer, config, users, data):
-    """dict(f1_macro_shuffled) of the test rows, each as another row's user reads it."""
+def scores_for_others(model, tokenizer, config, users, data):
+    """dict(f1_macro_shuffled) of the test rows, each read for the user whom it was dealt."""
     test = data.parts["test"]
     readers = [a.user for a in test]
     random.Random(0).shuffle(readers)
-    strangers = [a._replace(user=user) for a, user in zip(test, readers)]
-    rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=strangers),
+    dealt = [a._replace(user=user) for a, user in zip(test, readers)]
+    rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=dealt),
                                data.parts["train"])
     read = plm.predict(model, tokenizer, rows["test"], config)
     return dict(f1_macro_shuffled=f1_macro(plm.gold_labels(test), read["predicted"]))
@@ -269,7 +270,8 @@ def user_bias(gold, scores, users, single, ridge=1.0):
     found = {}
     for user, own in rows_of(users).items():
         bias = np.zeros(scores.shape[1])
-        for _ in range(100):  # Newton's steps, of at most 1: longer ones may swing for ever
+        # 0.7 of Newton's step by the diagonal, at most 1: longer ones may swing for ever.
+        for _ in range(100):
             p = plm.probabilities(scores[own] + bias, single)
             slope = (gold[own] - p).sum(0) - ridge * bias
             curvature = (p * (1 - p)).sum(0) + ridge
@@ -318,11 +320,11 @@ def from_model(folder, data, result):
         _, val = plm.read_labels(model, rows["val"], config, "tune")
         found |= by_tuned_rule(config, data, dict(val=val, test=result["scores"]))
     if config["personalized"]:
-        found |= for_others(model, tokenizer, config, users, data)
+        found |= scores_for_others(model, tokenizer, config, users, data)
     plain = {}  # the rows as somebody reads them who is not told the user
     if config["nobody"]:
         gold = plm.gold_labels(data.parts["test"])
-        found |= for_nobody(model, tokenizer, config, rows["test"], gold)
+        found |= scores_for_nobody(model, tokenizer, config, rows["test"], gold)
         plain = {part: plm.for_nobody(rows[part]) for part in plm.PARTS}
     elif not config["personalized"]:
         plain = rows
@@ -342,13 +344,13 @@ SUMMARY = {  # key of the metrics -> what it says
     "f1_macro": plm.SUMMARY["f1_macro"], "f1_macro_ci": "95 % interval over texts",
     "f1_macro_tuned": "with a decision rule tuned on validation",
     "f1_macro_nobody": "read for nobody in particular",
-    "f1_macro_user_bias": "read so, with a bias for each user: what cls_p has to beat",
+    "f1_macro_user_bias": "without the user, and a bias for each user: what cls_p has to beat",
     "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
-    "f1_macro_shuffled": "with user IDs shuffled: the gain has to vanish",
+    "f1_macro_shuffled": "with user IDs shuffled: what stays of the gain is not the reader's",
     "f1_disagreed": "on texts that people read differently",
     "test_loss": plm.SUMMARY["test_loss"],
     "test_loss_nobody": "read for nobody in particular",
-    "test_loss_user_bias": "read so, with a bias for each user",
+    "test_loss_user_bias": "without the user, and a bias for each user",
     "mean_absolute_error": "points", "mean_absolute_error_median": "points, of the median",
     "listens": "share of variance between readers of one text",
 }
@@ -382,16 +384,16 @@ def read_back(folder, config, annotations):
     return dict(predicted=predicted, scores=scores)
 
 
-def evidence_of(folder, config, data):
+def evidence_of(folder, metrics, data):
     """dict of all the evidence for a finished run."""
     test = data.parts["test"]
-    result = read_back(folder, config, test)
-    plm.check(f1_macro(plm.gold_labels(test), result["predicted"]) == config["f1_macro"],
+    result = read_back(folder, metrics, test)
+    plm.check(f1_macro(plm.gold_labels(test), result["predicted"]) == metrics["f1_macro"],
               f"{folder}/predictions.csv does not give the run's F1: plm.py --fresh writes it anew")
-    found = from_predictions(config, test, result)
-    if config["head"] == "rates":
-        found |= from_rates(config, data)
-    elif config["head"] != "ask":
+    found = from_predictions(metrics, test, result)
+    if metrics["head"] == "rates":
+        found |= from_rates(metrics, data)
+    elif metrics["head"] != "ask":
         found |= from_model(folder, data, result)
     return found
 

@@ -32,8 +32,11 @@ from plm import check  # noqa: E402
 # plm.load_run gives back the very model that a run ended with: read again, the run's own test rows
 # have the same scores to the last bit. A new sentence takes the way of every annotation: its prompt
 # is written, encoded and read. A reader whom training knows is named in the prompt as in training.
-# Nobody's token stands for anybody else; where users are named by numbers (--ids number), the new
-# number stands there. The labels of what is asked are unknown, and zeros take their place.
+# Anybody else is read by the token of nobody in particular; with --ids number, by their own number.
+# The labels of what is asked are unknown, and zeros take their place.
+#
+# A rule that data/evidence.py tuned on validation may choose the labels (--tuned). The scores that
+# are shown or written are the model's own all the same.
 
 def asked_rows(args, config, users):
     """list of Annotation, one for each reading that is asked for."""
@@ -56,15 +59,20 @@ def print_strangers(asked, users):
         print(f"unknown to training, read for nobody: {', '.join(unknown[:20])}")
 
 
-def print_readings(config, asked, result):
-    """A table: what each reader chooses, or how probably."""
+def print_readings(config, asked, result, tuned):
+    """A table: what each reader chooses, or how probably; if `tuned`, what is chosen as well."""
     shown = result["predicted"]
     if "scores" in result:
         shown = plm.probabilities(result["scores"], config["single"])
-    width = max(map(len, config["labels"])) + 2
-    print(f"{'user':12}" + "".join(f"{label:>{width}}" for label in config["labels"]))
-    for a, line in zip(asked, shown):
-        print(f"{a.user[:12]:12}" + "".join(f"{p:{width}.2f}" for p in line))
+    labels = config["labels"]
+    first = max(len("user"), *[len(a.user) for a in asked])
+    width = max(len("0.00"), *map(len, labels)) + 2
+    head = f"{'user':{first}}" + "".join(f"{label:>{width}}" for label in labels)
+    print(head + ("  chosen" if tuned else ""))
+    for a, line, predicted in zip(asked, shown, result["predicted"]):
+        cells = "".join(f"{p:{width}.2f}" for p in line)
+        chosen = f" {plm.answer_text(labels, predicted)}" if tuned else ""
+        print(f"{a.user:{first}}{cells}{chosen}")
 
 
 def predict_run(args):
@@ -73,7 +81,8 @@ def predict_run(args):
     config, model, tokenizer, users = plm.load_run(args.run)
     check(config["personalized"] or not args.users, f"{config['method']} knows no users")
     check("rule" in config or not args.tuned,
-          f"{args.run} has no tuned rule: data/evidence.py adds one where labels have scores")
+          f"{args.run} has no tuned rule: data/evidence.py adds one where labels have scores, "
+          "and adapt takes it over")
     asked = asked_rows(args, config, users)
     if config["personalized"] and config["ids"] == "token":
         print_strangers(asked, users)
@@ -82,13 +91,14 @@ def predict_run(args):
         print(f"{counts['texts_cut']} texts are cut to {config['max_text']} tokens")
     result = plm.predict(model, tokenizer, rows["test"], config)
     if args.tuned:
-        result["scores"] = result["scores"] + np.array(config["rule"])
-        result["predicted"] = plm.chosen_labels(result["scores"], config["single"])
+        shifted = result["scores"] + np.array(config["rule"])
+        result["predicted"] = plm.chosen_labels(shifted, config["single"])
     if args.text:
-        print_readings(config, asked, result)
+        print_readings(config, asked, result, args.tuned)
         return
-    run_name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
-    path = f"{os.path.splitext(args.csv)[0]}.{run_name}.csv"
+    name = "_".join(os.path.abspath(args.run).split(os.sep)[-4:])
+    name += ".tuned" if args.tuned else ""
+    path = f"{os.path.splitext(args.csv)[0]}.{name}.csv"
     plm.write_predictions(path, config, asked, result, gold=False)
     print(f"  files: {path}")
 
@@ -264,7 +274,10 @@ def adapt_run(args):
         result = plm.predict(model, tokenizer, rows["test"], config)
         scores = plm.score(config, used["test"], result)
         scores |= evidence.from_predictions(config, used["test"], result)
-        facts = {key: base[key] for key in ("base_sha", "computed_in")}
+        facts = {}
+        for key in ("base_sha", "computed_in", "rule"):  # the rule that known users were tuned by
+            if key in base:
+                facts[key] = base[key]
         plm.finish(folder, config | facts | scores, used | dict(val=[]), result, start)
     evidence.print_evidence(plm.read_json(f"{folder}/metrics.json"), folder)
 
@@ -291,7 +304,7 @@ def make_parser():
     reads.add_argument("--users", type=comma_list, metavar="A,B", help="as these people read it")
     reads.add_argument("--csv", metavar="FILE", help="a CSV with columns text and user")
     reads.add_argument("--tuned", action="store_true",
-                       help="shift the scores by the rule tuned on validation")
+                       help="choose labels by the rule tuned on validation")
 
     learns = commands.add_parser("adapt", allow_abbrev=False, help="learn the new people of a CSV")
     learns.set_defaults(work=adapt_run)

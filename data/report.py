@@ -253,8 +253,8 @@ def controls_table(cells):
             rows.append([name, *numbers])
     return "<h3>Controls</h3>" + figure_of(
         "A personalized run has to beat its plain twin with a bias for each user, or it has "
-        "learned no more than a table; with shuffled user IDs its gain has to vanish. Listens is "
-        "the share of the variance that lies between readers of one text.",
+        "learned no more than a table; what stays of its gain with shuffled user IDs is not the "
+        "reader's. Listens is the share of the variance that lies between readers of one text.",
         ["run, seed", *CONTROLS.values()], rows)
 
 

@@ -194,7 +194,7 @@ def test_user_ids_are_dealt_out_anew_and_nothing_else(monkeypatch):
 
     monkeypatch.setattr(plm, "encode_parts", encode_parts)
     monkeypatch.setattr(plm, "predict", lambda *args: dict(predicted=np.ones((40, 2))))
-    assert evidence.for_others(None, None, {}, [], data) == dict(f1_macro_shuffled=0.5)
+    assert evidence.scores_for_others(None, None, {}, [], data) == dict(f1_macro_shuffled=0.5)
     users = [a.user for a in test]
     dealt = [a.user for a in read]
     assert dealt != users

@@ -101,7 +101,8 @@ def test_predict_says_nothing_of_nobody_where_a_run_has_none(capsys, trained):
     assert "nobody" not in capsys.readouterr().out
 
 
-def test_predict_by_the_tuned_rule_shifts_the_scores(tmp_path, monkeypatch, small_csv, trained):
+def test_the_tuned_rule_chooses_and_the_scores_stay_the_models_own(
+        tmp_path, monkeypatch, small_csv, trained):
     folder, own = trained("cls_p")
     run = f"cls_p --data {small_csv} --max-steps 4 --lr 0.01 --out {folder.parents[3]}"
     assert evidence.main(run.split()) == 0
@@ -111,17 +112,50 @@ def test_predict_by_the_tuned_rule_shifts_the_scores(tmp_path, monkeypatch, smal
     m = metrics_of(folder)
     shifted = plm.chosen_labels(own["scores"] + np.array(m["rule"]), False)
     assert np.array_equal(results[0]["predicted"], shifted)
+    assert np.array_equal(results[0]["scores"], own["scores"])
     gold = plm.gold_labels(plm.load_data(small_csv).parts["test"])
     assert plm.f1_scores(gold, shifted)["f1_macro"] == m["f1_macro_tuned"]
 
 
-def test_a_sentence_is_shown_by_the_tuned_rule(capsys, monkeypatch, trained):
-    folder, _ = trained("cls_p")
+@pytest.fixture
+def ruled(monkeypatch, trained):
+    """The folder of a run whose tuned rule always chooses the label calm and never angry."""
     load_run = plm.load_run
     monkeypatch.setattr(plm, "load_run", lambda run: (
         load_run(run)[0] | dict(rule=[100.0, -100.0]), *load_run(run)[1:]))
-    assert go(f"predict {folder} --tuned --users u0 --text hm") == 0
-    assert capsys.readouterr().out.split()[-2:] == ["1.00", "0.00"]
+    return trained("cls_p")[0]
+
+
+def test_what_the_tuned_rule_chooses_of_a_sentence_stands_beside_the_models_own_scores(
+        capsys, ruled):
+    plain = f"predict {ruled} --users u0 --text hm"
+    assert go(plain) == 0
+    expected = capsys.readouterr().out.splitlines()
+    assert go(f"{plain} --tuned") == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [f"{expected[0]}  chosen", f"{expected[1]}  calm"]
+
+
+def test_tuned_predictions_lie_beside_the_others(tmp_path, ruled):
+    path = write_csv(tmp_path / "new.csv", [("hi", "u0")], "text user")
+    assert go(f"predict {ruled} --csv {path}") == 0
+    assert go(f"predict {ruled} --tuned --csv {path}") == 0
+    (plain,) = set(tmp_path.glob("new.*.csv")) - set(tmp_path.glob("new.*.tuned.csv"))
+    (tuned,) = tmp_path.glob("new.*.tuned.csv")
+    assert tuned.name == f"{plain.stem}.tuned.csv"
+    (line,) = csv_lines(tuned)
+    assert line["predicted"] == "calm"
+    assert line | dict(predicted="") == csv_lines(plain)[0] | dict(predicted="")
+
+
+def test_columns_stand_apart_however_short_labels_and_long_users_are(capsys):
+    asked = [plm.Annotation("t", "a user with a long ID", ()), plm.Annotation("t", "b", ())]
+    config = dict(labels=["1", "2"], single=True)
+    result = dict(predicted=np.array([(1, 0), (0, 1)]), scores=np.zeros((2, 2)))
+    readers.print_readings(config, asked, result, tuned=False)
+    assert capsys.readouterr().out == ("user                      1     2\n"
+                                       "a user with a long ID  0.50  0.50\n"
+                                       "b                      0.50  0.50\n")
 
 
 def test_without_evidence_there_is_no_tuned_rule(capsys, trained):
@@ -252,6 +286,12 @@ def test_new_people_are_scored_on_their_own_test_rows(tmp_path, new_csv, trained
     assert set(m["f1_per_user"]) <= set(NEW_PEOPLE)
     assert m["data"] == "people"
     assert "f1_macro_nobody" not in m  # that of other people
+
+
+def test_an_adapted_run_keeps_the_tuned_rule(tmp_path, new_csv, ruled):
+    found = adapted(ruled, new_csv, tmp_path / "out")
+    assert metrics_of(found)["rule"] == [100, -100]
+    assert go(f"predict {found} --tuned --users n0 --text hm") == 0
 
 
 def test_adapt_says_which_rows_it_left_out_and_which_it_scored(tmp_path, capsys, trained):
