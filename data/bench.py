@@ -262,7 +262,8 @@ def beside_peer(argv, args, steps):
         same = plm.METHODS[args.command].head == "cls" or off < most  # a new head is random
         plm.check(same, f"the losses of the first step are {off:.2%} apart")
     else:
-        print("PEFT and bitsandbytes are not installed: .venv/bin/pip install peft 'bitsandbytes==0.50.*'")
+        print("PEFT and bitsandbytes are not installed: "
+              ".venv/bin/pip install peft 'bitsandbytes==0.50.*'")
     return lines
 
 
