@@ -1534,8 +1534,6 @@ def train(model, rows, config, base_sha, folder):
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # later steps are done again
-        # step counts from 1 and plan from 0: plan[step] is the next step, which is prepared while a
-        # GPU still computes this one.
         for step, (epoch, step_rows) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
             batches = batches or prepare_step(model, step_rows, config)
@@ -1543,7 +1541,7 @@ def train(model, rows, config, base_sha, folder):
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            if step < len(plan):
+            if step < len(plan):  # plan counts from 0: the next step, while a GPU computes this
                 batches = prepare_step(model, plan[step][1], config)
             record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
