@@ -1172,7 +1172,7 @@ def load_model(config, users=()):
 # answer but the last: the state at a token predicts the next. The other fields are what the
 # backbone wants; `tokens` counts what is computed.
 
-MAX_NODES = {"cpu": 512, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
+MAX_NODES = {"cpu": 640, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
 
 def targets_of(rows, head):
