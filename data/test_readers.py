@@ -420,6 +420,6 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
     ("predict RUN=r CSV=x.csv ARGS=--tuned", "predict r --csv x.csv --tuned"),
     ("adapt RUN=r CSV=x.csv OUT=o", "adapt r --csv x.csv --out o")])
 def test_make_gives_its_variables_to_the_commands(given, command):
-    line = ["make", "-n", "VENV=.", "-o", "./ready", *given.split()]
+    line = ["make", "--no-print-directory", "-n", "VENV=.", "-o", "./ready", *given.split()]
     done = subprocess.run(line, cwd=os.path.dirname(HERE), capture_output=True, text=True)
     assert done.stdout.strip() == f"./bin/python data/readers.py {command}"
