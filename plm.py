@@ -8,7 +8,8 @@ of annotations to the F1 score.
     python plm.py cls_p                                 the default: tiny model, sample data
     python plm.py cls_p --model phi2 --data goemotions  the paper's model and data (make data)
 
-The next chapter is data/readers.py: a trained run reads new sentences, and gets to know new people.
+Two chapters follow. data/evidence.py asks how far the score of a run can be believed. By
+data/readers.py a trained run reads new sentences, and gets to know new people.
 
 Row of the paper's table -> METHOD. A trailing _p is the personalized twin: it is told the user ID.
     CLS               cls               a classification head reads the end of the prompt
@@ -173,12 +174,14 @@ class Method(NamedTuple):
     shots: int          # solved examples in the prompt
 
 
-METHODS = {}
-for name, head, shots in [
-        ("rates", "rates", 0), ("q_0s", "ask", 0), ("q_1s", "ask", 1), ("q_2s", "ask", 2),
-        ("cls", "cls", 0), ("lm", "lm", 0)]:
-    METHODS[name] = Method(head, False, shots)
-    METHODS[f"{name}_p"] = Method(head, True, shots)
+METHODS = {
+    "rates": Method("rates", False, 0), "rates_p": Method("rates", True, 0),
+    "q_0s": Method("ask", False, 0), "q_0s_p": Method("ask", True, 0),
+    "q_1s": Method("ask", False, 1), "q_1s_p": Method("ask", True, 1),
+    "q_2s": Method("ask", False, 2), "q_2s_p": Method("ask", True, 2),
+    "cls": Method("cls", False, 0), "cls_p": Method("cls", True, 0),
+    "lm": Method("lm", False, 0), "lm_p": Method("lm", True, 0),
+}
 
 # 2. Annotations and splits ------------------------------------------------------------------------
 # One row of a CSV is one person's judgement of one text. There is one form of it: columns `text`
@@ -337,19 +340,20 @@ def read_annotations(path, split_col):
     return found, dict(labels=list(labels), single=single, ordered=ordered), split_col
 
 
-def split_annotations(found, by_hash, notes):
-    """dict part -> list of Annotation; `notes` counts the strangers and what is left out."""
+def split_annotations(found, by_hash):
+    """(dict part -> list of Annotation, Counter of the strangers and of what is left out)"""
+    left_out = Counter()
     known = {a.user for a, part in found if part == "train"}
     parts = {part: [] for part in PARTS}
     for a, part in found:
         if a.user not in known:
-            notes["rows of users unknown to training"] += 1
+            left_out["rows of users unknown to training"] += 1
             part = "" if by_hash else part
         if part:
             parts[part].append(a)
         else:
-            notes["rows left out"] += 1
-    return parts
+            left_out["rows left out"] += 1
+    return parts, left_out
 
 
 def some_texts(annotations, n):
@@ -365,17 +369,23 @@ def file_sha(path):
         return hashlib.file_digest(f, "sha256").hexdigest()[:16]
 
 
-def load_data(name, split_col=None, max_eval=0):
-    """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
+def csv_of(name):
+    """The path of a CSV, or of the CSV data/NAME/annotations.csv."""
     path = name if os.path.isfile(name) else f"{HERE}/data/{name}/annotations.csv"
     check(os.path.isfile(path), f"--data {name}: no CSV, nor in data/; make data DATA={name} makes "
                                 "known ones, as goemotions")
+    return path
+
+
+def load_data(name, split_col=None, max_eval=0):
+    """The Dataset of data/NAME/annotations.csv or of a CSV file of that form."""
+    path = csv_of(name)
     found, what, split_col = read_annotations(path, split_col)
     check(len(what["labels"]) > 1, f"--data {name}: every row chooses {what['labels'][0]!r}")
-    notes = Counter({"rows read": len(found), "split by": split_col or "a hash of the text"})
-    parts = split_annotations(found, split_col is None, notes)
+    parts, left_out = split_annotations(found, by_hash=split_col is None)
+    notes = {"rows read": len(found), "split by": split_col or "a hash of the text", **left_out}
     for part in PARTS:
-        check(parts[part], f"--data {name}: no row for {part}; {dict(notes)}; make data "
+        check(parts[part], f"--data {name}: no row for {part}; {notes}; make data "
               f"FILE={path} ARGS=\"--split-col none\" splits its texts anew")
     if max_eval:
         for part in ("val", "test"):

@@ -53,12 +53,12 @@ def go(line, *more):
     return plm.main([*line.split(), *more])
 
 
-def refused(capsys, line, *more):
+def refused(capsys, line, *more, program=plm):
     """The one line that a refused command leaves (behind a bar, where it took long)."""
     capsys.readouterr()
-    assert go(line, *more) == 2
+    assert program.main([*line.split(), *more]) == 2
     err = capsys.readouterr().err.split("\r")[-1].lstrip()
-    assert err.startswith("plm.py: ")
+    assert err.startswith(f"{program.__name__}.py: ")
     assert err.count("\n") == 1
     return err
 

@@ -12,14 +12,13 @@ layers are what the run computed with, the NF4 weights plus LoRA, in float32. It
 of its tokenizer, <user:17>, with the rows V, V + 1, ... of its embeddings; the last is <user:?>,
 nobody in particular. README.md in it has the prompt, word for word, and says how to read scores.
 """
-import argparse
 import json
 import os
 import shutil
 import signal
 import sys
 
-if __name__ == "__main__":  # Ctrl-C needs no traceback
+if __name__ == "__main__":  # Ctrl-C while torch is being loaded needs no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import safetensors.torch
@@ -487,23 +486,23 @@ def export_merged(folder):
           f"{len(prompts)} awkward prompts have other tokens; README.md says how to ask it")
 
 
+def export(args):
+    """Writes the adapter of a run, or with --merge a whole model."""
+    if args.merge:
+        export_merged(args.run)
+    else:
+        export_peft(args.run)
+
+
 def main(argv=None):
     """Exports one run; returns the exit status."""
-    parser = argparse.ArgumentParser("export.py", description=__doc__.partition("\n")[0])
+    parser = plm.Parser("export.py", description=__doc__.partition("\n")[0])
     parser.add_argument("run", metavar="RUN", help="folder of a finished run")
     parser.add_argument("--merge", action="store_true", help="a whole model instead of an adapter")
-    args = parser.parse_args(argv)
-    try:
-        if args.merge:
-            export_merged(args.run)
-        else:
-            export_peft(args.run)
-    except (plm.BadInput, OSError) as e:
-        print(f"export.py: {e}", file=sys.stderr)
-        return 2
-    return 0
+    return plm.guarded(parser, export, argv)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     sys.exit(main())

@@ -1,6 +1,5 @@
 """Tests of evidence.py, in the order of its sections: by hand, by properties of what is best, and
 by runs. They need no network and no GPU."""
-import csv
 import math
 import os
 import pathlib
@@ -14,12 +13,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import evidence  # noqa: E402
 import plm  # noqa: E402
-
-
-def write_csv(path, rows, header="text user calm angry"):
-    with open(path, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([header.split(), *rows])
-    return str(path)
+from test_plm import write_csv  # noqa: E402
 
 
 def configured(labels, single=False, ordered=False):

@@ -15,6 +15,7 @@ sys.path[:0] = [os.path.dirname(HERE), HERE]
 import evidence  # noqa: E402
 import plm  # noqa: E402
 import readers  # noqa: E402
+import test_plm  # noqa: E402
 from test_plm import csv_lines, finished, metrics_of, same_files, some_rows, write_csv  # noqa: E402
 
 
@@ -23,14 +24,7 @@ def go(line, *more):
     return readers.main([*line.split(), *more])
 
 
-def refused(capsys, line, *more):
-    """The one line that a refused command leaves (behind a bar, where it took long)."""
-    capsys.readouterr()
-    assert go(line, *more) == 2
-    err = capsys.readouterr().err.split("\r")[-1].lstrip()
-    assert err.startswith("readers.py: ")
-    assert err.count("\n") == 1
-    return err
+refused = functools.partial(test_plm.refused, program=readers)
 
 
 @pytest.fixture(scope="session")

@@ -39,14 +39,9 @@ class Row(NamedTuple):
     labels: dict  # column -> cell
 
 
-def path_of(data):
-    """The CSV that a name or a path stands for."""
-    return data if os.path.isfile(data) else f"{HERE}/{data}/annotations.csv"
-
-
 def read(data, split_col):
     """list of Row of all annotations; `split` is "" where one is in no part of the split."""
-    path = path_of(data)
+    path = plm.csv_of(data)
     found, _, split_col = plm.read_annotations(path, split_col)
     cells = plm.read_csv(path)
     columns = plm.label_columns(cells, split_col)
