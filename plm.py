@@ -1264,9 +1264,10 @@ def shuffled_steps(rows, size, rng):
     return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
-def micro_batches(model, rows, size):
-    """Lists of at most `size` rows, neighbours, that have about MAX_NODES nodes at most."""
-    max_nodes = MAX_NODES[model.device.type]
+def micro_batches(model, rows, size, max_nodes=None):
+    """Lists of at most `size` rows, neighbours, that have about max_nodes (MAX_NODES) at most."""
+    if max_nodes is None:
+        max_nodes = MAX_NODES[model.device.type]
     chunks = [[]]
     nodes = 0
     last = ()

@@ -17,7 +17,8 @@ For the others a trained model reads again (rates answer question 5 from their t
 none of these):
     5  Is it the model or the rule?        f1_macro_tuned, rule
     6  Is it the reader?                   f1_macro_nobody, test_loss_nobody, f1_macro_shuffled
-    7  Would a table do?                   f1_macro_user_bias, ..._tuned, test_loss_user_bias
+    7  Would a table do?                   f1_macro_user_bias, ..._tuned, test_loss_user_bias,
+                                           f1_over_user_bias, ..._tuned
 
 Shapes have the letters of plm.py: R rows, L labels.
 """
@@ -61,7 +62,7 @@ def f1_macro(gold, predicted):
 # F1 is made of sums over rows (twice the hits, and the ticks of both sides), so a text is kept as
 # its sums, and a draw costs no more than a product with how often each text was drawn. The draws
 # are the same for every run on the same texts. Two runs can therefore be compared draw by draw, and
-# the luck that both had with the texts falls out of their difference (data/table.py does so).
+# the luck that both had with the texts falls out of their difference.
 
 def sums_by_text(texts, values):
     """(sums (texts, L) of values (R, L), number of each row's text (R))"""
@@ -80,6 +81,12 @@ def bootstrap_f1(gold, predicted, texts, draws=1000):
     n = len(hits)
     times = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=draws)  # (draws, n)
     return (times @ hits / np.maximum(times @ ticks, 1)).mean(1)
+
+
+def interval_of_gain(gold, first, second, texts):
+    """[low, high] of how much higher the macro F1 of the second prediction of the same rows is."""
+    gain = bootstrap_f1(gold, second, texts) - bootstrap_f1(gold, first, texts)
+    return np.percentile(gain, [2.5, 97.5]).tolist()
 
 
 # 2. Whose score is it? ----------------------------------------------------------------------------
@@ -213,13 +220,18 @@ def tuned_shift(gold, scores, single, rates):
     return -taus[np.argmax(f1)] * log_rates
 
 
-def by_tuned_rule(config, data, scores):
-    """dict(f1_macro_tuned, rule) of scores of the validation and the test rows: the rule is tuned
-    on the former and scored on the latter."""
+def tuned_labels(config, data, scores):
+    """((R, L) labels chosen for the test rows, the rule) by the rule that is tuned on validation.
+    scores: dict part -> (R, L)."""
     rates = plm.gold_labels(data.parts["train"]).mean(0)
     gold = plm.gold_labels(data.parts["val"])
     shift = tuned_shift(gold, scores["val"], config["single"], rates)
-    predicted = plm.chosen_labels(scores["test"] + shift, config["single"])
+    return plm.chosen_labels(scores["test"] + shift, config["single"]), shift
+
+
+def by_tuned_rule(config, data, scores):
+    """dict(f1_macro_tuned, rule) of scores of the validation and the test rows."""
+    predicted, shift = tuned_labels(config, data, scores)
     return dict(f1_macro_tuned=f1_macro(plm.gold_labels(data.parts["test"]), predicted),
                 rule=shift.tolist())
 
@@ -286,18 +298,33 @@ def with_bias(bias, annotations, scores):
     return scores + np.array([bias.get(a.user, nothing) for a in annotations])
 
 
-def by_table(config, data, scores):
-    """dict of the scores of a plain reading with a bias for each user, which is learned on the
-    training rows. scores: dict part -> (R, L), read for nobody in particular."""
+def with_table(data, scores, single):
+    """dict(val, test) of the scores of a plain reading with a bias for each user, which is learned
+    on the training rows. scores: dict part -> (R, L), read for nobody in particular."""
     train = data.parts["train"]
     users = [a.user for a in train]
-    bias = user_bias(plm.gold_labels(train), scores["train"], users, config["single"])
-    lifted = {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
-    gold = plm.gold_labels(data.parts["test"])
-    predicted = plm.chosen_labels(lifted["test"], config["single"])
-    return dict(f1_macro_user_bias=f1_macro(gold, predicted),
-                f1_macro_user_bias_tuned=by_tuned_rule(config, data, lifted)["f1_macro_tuned"],
-                test_loss_user_bias=plm.mean_loss(gold, lifted["test"], config["single"]))
+    bias = user_bias(plm.gold_labels(train), scores["train"], users, single)
+    return {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
+
+
+def by_table(config, data, plain, own):
+    """dict of the scores of a plain reading with a table, and of what the run's own scores gain
+    over it by either rule if it is personalized; plain, own: dict part -> (R, L)."""
+    test = data.parts["test"]
+    gold = plm.gold_labels(test)
+    texts = [plm.text_id(a.text) for a in test]
+    lifted = with_table(data, plain, config["single"])
+    likeliest = plm.chosen_labels(lifted["test"], config["single"])
+    tuned, _ = tuned_labels(config, data, lifted)
+    found = dict(f1_macro_user_bias=f1_macro(gold, likeliest),
+                 f1_macro_user_bias_tuned=f1_macro(gold, tuned),
+                 test_loss_user_bias=plm.mean_loss(gold, lifted["test"], config["single"]))
+    if config["personalized"]:
+        own_likeliest = plm.chosen_labels(own["test"], config["single"])
+        own_tuned, _ = tuned_labels(config, data, own)
+        found["f1_over_user_bias"] = interval_of_gain(gold, likeliest, own_likeliest, texts)
+        found["f1_over_user_bias_tuned"] = interval_of_gain(gold, tuned, own_tuned, texts)
+    return found
 
 
 # The answers to the last three questions.
@@ -318,7 +345,8 @@ def from_model(folder, data, result):
     found = {}
     if "scores" in result:
         _, val = plm.read_labels(model, rows["val"], config, "tune")
-        found |= by_tuned_rule(config, data, dict(val=val, test=result["scores"]))
+        own = dict(val=val, test=result["scores"])
+        found |= by_tuned_rule(config, data, own)
     if config["personalized"]:
         found |= scores_for_others(model, tokenizer, config, users, data)
     plain = {}  # the rows as somebody reads them who is not told the user
@@ -332,7 +360,7 @@ def from_model(folder, data, result):
         scores = {}
         for part in plm.PARTS:
             _, scores[part] = plm.read_labels(model, plain[part], config, "table")
-        found |= by_table(config, data, scores)
+        found |= by_table(config, data, scores, own)
     return found
 
 
@@ -346,6 +374,8 @@ SUMMARY = {  # key of the metrics -> what it says
     "f1_macro_nobody": "read for nobody in particular",
     "f1_macro_user_bias": "without the user, and a bias for each user: what cls_p has to beat",
     "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
+    "f1_over_user_bias": "95 % interval of the gain over that bias",
+    "f1_over_user_bias_tuned": "... where both have a rule tuned on validation",
     "f1_macro_shuffled": "with user IDs shuffled: what stays of the gain is not the reader's",
     "f1_disagreed": "on texts that people read differently",
     "test_loss": plm.SUMMARY["test_loss"],

@@ -125,7 +125,8 @@ def predict_run(args):
 # all of them.
 
 STEPS = 20   # of AdamW, each on all rows of a person
-PEOPLE = 40  # learned at once: the cache holds all texts of theirs
+PEOPLE = 40  # learned at once: their caches hold all texts of theirs
+KEPT = 1280  # nodes in the cache of one batch, about: fewer calls, each over a larger mask
 
 
 def add_users(model, n):
@@ -143,10 +144,20 @@ def reader_batch(model, rows):
     batch = plm.tree_batch(model, rows, model.head, before) | plm.targets_of(rows, model.head)
     batch = plm.to_device(batch, model.device)
     cache = transformers.DynamicCache()
-    with torch.no_grad():
-        model.decode(batch["input_ids"][:kept], batch["positions"][:kept],
-                     batch["sees"][:kept, :kept], cache)
+    at_once = plm.MAX_NODES[model.device.type]
+    for start in range(0, kept, at_once):
+        end = min(start + at_once, kept)
+        with torch.no_grad():
+            model.decode(batch["input_ids"][start:end], batch["positions"][start:end],
+                         batch["sees"][start:end, :end], cache)
     return batch, cache
+
+
+def copy_of(cache):
+    """A cache of the same tensors; what is added to the copy leaves the cache as it is."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def read_behind(model, batch, cache):
@@ -155,15 +166,21 @@ def read_behind(model, batch, cache):
         return model(batch)
     kept = cache.get_seq_length()
     states = model.decode(batch["input_ids"][kept:], batch["positions"][kept:],
-                          batch["sees"][kept:], copy.deepcopy(cache))  # decode adds to a cache
+                          batch["sees"][kept:], copy_of(cache))  # decode adds to it
     return model.read(states.index_select(0, batch["at"] - kept))
+
+
+def chunks_to_learn(model, rows, config):
+    """Lists of rows for one batch each; those of a text stand side by side, to share nodes."""
+    rows = sum(plm.by_text(rows), [])
+    size = config["micro_batch"] or len(rows)
+    return plm.micro_batches(model, rows, size, None if model.seq2seq else KEPT)
 
 
 def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
-    size = config["micro_batch"] or config["batch"]
-    batches = [reader_batch(model, chunk) for chunk in plm.micro_batches(model, rows, size)]
+    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows, config)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:

@@ -105,14 +105,6 @@ def read_predictions(folder, labels):
     return np.array(gold), np.array(predicted), rows
 
 
-def bootstrap_gain(gold, plain, personal, texts):
-    """(low, high) of the difference of two macro F1 on the same rows, by a bootstrap over texts."""
-    import evidence  # with plm: four seconds, which a table without gains does not need
-    first = evidence.bootstrap_f1(gold, plain, texts)
-    second = evidence.bootstrap_f1(gold, personal, texts)
-    return np.percentile(second - first, [2.5, 97.5])
-
-
 def gain(plain_run, personal_run):
     """(gain in per cent of a personalized run over its plain twin, does the paired interval exclude
     0?) of two (folder, metrics); None if they were not scored on the same rows, or plain is 0."""
@@ -124,8 +116,9 @@ def gain(plain_run, personal_run):
     own_gold, personal, own_rows = read_predictions(personal_run[0], labels)
     if rows != own_rows or (gold != own_gold).any():
         return None
+    import evidence  # with plm: four seconds, which a table without gains does not need
     texts = [text for text, _ in rows]
-    low, high = bootstrap_gain(gold, plain, personal, texts)
+    low, high = evidence.interval_of_gain(gold, plain, personal, texts)
     return 100 * (personal_run[1]["f1_macro"] / f1 - 1), low > 0 or high < 0
 
 

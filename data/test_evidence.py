@@ -235,9 +235,22 @@ def test_the_table_of_users_knows_what_a_deaf_model_does_not(single):
     gold = np.array([(1, 0), (0, 1)] * 30)
     data, config = made_data(gold, single)
     deaf = {part: np.zeros((60, 2)) for part in plm.PARTS}
-    found = evidence.by_table(config, data, deaf)
+    found = evidence.by_table(config | dict(personalized=True), data, deaf, own=deaf)
     assert found["f1_macro_user_bias"] == found["f1_macro_user_bias_tuned"] == 1
     assert found["test_loss_user_bias"] < 0.2 < math.log(2)
+    assert found["f1_over_user_bias"][1] < 0  # the table is better, whichever texts are drawn
+
+
+def test_a_model_that_knows_what_no_table_can_is_above_it_by_both_rules():
+    # Two readers choose either label equally often, and never the same one.
+    gold = np.array([(1, 0), (0, 1), (0, 1), (1, 0)] * 30)
+    data, config = made_data(gold, True)
+    deaf = {part: np.zeros((120, 2)) for part in plm.PARTS}
+    own = {part: 4.0 * gold for part in plm.PARTS}
+    found = evidence.by_table(config | dict(personalized=True), data, deaf, own)
+    assert found["f1_over_user_bias"][0] > 0.3
+    assert found["f1_over_user_bias_tuned"][0] > 0.3
+    assert "f1_over_user_bias" not in evidence.by_table(config, data, deaf, own)
 
 
 # 8. A finished run and its evidence ---------------------------------------------------------------
@@ -281,6 +294,7 @@ def run(tmp_path):
 FROM_PREDICTIONS = {"f1_macro_ci", "f1_per_user", "f1_disagreed", "listens", "spread"}
 RULE = {"f1_macro_tuned", "rule"}
 TABLE = {"f1_macro_user_bias", "f1_macro_user_bias_tuned", "test_loss_user_bias"}
+ABOVE_TABLE = {"f1_over_user_bias", "f1_over_user_bias_tuned"}
 NOBODY = {"f1_macro_nobody", "f1_macro_shuffled"}
 
 
@@ -290,7 +304,7 @@ NOBODY = {"f1_macro_nobody", "f1_macro_shuffled"}
     ("cls", RULE | TABLE),
     ("lm", set()),
     ("lm_p", NOBODY),
-    ("cls_p", RULE | TABLE | NOBODY | {"test_loss_nobody"}),
+    ("cls_p", RULE | TABLE | ABOVE_TABLE | NOBODY | {"test_loss_nobody"}),
     ("cls_p --recipe paper", RULE | {"f1_macro_shuffled"})])
 def test_each_method_is_asked_what_it_can_answer(run, line, keys):
     assert plm.main(run(line).split()) == 0

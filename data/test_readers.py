@@ -261,6 +261,24 @@ def test_a_person_is_learned_whoever_else_is_new(tmp_path, new_csv, trained):
     assert torch.allclose(own[3], together[4], atol=1e-4)
 
 
+@pytest.mark.parametrize("line", ADAPTED)
+def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, line):
+    folder, _ = trained(line)
+    config, model, tokenizer, users = plm.load_run(folder)
+    texts = ["hm", "well done, my dear genius", "oh no", "well done, my dear friend", "oh"]
+    asked = [plm.Annotation(text, user, (1, 0)) for text in texts for user in users[:2]]
+    rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=asked), [])
+    monkeypatch.setitem(plm.MAX_NODES, "cpu", 25)  # so that caches are filled in several calls
+    monkeypatch.setattr(readers, "KEPT", 50)       # and there are several of them
+    chunks = readers.chunks_to_learn(model, rows["test"], config)
+    assert len(chunks) > 1
+    for chunk in chunks:
+        batch, cache = readers.reader_batch(model, chunk)
+        for _ in range(2):  # reading leaves the cache as it is
+            found = readers.read_behind(model, batch, cache)
+            assert torch.allclose(found, model(plm.make_batch(model, chunk)), atol=1e-4)
+
+
 def test_adapting_learns_a_person(tmp_path, new_csv, trained):
     folder, _ = trained("cls_p")
     config, model, tokenizer, users = plm.load_run(folder)
