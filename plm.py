@@ -850,6 +850,11 @@ def add_lora(model, r, alpha, dropout):
 #
 # Dropout aside, the states, the loss and the gradients are those of separate prompts: this is no
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
+#
+# Most of the mask is empty, since no text sees another. What everybody sees is the trunk, up to the
+# first fork; behind it lie blocks, as 1 to 3 and 4 to 5 above (the trunk is 0 alone), and a node
+# sees the trunk and its own block. On a CPU attention is therefore computed block by block, and
+# its cost grows with the texts and not with their square.
 
 def prompt_tree(paths, share=True):
     """Merges sequences of ids (paths) into a tree. Returns input_ids, positions and parents, lists
@@ -892,6 +897,50 @@ def additive_mask(sees, dtype):
     return mask.masked_fill_(~sees, -math.inf)[None, None]
 
 
+BLOCK = 64  # nodes: smaller neighbours are one block
+MAX_NODES = {"cpu": 640, "cuda": 8192}  # of a tree, unless --max-nodes says otherwise
+
+
+def tree_blocks(parents):
+    """list of (start, end, trunk) of the blocks of a tree: nodes from start to end see none but the
+    first `trunk` nodes and each other. The trunk itself is the first."""
+    forks = [parent for node, parent in enumerate(parents) if parent != node - 1]
+    trunk = max(min(forks, default=-1) + 1, 0)
+    starts = [0]
+    for node in range(trunk, len(parents)):
+        if parents[node] < trunk:  # nothing behind the trunk stands above it
+            if node == trunk > 0 or node - starts[-1] >= BLOCK:
+                starts.append(node)
+        else:
+            while parents[node] < starts[-1]:  # it goes on with an earlier block
+                starts.pop()
+    ends = [*starts[1:], len(parents)]
+    return [(start, end, min(start, trunk)) for start, end in zip(starts, ends)]
+
+
+def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
+    """((1, n, heads, width), None): attention as transformers calls it. query (1, heads, n, width);
+    keys and values (1, k, m, width), each for heads / k queries; m - n of them are of a cache."""
+    _, heads, n, width = query.shape
+    _, k, m, _ = key.shape
+    cached = m - n
+    found = []
+    for start, end, trunk in blocks or [(0, n, cached)]:
+        own = slice(cached + start, cached + end)
+        keys = torch.cat([key[0, :, :trunk], key[0, :, own]], 1)
+        values = torch.cat([value[0, :, :trunk], value[0, :, own]], 1)
+        rows = attention_mask[0, 0, start:end]
+        mask = torch.cat([rows[:, :trunk], rows[:, own]], 1)
+        queries = query[0, :, start:end].reshape(k, -1, width) * scaling
+        scores = (queries @ keys.transpose(1, 2)).view(heads, *mask.shape) + mask
+        shares = F.softmax(scores, -1).view(k, -1, mask.shape[1])
+        found.append((shares @ values).view(heads, -1, width))
+    return torch.cat(found, 1).transpose(0, 1)[None], None
+
+
+transformers.AttentionInterface.register("tree", tree_attention)
+
+
 # 7. The model and its two heads -------------------------------------------------------------------
 # The backbone is transformers' own module with its linear layers turned into NF4Linear; its own
 # dropout stays off. Heads are neither quantized nor given LoRA: the classification head (L, D) is
@@ -913,6 +962,7 @@ class PersonalizedLM(nn.Module):
         self.label_tokens = label_tokens
         self.seq2seq = lm.config.is_encoder_decoder
         self.share = True  # compute once what prompts have in common
+        self.max_nodes = MAX_NODES[lm.device.type]
         self.user_embedding = None
         if n_users:
             words = lm.get_input_embeddings().weight.detach()
@@ -955,13 +1005,14 @@ class PersonalizedLM(nn.Module):
         is_user = input_ids[..., None] >= self.V
         return torch.where(is_user, as_users.to(as_words.dtype), as_words)
 
-    def decode(self, input_ids, positions, sees, cache=None):
+    def decode(self, input_ids, positions, sees, cache=None, blocks=None):
         """(T, D) the states of T nodes of a tree in a decoder; sees (T, nodes in the cache + T).
-        These nodes are numbered behind those in the cache, if there is one, and are added to it."""
+        These nodes are numbered behind those in the cache, if there is one, and are added to it.
+        blocks: what tree_blocks returned, for a tree without a cache."""
         out = self.lm.base_model(
             inputs_embeds=self.embed(input_ids[None]), position_ids=positions[None],
             attention_mask=additive_mask(sees, self.lm.dtype), past_key_values=cache,
-            use_cache=cache is not None)
+            use_cache=cache is not None, blocks=blocks)
         return out.last_hidden_state[0]
 
     def encode(self, input_ids, mask):
@@ -974,7 +1025,8 @@ class PersonalizedLM(nn.Module):
         taken with index_select and not x[at], whose backward pass may add up in another order in
         every run on a CPU. (On a GPU it is the other way round.)"""
         if not self.seq2seq:
-            states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
+            states = self.decode(batch["input_ids"], batch["positions"], batch["sees"],
+                                 blocks=batch["blocks"])
             return states.index_select(0, batch["at"])
         memory = self.encode(batch["input_ids"], batch["mask"]).index_select(0, batch["prompt_of"])
         out = self.lm.get_decoder()(
@@ -1089,10 +1141,13 @@ def check_forward(model):
     a, b, c, d, e = (model.V * i // 7 for i in range(1, 6))  # any five tokens
     prompts = [[a, b, c, d], [a, b, e, c], [a, b, e, d], [e, a, d, b]]
     theirs = lm(torch.tensor(prompts, device=model.device), use_cache=False).logits[:, -1]
+    if lm.device.type == "cpu":
+        lm.set_attn_implementation("tree")
     input_ids, positions, parents, branches = prompt_tree(prompts)
     nodes = torch.tensor([input_ids, positions], device=model.device)
+    sees = tree_mask(parents).to(model.device)
     try:
-        states = model.decode(nodes[0], nodes[1], tree_mask(parents).to(model.device))
+        states = model.decode(nodes[0], nodes[1], sees, blocks=tree_blocks(parents))
     except ValueError as error:
         raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
     ours = model.token_logits(states[[branch[-1] for branch in branches]])
@@ -1166,6 +1221,7 @@ def load_model(config, users=()):
     head = "cls" if config["head"] == "cls" else "lm"
     model = PersonalizedLM(lm, head, len(config["labels"]), n_users, tokens).train(False)
     model.share = config["share"]
+    model.max_nodes = config["max_nodes"] or model.max_nodes
     check_forward(model)
     if not full:
         cast(model, compute_dtype(device, lm.config.hidden_size, config["dtype"]))
@@ -1182,7 +1238,6 @@ def load_model(config, users=()):
 # answer but the last: the state at a token predicts the next. The other fields are what the
 # backbone wants; `tokens` counts what is computed.
 
-MAX_NODES = {"cpu": 640, "cuda": 8192}  # at once: the mask of a tree has nodes x nodes
 
 
 def targets_of(rows, head):
@@ -1196,19 +1251,21 @@ def targets_of(rows, head):
     return dict(target=torch.tensor(target), weight=torch.tensor(weight))
 
 
-def tree_batch(model, rows, head, before=()):
-    """The batch of some rows for a decoder: their prompt tree. `before`: sequences of ids whose
-    nodes are numbered first, though nothing is read there (data/readers.py has some)."""
-    paths = list(before)
-    for row in rows:
-        answer = row.answer[:-1] if head == "lm" else ()
-        paths.append(row.prompt + answer)
+def path_of(row, head):
+    """The ids of a row in a prompt tree: LM predicts the last token of an answer and reads none."""
+    return row.prompt + row.answer[:-1] if head == "lm" else row.prompt
+
+
+def tree_batch(model, rows, head):
+    """The batch of some rows for a decoder: their prompt tree."""
+    paths = [path_of(row, head) for row in rows]
     input_ids, positions, parents, branches = prompt_tree(paths, model.share)
     at = []
-    for row, branch in zip(rows, branches[len(before):]):
+    for row, branch in zip(rows, branches):
         at += branch[len(row.prompt) - 1:]
     return dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
-                sees=tree_mask(parents), at=torch.tensor(at), tokens=len(input_ids))
+                sees=tree_mask(parents), blocks=tree_blocks(parents), at=torch.tensor(at),
+                tokens=len(input_ids))
 
 
 def padded(sequences):
@@ -1264,25 +1321,21 @@ def shuffled_steps(rows, size, rng):
     return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
-def micro_batches(model, rows, size, max_nodes=None):
-    """Lists of at most `size` rows, neighbours, that have about max_nodes (MAX_NODES) at most."""
-    if max_nodes is None:
-        max_nodes = MAX_NODES[model.device.type]
-    chunks = [[]]
+def micro_batches(model, rows, max_nodes):
+    """Lists of rows, neighbours, that have at most max_nodes nodes, or a single row."""
+    chunks = []
     nodes = 0
     last = ()
     for row in rows:
-        path = row.prompt + row.answer
+        path = path_of(row, model.head)
         shared = ()
         if model.share and not model.seq2seq:
             shared = os.path.commonprefix([path, last])  # it takes any sequences
-        new = len(path) - len(shared)  # about so many nodes does the row add
-        if chunks[-1] and (len(chunks[-1]) == size or nodes + new > max_nodes):
+        nodes += len(path) - len(shared)  # at most so many are new
+        if not chunks or nodes > max_nodes:
             chunks.append([])
-            nodes = 0
-            new = len(path)  # in a new chunk nothing is shared
+            nodes = len(path)  # in a new chunk nothing is shared
         chunks[-1].append(row)
-        nodes += new
         last = path
     return chunks
 
@@ -1407,9 +1460,7 @@ def prepare_step(model, rows, config):
         rows = []
         for own in texts:
             rows += own + for_nobody(own)
-    size = config["micro_batch"] or len(rows)
-    chunks = micro_batches(model, rows, size)
-    return [make_batch(model, chunk) for chunk in chunks]
+    return [make_batch(model, chunk) for chunk in micro_batches(model, rows, model.max_nodes)]
 
 
 def update(optimizer, lr):
@@ -1484,12 +1535,11 @@ def plan_steps(rows, config):
     return plan[:config["max_steps"] or None]
 
 
-def chunks_to_read(model, rows, config):
+def chunks_to_read(model, rows):
     """Lists of rows for one forward pass each. Neighbours share most, and are of about one length,
     for an encoder's padding."""
     rows = sorted(rows, key=lambda row: (len(row.annotation.text), row.prompt))
-    size = 2 * config["micro_batch"] if config["micro_batch"] else 256
-    return micro_batches(model, rows, size)
+    return micro_batches(model, rows, model.max_nodes)
 
 
 @torch.no_grad()
@@ -1501,7 +1551,7 @@ def read_labels(model, rows, config, what):
     loss = torch.zeros((), device=model.device)
     total = 0.0
     scores = {}  # of each prompt
-    for chunk in progress(chunks_to_read(model, rows, config), what, "batches"):
+    for chunk in progress(chunks_to_read(model, rows), what, "batches"):
         batch = make_batch(model, chunk)
         out = model(batch)
         loss += summed_loss(out, batch, model.head, config["single"])
@@ -1627,7 +1677,7 @@ def write_answers(model, tokenizer, rows, config):
     write = write_with_encoder_decoder if model.seq2seq else write_with_decoder
     distinct = {row.prompt: row for row in rows}  # equal prompts are answered once
     replies = {}
-    for chunk in progress(chunks_to_read(model, distinct.values(), config), "write", "batches"):
+    for chunk in progress(chunks_to_read(model, distinct.values()), "write", "batches"):
         prompts = [row.prompt for row in chunk]
         for prompt, ids in zip(prompts, write(model, prompts, ends, limit)):
             end = next((i for i, token in enumerate(ids) if token in ends), None)
@@ -1886,7 +1936,7 @@ def make_config(args, data):
     by what was tuned for the model and by flags; the method; and what there is to know of the
     data."""
     method = METHODS[args.command]
-    config = dict(RECIPES[args.recipe], dtype=None, server=None)
+    config = dict(RECIPES[args.recipe], dtype=None, server=None, max_nodes=None)
     if args.recipe == "ours":
         config |= TUNED.get(args.model, {})
     for key, value in vars(args).items():
@@ -2178,7 +2228,7 @@ FLAGS = [  # (flag, arguments of add_argument); without a default, TUNED or the 
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
     ("--batch", dict(type=COUNT, help="annotations a step")),
-    ("--micro-batch", dict(type=COUNT, default=0, help="prompts computed at once: less memory")),
+    ("--max-nodes", dict(type=COUNT, help="tokens computed at once; fewer take less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
     ("--max-text", dict(type=COUNT, default=384, help="tokens of a text (384)")),
@@ -2215,7 +2265,7 @@ def guarded(parser, work, argv=None):
     except (MemoryError, RuntimeError) as e:
         if not re.search("MemoryError|(out of|allocate) memory", repr(e)):
             raise
-        why = "out of memory: try --micro-batch 1, --max-text 128 or --no-dense"
+        why = "out of memory: try --max-nodes 256, --max-text 128 or --no-dense"
     except OSError as e:
         if not e.filename:
             raise

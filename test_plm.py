@@ -750,6 +750,52 @@ def test_the_mask_is_added_as_0_or_minus_infinity():
     assert mask[0, 0].tolist() == [[0, -math.inf], [0, 0]]
 
 
+def test_the_blocks_of_the_tree_in_the_comment(monkeypatch):
+    monkeypatch.setattr(plm, "BLOCK", 1)
+    assert plm.tree_blocks([-1, 0, 1, 1, 0, 4]) == [(0, 1, 0), (1, 4, 1), (4, 6, 1)]
+    monkeypatch.setattr(plm, "BLOCK", 64)  # smaller neighbours are one
+    assert plm.tree_blocks([-1, 0, 1, 1, 0, 4]) == [(0, 1, 0), (1, 6, 1)]
+    assert plm.tree_blocks([-1, 0, 1]) == [(0, 3, 0)]  # without a fork there is no trunk
+
+
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("seed", range(20))
+def test_no_node_sees_more_than_the_trunk_and_its_own_block(monkeypatch, share, seed):
+    monkeypatch.setattr(plm, "BLOCK", 1 + seed % 4)
+    rng = random.Random(seed)
+    paths = [[0] * (seed % 3) + rng.choices(range(3), k=rng.randint(1, 6)) for _ in range(9)]
+    _, _, parents, _ = plm.prompt_tree(paths, share)  # paths of a text need not be neighbours
+    sees = plm.tree_mask(parents)
+    kept = torch.zeros_like(sees)
+    covered = 0
+    for start, end, trunk in plm.tree_blocks(parents):
+        assert start == covered < end
+        covered = end
+        kept[start:end, start:end] = True
+        kept[start:end, :trunk] = True
+        assert sees[start:end, :trunk].all()
+    assert covered == len(parents)
+    assert not (sees & ~kept).any()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_attention_by_blocks_is_attention_over_the_whole_mask(monkeypatch, kv_heads):
+    monkeypatch.setattr(plm, "BLOCK", 1)
+    parents = [-1, 0, 1, 2, 1, 4, 5, 1]
+    mask = plm.additive_mask(plm.tree_mask(parents), torch.float32)
+    query = torch.randn(1, 4, 8, 6)
+    key, value = torch.randn(2, 1, kv_heads, 8, 6)
+    blocks = plm.tree_blocks(parents)
+    assert [start for start, _, _ in blocks] == [0, 2, 4, 7]
+    by_blocks, _ = plm.tree_attention(None, query, key, value, mask, 0.3, blocks)
+    whole, _ = plm.tree_attention(None, query, key, value, mask, 0.3)
+    repeated = [x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value)]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
+    assert torch.allclose(whole, theirs, atol=1e-6)
+    assert torch.allclose(by_blocks, theirs, atol=1e-6)
+
+
 def test_without_sharing_every_path_has_its_own_nodes():
     input_ids, positions, parents, branches = plm.prompt_tree(DRAWN, share=False)
     assert input_ids == [*DRAWN[0], *DRAWN[1], *DRAWN[2]]
@@ -1270,18 +1316,18 @@ def test_the_order_of_steps_is_the_seeds():
     assert plm.shuffled_steps(rows, 32, random.Random(6)) != first
 
 
-@pytest.mark.parametrize("size, max_nodes", [(5, 10 ** 9), (10 ** 9, 150), (4, 100)])
+@pytest.mark.parametrize("head", ["cls", "lm"])
 @pytest.mark.parametrize("share", [True, False])
-def test_micro_batches_are_bounded_by_rows_and_by_nodes(monkeypatch, size, max_nodes, share):
-    monkeypatch.setitem(plm.MAX_NODES, "cpu", max_nodes)
-    model = SimpleNamespace(device=CPU, share=share, seq2seq=False)
+def test_micro_batches_are_bounded_by_their_nodes(head, share):
+    model = SimpleNamespace(share=share, seq2seq=False, head=head)
     rows = random_rows(texts=20)
-    chunks = plm.micro_batches(model, rows, size)
+    chunks = plm.micro_batches(model, rows, 100)
     assert sum(chunks, []) == rows
     for chunk in chunks:
-        nodes = plm.prompt_tree([row.prompt + row.answer for row in chunk], share)[0]
-        assert len(chunk) <= size
-        assert len(nodes) <= max_nodes
+        nodes = plm.prompt_tree([plm.path_of(row, head) for row in chunk], share)[0]
+        assert 0 < len(nodes) <= 100
+    assert [len(chunk) for chunk in plm.micro_batches(model, rows, 1)] == [1] * len(rows)
+    assert plm.micro_batches(model, rows, 10 ** 9) == [rows]
 
 
 def test_padding_goes_by_lengths_and_not_by_the_padding_token():
@@ -1429,12 +1475,13 @@ def with_nobody(model, rows):
     return found
 
 
-@pytest.mark.parametrize("size", [0, 3])
-def test_a_step_reads_every_text_once_more_for_nobody(tmp_path, size):
+@pytest.mark.parametrize("max_nodes", [640, 30])
+def test_a_step_reads_every_text_once_more_for_nobody(tmp_path, max_nodes):
     path, _ = random_model(tmp_path, "llama")
     model = lora_model(path, "cls", torch.randn(1, 64))
     rows = with_nobody(model, random_rows())
-    config = configured("cls_p") | dict(micro_batch=size)
+    config = configured("cls_p")
+    model.max_nodes = max_nodes
     batches = plm.prepare_step(model, rows, config)
     optimizer = plm.make_optimizer(model, config)
     expected = 0.0
@@ -1454,7 +1501,8 @@ def test_labels_are_read_in_the_order_of_the_rows(tmp_path):
     path, _ = random_model(tmp_path, "llama")
     model = lora_model(path, "cls")
     rows = random_rows()
-    config = configured("cls", dataset("ABC")) | dict(micro_batch=2)
+    config = configured("cls", dataset("ABC"))
+    model.max_nodes = 30
     loss, scores = plm.read_labels(model, rows, config, "test")
     for row, line in zip(rows, scores):
         batch = plm.make_batch(model, [row])
@@ -1470,7 +1518,8 @@ def test_scores_of_an_lm_are_the_logits_with_which_labels_begin_to_differ(tmp_pa
     model = plain_model(path)
     model.label_tokens = (1, [21, 22, 23, 24])  # of A, B, C and none
     rows = [row._replace(answer=(20, 21 + i % 3, 2)) for i, row in enumerate(random_rows())]
-    config = configured("lm", dataset("ABC", single=True)) | dict(micro_batch=2)
+    config = configured("lm", dataset("ABC", single=True))
+    model.max_nodes = 30
     _, scores = plm.read_labels(model, rows, config, "test")
     reference = rounded_reference(model, lm)
     for row, line in zip(rows, scores):
@@ -1499,7 +1548,7 @@ def test_the_paper_in_miniature(tmp_path, head, single, told):
     if head == "cls":
         model.score = nn.Linear(64, 2, bias=False)
     rows = miniature_rows(told)
-    config = plm.RECIPES["ours"] | dict(single=single, micro_batch=0, nobody=False)
+    config = plm.RECIPES["ours"] | dict(single=single, nobody=False)
     optimizer = plm.make_optimizer(model, config)
     for _ in range(40):
         plm.train_step(model, plm.prepare_step(model, rows, config), optimizer, 1e-2, config)
@@ -2553,7 +2602,7 @@ def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
 
     monkeypatch.setattr(plm, "run", run)
-    assert "out of memory: try --micro-batch 1" in refused(capsys, "cls")
+    assert "out of memory: try --max-nodes 256" in refused(capsys, "cls")
 
 
 def test_an_error_of_ours_is_no_error_of_the_users(monkeypatch):
@@ -2653,7 +2702,8 @@ def gpu_batches(device, mode, model, config):
 
     with pytest.MonkeyPatch.context() as patch, unset_fake_temporarily():
         patch.setattr(plm, "to_device", lambda batch, device: batch)
-        made = plm.prepare_step(model, rows, config | dict(micro_batch=6))
+        model.max_nodes = 30
+        made = plm.prepare_step(model, rows, config)
     batches = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "pin_memory", pin_memory)

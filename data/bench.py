@@ -57,10 +57,7 @@ class PaddedLM(plm.PersonalizedLM):
 
 def padded_batch(model, rows):
     """The batch of some rows for the peer."""
-    paths = []
-    for row in rows:
-        answer = row.answer[:-1] if model.head == "lm" else ()
-        paths.append(row.prompt + answer)
+    paths = [plm.path_of(row, model.head) for row in rows]
     input_ids, mask = plm.padded(paths)
     at = []
     for i, (row, path) in enumerate(zip(rows, paths)):

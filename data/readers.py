@@ -126,7 +126,7 @@ def predict_run(args):
 
 STEPS = 20   # of AdamW, each on all rows of a person
 PEOPLE = 40  # learned at once: their caches hold all texts of theirs
-KEPT = 1280  # nodes in the cache of one batch, about: fewer calls, each over a larger mask
+KEPT = 1280  # nodes of one batch, nearly all of them in its cache
 
 
 def add_users(model, n):
@@ -140,17 +140,21 @@ def reader_batch(model, rows):
     if model.seq2seq:
         return plm.make_batch(model, rows), None
     before = [row.prompt[:row.reader_at] for row in rows]
-    kept = len(plm.prompt_tree(before, model.share)[0])
-    batch = plm.tree_batch(model, rows, model.head, before) | plm.targets_of(rows, model.head)
-    batch = plm.to_device(batch, model.device)
+    paths = [plm.path_of(row, model.head) for row in rows]
+    input_ids, positions, parents, branches = plm.prompt_tree(before + paths, model.share)
+    kept = 1 + max(branch[-1] for branch in branches[:len(rows)])  # nodes, the first of the tree
+    at = []
+    for row, branch in zip(rows, branches[len(rows):]):
+        at += [node - kept for node in branch[len(row.prompt) - 1:]]
+    sees = plm.tree_mask(parents)
+    first = dict(input_ids=torch.tensor(input_ids[:kept]), positions=torch.tensor(positions[:kept]),
+                 sees=sees[:kept, :kept], blocks=plm.tree_blocks(parents[:kept]))
+    batch = dict(input_ids=torch.tensor(input_ids[kept:]), positions=torch.tensor(positions[kept:]),
+                 sees=sees[kept:], at=torch.tensor(at), **plm.targets_of(rows, model.head))
     cache = transformers.DynamicCache()
-    at_once = plm.MAX_NODES[model.device.type]
-    for start in range(0, kept, at_once):
-        end = min(start + at_once, kept)
-        with torch.no_grad():
-            model.decode(batch["input_ids"][start:end], batch["positions"][start:end],
-                         batch["sees"][start:end, :end], cache)
-    return batch, cache
+    with torch.no_grad():
+        model.decode(**plm.to_device(first, model.device), cache=cache)
+    return plm.to_device(batch, model.device), cache
 
 
 def copy_of(cache):
@@ -164,23 +168,21 @@ def read_behind(model, batch, cache):
     """(P, L or V) what the head reads in a batch whose first nodes are in the cache."""
     if cache is None:
         return model(batch)
-    kept = cache.get_seq_length()
-    states = model.decode(batch["input_ids"][kept:], batch["positions"][kept:],
-                          batch["sees"][kept:], copy_of(cache))  # decode adds to it
-    return model.read(states.index_select(0, batch["at"] - kept))
+    states = model.decode(batch["input_ids"], batch["positions"], batch["sees"], copy_of(cache))
+    return model.read(states.index_select(0, batch["at"]))
 
 
-def chunks_to_learn(model, rows, config):
+def chunks_to_learn(model, rows):
     """Lists of rows for one batch each; those of a text stand side by side, to share nodes."""
     rows = sum(plm.by_text(rows), [])
-    size = config["micro_batch"] or len(rows)
-    return plm.micro_batches(model, rows, size, None if model.seq2seq else KEPT)
+    max_nodes = model.max_nodes if model.seq2seq else KEPT
+    return plm.micro_batches(model, rows, max_nodes)
 
 
 def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
-    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows, config)]
+    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:

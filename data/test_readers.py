@@ -268,9 +268,9 @@ def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, 
     texts = ["hm", "well done, my dear genius", "oh no", "well done, my dear friend", "oh"]
     asked = [plm.Annotation(text, user, (1, 0)) for text in texts for user in users[:2]]
     rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=asked), [])
-    monkeypatch.setitem(plm.MAX_NODES, "cpu", 25)  # so that caches are filled in several calls
-    monkeypatch.setattr(readers, "KEPT", 50)       # and there are several of them
-    chunks = readers.chunks_to_learn(model, rows["test"], config)
+    model.max_nodes = 50  # so that there are several batches
+    monkeypatch.setattr(readers, "KEPT", 50)
+    chunks = readers.chunks_to_learn(model, rows["test"])
     assert len(chunks) > 1
     for chunk in chunks:
         batch, cache = readers.reader_batch(model, chunk)
