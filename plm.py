@@ -513,11 +513,16 @@ def parse_answer(answer, labels, single=False):
     return tuple(int(label in found) for label in labels), unknown
 
 
+def chosen_together(data):
+    """set of what rows of the data choose, each (L) of 0 and 1."""
+    return {a.labels for a in sum(data.parts.values(), [])}
+
+
 def check_answers(data):
     """BadInput if an answer would be read as other labels than it was written for."""
     check(NONE not in data.labels, f"a label is called {NONE!r}, which is the answer without a "
                                    "label: rename it, or take cls or cls_p")
-    for chosen in {a.labels for a in sum(data.parts.values(), [])}:
+    for chosen in chosen_together(data):
         answer = answer_text(data.labels, chosen)
         read, _ = parse_answer(answer, data.labels, data.single)
         check(read == chosen, f"the answer {answer.strip()!r} could mean other labels: rename "
@@ -527,9 +532,8 @@ def check_answers(data):
 def answer_room(data):
     """How many tokens an answer may take, here and over HTTP: half the bytes of the longest in the
     data (a token seldom holds less than two), and 32 for a sentence around it."""
-    chosen = {a.labels for a in sum(data.parts.values(), [])}
-    answers = [answer_text(data.labels, labels).encode() for labels in chosen]
-    return 32 + max(map(len, answers), default=0) // 2
+    answers = [answer_text(data.labels, chosen).encode() for chosen in chosen_together(data)]
+    return 32 + max(map(len, answers)) // 2
 
 
 def example_chooser(config, train):
@@ -918,6 +922,23 @@ def tree_blocks(parents):
     return [(start, end, min(start, trunk)) for start, end in zip(starts, ends)]
 
 
+def tree_inputs(paths, share=True):
+    """(dict of what a decoder is given of the tree of some paths, branches as of prompt_tree)"""
+    input_ids, positions, parents, branches = prompt_tree(paths, share)
+    inputs = dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
+                  sees=tree_mask(parents), blocks=tree_blocks(parents))
+    return inputs, branches
+
+
+def to_device(inputs, device):
+    """A dict with its tensors on the device. A GPU copies from pinned memory while the host goes
+    on."""
+    if device.type == "cpu":
+        return inputs
+    return {name: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
+            for name, x in inputs.items()}
+
+
 def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
     """((1, n, heads, width), None): attention as transformers calls it. query (1, heads, n, width);
     keys and values (1, k, m, width), each for heads / k queries; m - n of them are of a cache."""
@@ -927,8 +948,7 @@ def tree_attention(module, query, key, value, attention_mask, scaling, blocks=No
     found = []
     for start, end, trunk in blocks or [(0, n, cached)]:
         own = slice(cached + start, cached + end)
-        keys = torch.cat([key[0, :, :trunk], key[0, :, own]], 1)
-        values = torch.cat([value[0, :, :trunk], value[0, :, own]], 1)
+        keys, values = [torch.cat([x[0, :, :trunk], x[0, :, own]], 1) for x in (key, value)]
         rows = attention_mask[0, 0, start:end]
         mask = torch.cat([rows[:, :trunk], rows[:, own]], 1)
         queries = query[0, :, start:end].reshape(k, -1, width) * scaling
@@ -1054,9 +1074,8 @@ class PersonalizedLM(nn.Module):
 UNSUPPORTED = ("quantization_config", "num_local_experts", "num_experts")  # in a model's config
 
 
-def load_pretrained(name, attention):
-    """(transformers' model as it is stored, its tokenizer); BadInput if it is not whole. Attention
-    is "eager" or "sdpa"."""
+def load_pretrained(name):
+    """(transformers' model as it is stored, its tokenizer); BadInput if it is not whole."""
     source = MODELS.get(name, name)
     there = os.path.isdir(source) or re.fullmatch(r"[^./~][^/]*/[^/]+", source)
     check(there, f"--model {name}: no folder, Hugging Face id or name ({', '.join(MODELS)})")
@@ -1070,7 +1089,7 @@ def load_pretrained(name, attention):
         auto = transformers.AutoModelForCausalLM
         if config.is_encoder_decoder:
             auto = transformers.AutoModelForSeq2SeqLM
-        lm, info = auto.from_pretrained(source, attn_implementation=attention, dtype="auto",
+        lm, info = auto.from_pretrained(source, attn_implementation="eager", dtype="auto",
                                         output_loading_info=True, ignore_mismatched_sizes=True)
     except Exception as e:  # whatever a library says of a file that may hold anything
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
@@ -1138,16 +1157,12 @@ def check_forward(model):
     if model.seq2seq:  # its own encoder and decoder are called as they are
         check(lm.config.model_type in ("t5", "mt5"), f"{name}: no T5")
         return
-    a, b, c, d, e = (model.V * i // 7 for i in range(1, 6))  # any five tokens
-    prompts = [[a, b, c, d], [a, b, e, c], [a, b, e, d], [e, a, d, b]]
+    prompts = [[3, 4, 5, 6], [3, 4, 7, 5], [3, 4, 7, 6], [7, 3, 6, 4]]  # any tokens
     theirs = lm(torch.tensor(prompts, device=model.device), use_cache=False).logits[:, -1]
-    if lm.device.type == "cpu":
-        lm.set_attn_implementation("tree")
-    input_ids, positions, parents, branches = prompt_tree(prompts)
-    nodes = torch.tensor([input_ids, positions], device=model.device)
-    sees = tree_mask(parents).to(model.device)
+    lm.set_attn_implementation("tree" if lm.device.type == "cpu" else "sdpa")
+    inputs, branches = tree_inputs(prompts)
     try:
-        states = model.decode(nodes[0], nodes[1], sees, blocks=tree_blocks(parents))
+        states = model.decode(**to_device(inputs, model.device))
     except ValueError as error:
         raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
     ours = model.token_logits(states[[branch[-1] for branch in branches]])
@@ -1203,8 +1218,7 @@ def load_model(config, users=()):
     """(PersonalizedLM, tokenizer, fingerprint of the base model), checked and ready to be used.
     Users are those that training knows, in the order of their tokens."""
     device = find_device()
-    attention = "sdpa" if device.type == "cuda" else "eager"  # each is the faster with our mask
-    lm, tokenizer = load_pretrained(config["model"], attention)
+    lm, tokenizer = load_pretrained(config["model"])
     fit_tokenizer(config["model"], lm, tokenizer)
     base_sha = fingerprint(lm, tokenizer)
     trained = config["head"] != "ask"
@@ -1236,8 +1250,7 @@ def load_model(config, users=()):
 # all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt (in
 # an encoder-decoder the decoder's start token stands for it). LM reads that and every token of the
 # answer but the last: the state at a token predicts the next. The other fields are what the
-# backbone wants; `tokens` counts what is computed.
-
+# backbone wants.
 
 
 def targets_of(rows, head):
@@ -1258,14 +1271,11 @@ def path_of(row, head):
 
 def tree_batch(model, rows, head):
     """The batch of some rows for a decoder: their prompt tree."""
-    paths = [path_of(row, head) for row in rows]
-    input_ids, positions, parents, branches = prompt_tree(paths, model.share)
+    inputs, branches = tree_inputs([path_of(row, head) for row in rows], model.share)
     at = []
     for row, branch in zip(rows, branches):
         at += branch[len(row.prompt) - 1:]
-    return dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
-                sees=tree_mask(parents), blocks=tree_blocks(parents), at=torch.tensor(at),
-                tokens=len(input_ids))
+    return inputs | dict(at=torch.tensor(at))
 
 
 def padded(sequences):
@@ -1289,16 +1299,7 @@ def pair_batch(model, rows, head):
     input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
-                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0],
-                tokens=int(mask.sum() + there.sum()))
-
-
-def to_device(batch, device):
-    """A batch on the device. A GPU copies from pinned memory while the host goes on."""
-    if device.type == "cpu":
-        return batch
-    return {name: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
-            for name, x in batch.items()}
+                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0])
 
 
 def make_batch(model, rows):
@@ -1346,19 +1347,15 @@ def micro_batches(model, rows, max_nodes):
 # How far such numbers can be believed is the subject of data/evidence.py.
 
 def f1_scores(gold, predicted):
-    """dict(f1_macro, f1_macro_present, f1_micro, accuracy of whole rows, per_label) of 0/1 arrays
-    (R, L). F1 is 2TP / (2TP + FP + FN), and 0 where there is nothing (scikit-learn's
-    zero_division=0); f1_macro_present is the mean over the labels that gold has."""
+    """dict(f1_macro, accuracy of whole rows, per_label) of 0/1 arrays (R, L). F1 is
+    2TP / (2TP + FP + FN), and 0 where there is nothing (scikit-learn's zero_division=0)."""
     gold = np.asarray(gold, bool)
     predicted = np.asarray(predicted, bool)
     hits = 2 * (gold & predicted).sum(0)
     ticks = gold.sum(0) + predicted.sum(0)
     per_label = hits / np.maximum(ticks, 1)
-    present = per_label[gold.any(0)]
     return dict(
         f1_macro=float(per_label.mean()),
-        f1_macro_present=float(present.mean()) if len(present) else 0.0,
-        f1_micro=float(hits.sum() / max(ticks.sum(), 1)),
         accuracy=float((gold == predicted).all(1).mean()),
         per_label=per_label.tolist())
 
@@ -1407,9 +1404,9 @@ def score(config, annotations, result):
 # the lowest validation loss is kept [1]. Dropout depends on seed and step alone, so a run that is
 # taken up again needs no random state.
 
-STATE = "state.safetensors"  # in a run's folder, until the run is finished
-SAVE_EVERY = 120             # seconds; and after every epoch
-NOBODY_WEIGHT = 0.3          # of a row that is read for nobody, beside 1 for its reader
+STATE = "state.pt"  # in a run's folder, until the run is finished
+SAVE_EVERY = 120    # seconds; and after every epoch
+NOBODY_WEIGHT = 0.3  # of a row that is read for nobody, beside 1 for its reader
 
 
 def summed_loss(out, batch, head, single):
@@ -1503,26 +1500,21 @@ def load_tensors(path, key):
 
 def save_state(path, state, model, optimizer, best):
     """Writes what a run needs to go on."""
-    tensors = {f"best {name}": p for name, p in best.items()}
-    for name, p in model.trainable().items():
-        tensors[f"model {name}"] = p
-        for kind, moment in optimizer.state[p].items():
-            tensors[f"{kind} {name}"] = moment
-    save_tensors(path, tensors, "state", state)
+    whole = dict(state=state, best=best, model=model.trainable(), optimizer=optimizer.state_dict())
+    file = io.BytesIO()
+    torch.save(whole, file)
+    write_file(path, file.getvalue())
 
 
 def load_state(path, model, optimizer):
     """(state, parameters of the best epoch) that save_state wrote; the rest goes where it was."""
-    tensors, state = load_tensors(path, "state")
-    found = defaultdict(dict)
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition(" ")
-        found[kind][name] = tensor.to(model.device)
-    best = found.pop("best", {})
-    model.load_state_dict(found.pop("model"), strict=False)
-    for name, p in model.trainable().items():
-        optimizer.state[p] = {kind: moments[name] for kind, moments in found.items()}
-    return state, best
+    try:
+        whole = torch.load(path, map_location=model.device, weights_only=True)
+    except Exception as e:  # whatever torch says of bytes that may be anything
+        raise BadInput(f"{path} is damaged ({type(e).__name__}); --fresh runs it again") from None
+    model.load_state_dict(whole["model"], strict=False)
+    optimizer.load_state_dict(whole["optimizer"])
+    return whole["state"], whole["best"]
 
 
 def plan_steps(rows, config):
@@ -1591,20 +1583,16 @@ def train(model, rows, config, base_sha, folder):
     plan = plan_steps(rows["train"], config)
     state, best = begin(f"{folder}/{STATE}", model, optimizer, base_sha)
     saved = time.time()
-    batches = None
     with open(f"{folder}/log.jsonl", "a", buffering=1) as log, \
             progress(None, "train", "steps", len(plan), state["step"]) as bar:
         log.truncate(min(state["log"], log.tell()))  # later steps are done again
         for step, (epoch, step_rows) in enumerate(plan[state["step"]:], state["step"] + 1):
             start = time.perf_counter()
-            batches = batches or prepare_step(model, step_rows, config)
-            tokens = sum(batch["tokens"] for batch in batches)
+            batches = prepare_step(model, step_rows, config)
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
             loss = train_step(model, batches, optimizer, lr, config)
-            if step < len(plan):  # plan counts from 0: the next step, while a GPU computes this
-                batches = prepare_step(model, plan[step][1], config)
-            record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr, tokens=tokens)
+            record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr)
             bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
             bar.update()
             state["step"] = step
@@ -1635,17 +1623,16 @@ def train(model, rows, config, base_sha, folder):
 def write_with_decoder(model, prompts, ends, limit):
     """Greedy decoding: the ids of the answers to n prompts. Every pass adds a token to each."""
     device = model.device
-    input_ids, positions, parents, branches = prompt_tree(prompts, model.share)
+    inputs, branches = tree_inputs(prompts, model.share)
+    inputs = to_device(inputs, device)
     leaves = [branch[-1] for branch in branches]
-    sees = tree_mask(parents).to(device)
     own = torch.eye(len(prompts), dtype=torch.bool, device=device)
     position = torch.tensor([len(ids) for ids in prompts], device=device)
     answers = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
     ends = torch.tensor(ends, device=device)
     cache = transformers.DynamicCache()
-    nodes = torch.tensor([input_ids, positions], device=device)
-    hidden = model.decode(nodes[0], nodes[1], sees, cache)[leaves]
-    sees = sees[leaves]  # an answer sees what the end of its prompt sees ...
+    hidden = model.decode(**inputs, cache=cache)[leaves]
+    sees = inputs["sees"][leaves]  # an answer sees what the end of its prompt sees ...
     while True:
         written = model.token_logits(hidden).argmax(1)
         answers = torch.cat([answers, written[:, None]], 1)
@@ -1663,8 +1650,8 @@ def write_with_encoder_decoder(model, prompts, ends, limit):
     mask = mask.to(model.device)
     memory = model.encode(input_ids.to(model.device), mask)
     out = model.lm.generate(encoder_outputs=BaseModelOutput(last_hidden_state=memory),
-                            attention_mask=mask, max_new_tokens=limit, do_sample=False,
-                            num_beams=1, eos_token_id=ends, pad_token_id=ends[0])
+                            attention_mask=mask, max_new_tokens=limit, eos_token_id=ends,
+                            pad_token_id=ends[0])
     return out[:, 1:].tolist()
 
 
@@ -2028,16 +2015,12 @@ def encode_parts(model, tokenizer, config, users, parts, train):
 
 def describe(model):
     """Prints what there is to say of a model before it is trained, and returns it as a dict."""
-    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
-    frozen = sum(m.N * m.K for m in layers)
-    dense = any(m.dense is not None for m in layers)
     trained = sum(p.numel() for p in model.trainable().values())
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "a CPU"
     dtype = str(model.lm.dtype).removeprefix("torch.")
-    print(f"{type(model.lm).__name__} on {device} ({torch.get_num_threads()} threads), computing "
-          f"in {dtype}; weights frozen: {frozen:,} (dense copy: {dense}), trained: {trained:,}",
-          flush=True)
-    return dict(device=device, computed_in=dtype, dense_copy=dense, weights_trained=trained)
+    print(f"{type(model.lm).__name__} on {device}, computing in {dtype}; "
+          f"{trained:,} weights are trained", flush=True)
+    return dict(device=device, computed_in=dtype, weights_trained=trained)
 
 
 def chat_prompts(config, data):
@@ -2093,7 +2076,6 @@ def peak_memory_mb():
 def finish(folder, metrics, parts, result, start):
     """Writes the last files of a run and prints its summary; what only resuming needs goes."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    versions["python"] = sys.version.split()[0]
     metrics = metrics | dict(
         rows={part: len(annotations) for part, annotations in parts.items()},
         versions=versions, command=" ".join(sys.argv), peak_memory_mb=peak_memory_mb(),
@@ -2137,8 +2119,7 @@ def run(args):
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
             facts = dict(base_sha=base_sha, **describe(model))
-            needed = parts if config["head"] != "ask" else dict(test=parts["test"])
-            rows, counts = encode_parts(model, tokenizer, config, users, needed, parts["train"])
+            rows, counts = encode_parts(model, tokenizer, config, users, parts, parts["train"])
             if config["head"] != "ask":
                 facts |= train(model, rows, config, base_sha, folder)
                 save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)

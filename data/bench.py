@@ -63,7 +63,7 @@ def padded_batch(model, rows):
     for i, (row, path) in enumerate(zip(rows, paths)):
         start = i * input_ids.shape[1]
         at += range(start + len(row.prompt) - 1, start + len(path))
-    batch = dict(input_ids=input_ids, mask=mask, at=torch.tensor(at), tokens=sum(map(len, paths)))
+    batch = dict(input_ids=input_ids, mask=mask, at=torch.tensor(at))
     return plm.to_device({**batch, **plm.targets_of(rows, model.head)}, model.device)
 
 
@@ -88,7 +88,8 @@ def load_peer(config, dtype):
     """(PaddedLM of PEFT and bitsandbytes, tokenizer)"""
     import peft
     device = plm.find_device()
-    lm, tokenizer = plm.load_pretrained(config["model"], "sdpa")
+    lm, tokenizer = plm.load_pretrained(config["model"])
+    lm.set_attn_implementation("sdpa")
     plm.fit_tokenizer(config["model"], lm, tokenizer)
     lm = lm.float().requires_grad_(False).eval()
     names = to_nf4(lm, dtype, device)
@@ -147,6 +148,11 @@ def linear_weights(lm):
     return n
 
 
+def tokens_in(batch):
+    """How many tokens are computed in a batch of ours, or of the peer's."""
+    return int(batch["mask"].sum()) if "mask" in batch else len(batch["input_ids"])
+
+
 def operations(model, rows):
     """(what a step needs at least on distinct tokens, what attention computes with a full mask): 4
     operations a frozen weight and token, none being for a gradient of the weight, and for
@@ -158,11 +164,12 @@ def operations(model, rows):
     config = model.lm.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 12 * config.num_attention_heads * width * config.num_hidden_layers
-    multiplied = linear_weights(model.lm) * batch["tokens"]
+    tokens = len(batch["input_ids"])
+    multiplied = linear_weights(model.lm) * tokens
     if model.head == "lm":
         multiplied += model.lm.get_output_embeddings().weight.numel() * len(batch["at"])
     seen = int(batch["sees"].sum())
-    return 4 * multiplied + attention * seen, attention * batch["tokens"] ** 2
+    return 4 * multiplied + attention * seen, attention * tokens ** 2
 
 
 def plain_speed(model):
@@ -207,7 +214,7 @@ def measure(argv, peer, steps, length=None):
         losses.append(plm.train_step(model, parts, optimizer, 1e-4, config).item())
         seconds.append(time.perf_counter() - start)
         if len(seconds) > 1:  # behind the one that warms up
-            tokens += sum(part["tokens"] for part in parts)
+            tokens += sum(map(tokens_in, parts))
             needed += operations(model, rows)
     n = sum(map(len, batches[1:]))
     took = sum(seconds[1:])

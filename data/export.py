@@ -456,7 +456,7 @@ def export_merged(folder):
     plm.check(config["head"] == "lm" or not model.seq2seq,
               f"{folder}: a classifier of a T5 reads the decoder at its start token, which no "
               "class of transformers does; lm and lm_p can be merged, or export without --merge")
-    stored, _ = plm.load_pretrained(config["model"], "eager")
+    stored, _ = plm.load_pretrained(config["model"])
     plm.fit_tokenizer(config["model"], stored, tokenizer)
     names = {}
     if model.user_embedding is not None:
@@ -465,7 +465,7 @@ def export_merged(folder):
     out = f"{folder}/merged"
     shutil.rmtree(out, ignore_errors=True)
     os.makedirs(out)
-    own = plm.load_pretrained(config["model"], "eager")[1]  # tokenizer stays as the run's is
+    own = plm.load_pretrained(config["model"])[1]  # tokenizer stays as the run's is
     plm.fit_tokenizer(config["model"], stored, own)
     pad = fix_pad(own, config["head"])
     if names:

@@ -140,20 +140,19 @@ def reader_batch(model, rows):
     if model.seq2seq:
         return plm.make_batch(model, rows), None
     before = [row.prompt[:row.reader_at] for row in rows]
-    paths = [plm.path_of(row, model.head) for row in rows]
-    input_ids, positions, parents, branches = plm.prompt_tree(before + paths, model.share)
-    kept = 1 + max(branch[-1] for branch in branches[:len(rows)])  # nodes, the first of the tree
-    at = []
-    for row, branch in zip(rows, branches[len(rows):]):
-        at += [node - kept for node in branch[len(row.prompt) - 1:]]
-    sees = plm.tree_mask(parents)
-    first = dict(input_ids=torch.tensor(input_ids[:kept]), positions=torch.tensor(positions[:kept]),
-                 sees=sees[:kept, :kept], blocks=plm.tree_blocks(parents[:kept]))
-    batch = dict(input_ids=torch.tensor(input_ids[kept:]), positions=torch.tensor(positions[kept:]),
-                 sees=sees[kept:], at=torch.tensor(at), **plm.targets_of(rows, model.head))
+    first, _ = plm.tree_inputs(before, model.share)
     cache = transformers.DynamicCache()
     with torch.no_grad():
         model.decode(**plm.to_device(first, model.device), cache=cache)
+    paths = [plm.path_of(row, model.head) for row in rows]
+    whole, branches = plm.tree_inputs(before + paths, model.share)  # begins with the first tree
+    kept = len(first["input_ids"])
+    at = []
+    for row, branch in zip(rows, branches[len(rows):]):
+        at += [node - kept for node in branch[len(row.prompt) - 1:]]
+    batch = plm.targets_of(rows, model.head) | dict(at=torch.tensor(at))
+    for name in ("input_ids", "positions", "sees"):
+        batch[name] = whole[name][kept:]
     return plm.to_device(batch, model.device), cache
 
 
