@@ -533,7 +533,7 @@ def answer_room(data):
     """How many tokens an answer may take, here and over HTTP: half the bytes of the longest in the
     data (a token seldom holds less than two), and 32 for a sentence around it."""
     answers = [answer_text(data.labels, chosen).encode() for chosen in chosen_together(data)]
-    return 32 + max(map(len, answers)) // 2
+    return 32 + max(map(len, answers), default=0) // 2
 
 
 def example_chooser(config, train):
@@ -1565,7 +1565,7 @@ def begin(path, model, optimizer, base_sha):
     state, best = load_state(path, model, optimizer)
     check(state["base_sha"] == base_sha,
           f"{path} was begun with other weights or another tokenizer: --fresh starts over")
-    print(f"resuming at step {state['step']}", flush=True)
+    print(f"resuming at step {state['step']}")
     return state, best
 
 
