@@ -855,10 +855,10 @@ def add_lora(model, r, alpha, dropout):
 # Dropout aside, the states, the loss and the gradients are those of separate prompts: this is no
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
 #
-# Most of the mask is empty, since no text sees another. What everybody sees is the trunk, up to the
-# first fork; behind it lie blocks, as 1 to 3 and 4 to 5 above (the trunk is 0 alone), and a node
-# sees the trunk and its own block. On a CPU attention is therefore computed block by block, and
-# its cost grows with the texts and not with their square.
+# Most of the mask is empty, since no text sees another. On a CPU attention is therefore computed
+# block by block, a block being some nodes in a row: all that they see are the tokens that everybody
+# shares, themselves and a neighbour or two, and its cost grows with the texts and not with their
+# square.
 
 def prompt_tree(paths, share=True):
     """Merges sequences of ids (paths) into a tree. Returns input_ids, positions and parents, lists
@@ -901,32 +901,21 @@ def additive_mask(sees, dtype):
     return mask.masked_fill_(~sees, -math.inf)[None, None]
 
 
-BLOCK = 64  # nodes: smaller neighbours are one block
+BLOCK = 96  # nodes
 MAX_NODES = {"cpu": 640, "cuda": 8192}  # of a tree, unless --max-nodes says otherwise
 
 
-def tree_blocks(parents):
-    """list of (start, end, trunk) of the blocks of a tree: nodes from start to end see none but the
-    first `trunk` nodes and each other. The trunk itself is the first."""
-    forks = [parent for node, parent in enumerate(parents) if parent != node - 1]
-    trunk = max(min(forks, default=-1) + 1, 0)
-    starts = [0]
-    for node in range(trunk, len(parents)):
-        if parents[node] < trunk:  # nothing behind the trunk stands above it
-            if node == trunk > 0 or node - starts[-1] >= BLOCK:
-                starts.append(node)
-        else:
-            while parents[node] < starts[-1]:  # it goes on with an earlier block
-                starts.pop()
-    ends = [*starts[1:], len(parents)]
-    return [(start, end, min(start, trunk)) for start, end in zip(starts, ends)]
+def tree_blocks(sees):
+    """list: for each block of BLOCK rows of a mask (T, T) the columns that one of them sees."""
+    return [rows.any(0).nonzero()[:, 0] for rows in sees.split(BLOCK)]
 
 
 def tree_inputs(paths, share=True):
     """(dict of what a decoder is given of the tree of some paths, branches as of prompt_tree)"""
     input_ids, positions, parents, branches = prompt_tree(paths, share)
-    inputs = dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
-                  sees=tree_mask(parents), blocks=tree_blocks(parents))
+    sees = tree_mask(parents)
+    inputs = dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions), sees=sees,
+                  blocks=tree_blocks(sees))
     return inputs, branches
 
 
@@ -939,23 +928,32 @@ def to_device(inputs, device):
             for name, x in inputs.items()}
 
 
+def attend(query, key, value, mask):
+    """(heads, n, width) of scaled queries (heads, n, width), keys and values (k, m, width), each of
+    them for heads / k queries, and a mask (n, m)."""
+    heads, n, width = query.shape
+    k, m, _ = key.shape
+    scores = query.reshape(k, -1, width) @ key.transpose(1, 2)
+    shares = F.softmax(scores.view(heads, n, m) + mask, -1)
+    return (shares.view(k, -1, m) @ value).view(heads, n, width)
+
+
 def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
-    """((1, n, heads, width), None): attention as transformers calls it. query (1, heads, n, width);
-    keys and values (1, k, m, width), each for heads / k queries; m - n of them are of a cache."""
-    _, heads, n, width = query.shape
-    _, k, m, _ = key.shape
-    cached = m - n
-    found = []
-    for start, end, trunk in blocks or [(0, n, cached)]:
-        own = slice(cached + start, cached + end)
-        keys, values = [torch.cat([x[0, :, :trunk], x[0, :, own]], 1) for x in (key, value)]
-        rows = attention_mask[0, 0, start:end]
-        mask = torch.cat([rows[:, :trunk], rows[:, own]], 1)
-        queries = query[0, :, start:end].reshape(k, -1, width) * scaling
-        scores = (queries @ keys.transpose(1, 2)).view(heads, *mask.shape) + mask
-        shares = F.softmax(scores, -1).view(k, -1, mask.shape[1])
-        found.append((shares @ values).view(heads, -1, width))
-    return torch.cat(found, 1).transpose(0, 1)[None], None
+    """((1, T, heads, width), None): attention as transformers calls it, query (1, heads, T, width);
+    block by block if there are blocks, which have to be those of the mask."""
+    query = query[0] * scaling
+    key = key[0]
+    value = value[0]
+    mask = attention_mask[0, 0]
+    if blocks is None:
+        found = attend(query, key, value, mask)
+    else:
+        of_blocks = []
+        for queries, rows, seen in zip(query.split(BLOCK, 1), mask.split(BLOCK), blocks):
+            of_blocks.append(attend(queries, key.index_select(1, seen),
+                                    value.index_select(1, seen), rows.index_select(1, seen)))
+        found = torch.cat(of_blocks, 1)
+    return found.transpose(0, 1)[None], None
 
 
 transformers.AttentionInterface.register("tree", tree_attention)
@@ -1028,7 +1026,7 @@ class PersonalizedLM(nn.Module):
     def decode(self, input_ids, positions, sees, cache=None, blocks=None):
         """(T, D) the states of T nodes of a tree in a decoder; sees (T, nodes in the cache + T).
         These nodes are numbered behind those in the cache, if there is one, and are added to it.
-        blocks: what tree_blocks returned, for a tree without a cache."""
+        blocks: those of sees, for a tree without a cache."""
         out = self.lm.base_model(
             inputs_embeds=self.embed(input_ids[None]), position_ids=positions[None],
             attention_mask=additive_mask(sees, self.lm.dtype), past_key_values=cache,

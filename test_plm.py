@@ -750,43 +750,21 @@ def test_the_mask_is_added_as_0_or_minus_infinity():
     assert mask[0, 0].tolist() == [[0, -math.inf], [0, 0]]
 
 
-def test_the_blocks_of_the_tree_in_the_comment(monkeypatch):
-    monkeypatch.setattr(plm, "BLOCK", 1)
-    assert plm.tree_blocks([-1, 0, 1, 1, 0, 4]) == [(0, 1, 0), (1, 4, 1), (4, 6, 1)]
-    monkeypatch.setattr(plm, "BLOCK", 64)  # smaller neighbours are one
-    assert plm.tree_blocks([-1, 0, 1, 1, 0, 4]) == [(0, 1, 0), (1, 6, 1)]
-    assert plm.tree_blocks([-1, 0, 1]) == [(0, 3, 0)]  # without a fork there is no trunk
-
-
-@pytest.mark.parametrize("share", [True, False])
-@pytest.mark.parametrize("seed", range(20))
-def test_no_node_sees_more_than_the_trunk_and_its_own_block(monkeypatch, share, seed):
-    monkeypatch.setattr(plm, "BLOCK", 1 + seed % 4)
-    rng = random.Random(seed)
-    paths = [[0] * (seed % 3) + rng.choices(range(3), k=rng.randint(1, 6)) for _ in range(9)]
-    _, _, parents, _ = plm.prompt_tree(paths, share)  # paths of a text need not be neighbours
-    sees = plm.tree_mask(parents)
-    kept = torch.zeros_like(sees)
-    covered = 0
-    for start, end, trunk in plm.tree_blocks(parents):
-        assert start == covered < end
-        covered = end
-        kept[start:end, start:end] = True
-        kept[start:end, :trunk] = True
-        assert sees[start:end, :trunk].all()
-    assert covered == len(parents)
-    assert not (sees & ~kept).any()
+def test_a_block_looks_at_what_its_nodes_see(monkeypatch):
+    monkeypatch.setattr(plm, "BLOCK", 2)
+    sees = plm.tree_mask([-1, 0, 1, 1, 0, 4])  # of the tree in the comment
+    assert [seen.tolist() for seen in plm.tree_blocks(sees)] == [[0, 1], [0, 1, 2, 3], [0, 4, 5]]
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_attention_by_blocks_is_attention_over_the_whole_mask(monkeypatch, kv_heads):
-    monkeypatch.setattr(plm, "BLOCK", 1)
-    parents = [-1, 0, 1, 2, 1, 4, 5, 1]
-    mask = plm.additive_mask(plm.tree_mask(parents), torch.float32)
+    monkeypatch.setattr(plm, "BLOCK", 3)
+    sees = plm.tree_mask([-1, 0, 1, 1, 3, 1, 5, 2])
+    mask = plm.additive_mask(sees, torch.float32)
     query = torch.randn(1, 4, 8, 6)
     key, value = torch.randn(2, 1, kv_heads, 8, 6)
-    blocks = plm.tree_blocks(parents)
-    assert [start for start, _, _ in blocks] == [0, 2, 4, 7]
+    blocks = plm.tree_blocks(sees)
+    assert [len(seen) for seen in blocks] == [3, 5, 6]
     by_blocks, _ = plm.tree_attention(None, query, key, value, mask, 0.3, blocks)
     whole, _ = plm.tree_attention(None, query, key, value, mask, 0.3)
     repeated = [x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value)]
