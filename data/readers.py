@@ -124,9 +124,9 @@ def predict_run(args):
 # An encoder reads both ways: its states of a text change with the reader, and every step computes
 # all of them.
 
-STEPS = 20   # of AdamW, each on all rows of a person
+STEPS = 15   # of AdamW, each on all rows of a person
 PEOPLE = 40  # learned at once: their caches hold all texts of theirs
-KEPT = 1280  # nodes of one batch, nearly all of them in its cache
+KEPT = 2560  # nodes of one batch, nearly all of them in its cache
 
 
 def add_users(model, n):
