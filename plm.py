@@ -36,6 +36,7 @@ References
 """
 import argparse
 import csv
+import errno
 import fcntl
 import functools
 import hashlib
@@ -43,6 +44,7 @@ import io
 import json
 import math
 import os
+import pathlib
 import random
 import re
 import resource
@@ -234,7 +236,7 @@ class Dataset(NamedTuple):
     name: str
     labels: list   # (L) names
     single: bool   # a row chooses exactly one label (softmax), or else any number (sigmoids)
-    ordered: bool  # single, and the labels are a rating: numbers in order (data/ asks)
+    ordered: bool  # single, and the labels are a rating: numbers in order
     none: bool     # are there rows in which nothing is chosen?
     parts: dict    # train, val, test -> list of Annotation
     notes: dict    # for people: "rows read" -> how many, "split by" -> a column or a hash, ...
@@ -385,8 +387,10 @@ def load_data(name, split_col=None, max_eval=0):
     parts, left_out = split_annotations(found, by_hash=split_col is None)
     notes = {"rows read": len(found), "split by": split_col or "a hash of the text", **left_out}
     for part in PARTS:
-        check(parts[part], f"--data {name}: no row for {part}; {notes}; make data "
-              f"FILE={path} ARGS=\"--split-col none\" splits its texts anew")
+        advice = "it has too few texts, or readers whom training does not know"
+        if split_col:
+            advice = f'make data FILE={path} ARGS="--split-col none" splits its texts anew'
+        check(parts[part], f"--data {name}: no row for {part}; {notes}; {advice}")
     if max_eval:
         for part in ("val", "test"):
             parts[part] = some_texts(parts[part], max_eval)
@@ -590,8 +594,8 @@ def frame(tokenizer, chat=False):
 
 
 def ids_of_users(config, users, V):
-    """dict user -> the token id that stands for the user, from V on; the last is nobody's. It is
-    empty where users have no token."""
+    """dict user -> the token id that stands for the user, from V on; the last is nobody's, by which
+    strangers are read. It is empty where users have no token."""
     if not config["personalized"] or config["ids"] == "number":
         return {}
     return {user: V + i for i, user in enumerate([*users, NOBODY])}
@@ -600,7 +604,7 @@ def ids_of_users(config, users, V):
 class Row(NamedTuple):
     """An annotation in token ids."""
     prompt: tuple
-    reader_at: int  # where the reader stands in the prompt (data/readers.py asks); or None
+    reader_at: int  # where the reader stands in the prompt, or None
     nobody: tuple   # the prompt as it is for nobody in particular; () if there is no such token
     answer: tuple   # with the end token
     labels: tuple
@@ -766,8 +770,7 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.N, self.K = linear.weight.shape
         self.bias = linear.bias
-        self.dense = None  # a dense W to compute with instead, if section 7 gives one: unrounded
-        #                    (freeze, --no-quant), or a copy of the rounded one (keep_dense)
+        self.dense = None  # a dense W to compute with instead of the bytes, if somebody sets one
         packed, absmax = quantize_nf4(linear.weight)
         code, scale, offset = quantize_absmax(absmax)
         self.register_buffer("packed", packed)
@@ -790,6 +793,8 @@ class NF4Linear(nn.Module):
         return blocks.flatten()[:self.N * self.K].view(self.N, self.K).to(dtype)
 
     def forward(self, x):
+        if self.dense is not None:
+            return F.linear(x, self.dense.to(x.dtype), self.bias)
         return NF4Matmul.apply(x, self)
 
 
@@ -855,10 +860,10 @@ def add_lora(model, r, alpha, dropout):
 # Dropout aside, the states, the loss and the gradients are those of separate prompts: this is no
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
 #
-# Most of the mask is empty, since no text sees another. On a CPU attention is therefore computed
-# block by block, a block being some nodes in a row: all that they see are the tokens that everybody
-# shares, themselves and a neighbour or two, and its cost grows with the texts and not with their
-# square.
+# Most of the mask is empty, since no text sees another. On a CPU the nodes are therefore taken a
+# block at a time, in their order, and a block looks only at the columns that one of its nodes sees:
+# what all texts share, the block itself, and what its first text has in the blocks before. The
+# products grow with the texts and not with their square. (A GPU's kernel takes the whole mask.)
 
 def prompt_tree(paths, share=True):
     """Merges sequences of ids (paths) into a tree. Returns input_ids, positions and parents, lists
@@ -901,59 +906,50 @@ def additive_mask(sees, dtype):
     return mask.masked_fill_(~sees, -math.inf)[None, None]
 
 
-BLOCK = 96  # nodes
-MAX_NODES = {"cpu": 640, "cuda": 8192}  # of a tree, unless --max-nodes says otherwise
+BLOCK = 96  # rows of the mask for which attention is computed at once, on a CPU
 
 
 def tree_blocks(sees):
-    """list: for each block of BLOCK rows of a mask (T, T) the columns that one of them sees."""
+    """list: for each block of a mask (rows, columns) the columns that any of its rows sees."""
     return [rows.any(0).nonzero()[:, 0] for rows in sees.split(BLOCK)]
 
 
 def tree_inputs(paths, share=True):
     """(dict of what a decoder is given of the tree of some paths, branches as of prompt_tree)"""
     input_ids, positions, parents, branches = prompt_tree(paths, share)
-    sees = tree_mask(parents)
-    inputs = dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions), sees=sees,
-                  blocks=tree_blocks(sees))
+    inputs = dict(input_ids=torch.tensor(input_ids), positions=torch.tensor(positions),
+                  sees=tree_mask(parents))
     return inputs, branches
 
 
 def to_device(inputs, device):
-    """A dict with its tensors on the device. A GPU copies from pinned memory while the host goes
-    on."""
+    """A dict of tensors on the device. A GPU copies from pinned memory while the host goes on."""
     if device.type == "cpu":
         return inputs
-    return {name: x.pin_memory().to(device, non_blocking=True) if torch.is_tensor(x) else x
-            for name, x in inputs.items()}
+    return {name: x.pin_memory().to(device, non_blocking=True) for name, x in inputs.items()}
 
 
 def attend(query, key, value, mask):
-    """(heads, n, width) of scaled queries (heads, n, width), keys and values (k, m, width), each of
-    them for heads / k queries, and a mask (n, m)."""
+    """(heads, n, width) what n tokens attend to among m. query (heads, n, width) is scaled; key and
+    value (kv_heads, m, width) may have fewer heads, each for some of the query's in a row; mask
+    (n, m) is added to the scores."""
     heads, n, width = query.shape
-    k, m, _ = key.shape
-    scores = query.reshape(k, -1, width) @ key.transpose(1, 2)
-    shares = F.softmax(scores.view(heads, n, m) + mask, -1)
-    return (shares.view(k, -1, m) @ value).view(heads, n, width)
+    kv_heads, m, _ = key.shape
+    scores = query.reshape(kv_heads, -1, width) @ key.transpose(1, 2)
+    weights = F.softmax(scores.view(heads, n, m) + mask, -1)
+    return (weights.view(kv_heads, -1, m) @ value).view(heads, n, width)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
-    """((1, T, heads, width), None): attention as transformers calls it, query (1, heads, T, width);
-    block by block if there are blocks, which have to be those of the mask."""
-    query = query[0] * scaling
-    key = key[0]
-    value = value[0]
-    mask = attention_mask[0, 0]
-    if blocks is None:
-        found = attend(query, key, value, mask)
-    else:
-        of_blocks = []
-        for queries, rows, seen in zip(query.split(BLOCK, 1), mask.split(BLOCK), blocks):
-            of_blocks.append(attend(queries, key.index_select(1, seen),
-                                    value.index_select(1, seen), rows.index_select(1, seen)))
-        found = torch.cat(of_blocks, 1)
-    return found.transpose(0, 1)[None], None
+def tree_attention(module, query, key, value, attention_mask, scaling, blocks, **_):
+    """((1, T, heads, width), None): attention as transformers calls it, query (1, heads, T, width),
+    block by block; blocks: those of the mask, as of tree_blocks."""
+    queries = (query[0] * scaling).split(BLOCK, 1)
+    masks = attention_mask[0, 0].split(BLOCK)
+    found = []
+    for query, mask, seen in zip(queries, masks, blocks):
+        found.append(attend(query, key[0].index_select(1, seen), value[0].index_select(1, seen),
+                            mask.index_select(1, seen)))
+    return torch.cat(found, 1).transpose(0, 1)[None], None
 
 
 transformers.AttentionInterface.register("tree", tree_attention)
@@ -969,6 +965,13 @@ transformers.AttentionInterface.register("tree", tree_attention)
 # their embeddings (U, D) are trained. The id V + U is nobody's. Its embedding is the mean of all
 # words and stays so: it is LoRA that learns to read for nobody. Every user starts there too, and so
 # differs from nobody by what the user's own annotations teach and by nothing else.
+#
+# What a backbone is given is a dict, made in section 8. Of a decoder it holds input_ids, positions
+# and sees, the tree of section 6; of an encoder-decoder input_ids and mask, the distinct prompts,
+# prompt_of, the prompt of each row, and decoder_input_ids.
+
+MAX_NODES = {"cpu": 640, "cuda": 8192}  # computed at once, unless --max-nodes says otherwise
+
 
 class PersonalizedLM(nn.Module):
     """A backbone with a head, "cls" or "lm", for users with tokens of their own (if there are any).
@@ -981,6 +984,8 @@ class PersonalizedLM(nn.Module):
         self.seq2seq = lm.config.is_encoder_decoder
         self.share = True  # compute once what prompts have in common
         self.max_nodes = MAX_NODES[lm.device.type]
+        if not self.seq2seq:
+            lm.set_attn_implementation("tree" if lm.device.type == "cpu" else "sdpa")
         self.user_embedding = None
         if n_users:
             words = lm.get_input_embeddings().weight.detach()
@@ -1019,14 +1024,14 @@ class PersonalizedLM(nn.Module):
         as_words = words(input_ids.clamp(max=self.V - 1))
         rows = torch.cat([self.user_embedding, self.nobody])
         as_users = F.embedding((input_ids - self.V).clamp(min=0), rows)
-        as_users = as_users * getattr(words, "embed_scale", 1)  # Gemma 3 scales its words so
+        as_users = as_users * getattr(words, "embed_scale", 1)  # as a Gemma does with words
         is_user = input_ids[..., None] >= self.V
         return torch.where(is_user, as_users.to(as_words.dtype), as_words)
 
-    def decode(self, input_ids, positions, sees, cache=None, blocks=None):
+    def decode(self, input_ids, positions, sees, cache=None):
         """(T, D) the states of T nodes of a tree in a decoder; sees (T, nodes in the cache + T).
-        These nodes are numbered behind those in the cache, if there is one, and are added to it.
-        blocks: those of sees, for a tree without a cache."""
+        These nodes are numbered behind those in the cache, if there is one, and are added to it."""
+        blocks = tree_blocks(sees) if self.device.type == "cpu" else None
         out = self.lm.base_model(
             inputs_embeds=self.embed(input_ids[None]), position_ids=positions[None],
             attention_mask=additive_mask(sees, self.lm.dtype), past_key_values=cache,
@@ -1039,12 +1044,11 @@ class PersonalizedLM(nn.Module):
         return encoder(inputs_embeds=self.embed(input_ids), attention_mask=mask).last_hidden_state
 
     def hidden(self, batch):
-        """(P, D) the states that the head reads, at the places of a batch (section 8). They are
-        taken with index_select and not x[at], whose backward pass may add up in another order in
-        every run on a CPU. (On a GPU it is the other way round.)"""
+        """(P, D) the states that the head reads, at the places of a batch. They are taken with
+        index_select: on a CPU its gradient adds up in the same order in every run, which that of
+        x[at] need not do. (On a GPU neither order is promised here.)"""
         if not self.seq2seq:
-            states = self.decode(batch["input_ids"], batch["positions"], batch["sees"],
-                                 blocks=batch["blocks"])
+            states = self.decode(batch["input_ids"], batch["positions"], batch["sees"])
             return states.index_select(0, batch["at"])
         memory = self.encode(batch["input_ids"], batch["mask"]).index_select(0, batch["prompt_of"])
         out = self.lm.get_decoder()(
@@ -1156,17 +1160,19 @@ def check_forward(model):
         check(lm.config.model_type in ("t5", "mt5"), f"{name}: no T5")
         return
     prompts = [[3, 4, 5, 6], [3, 4, 7, 5], [3, 4, 7, 6], [7, 3, 6, 4]]  # any tokens
+    attention = lm.config._attn_implementation
+    lm.set_attn_implementation("eager")
     theirs = lm(torch.tensor(prompts, device=model.device), use_cache=False).logits[:, -1]
-    lm.set_attn_implementation("tree" if lm.device.type == "cpu" else "sdpa")
+    lm.set_attn_implementation(attention)
     inputs, branches = tree_inputs(prompts)
     try:
         states = model.decode(**to_device(inputs, model.device))
     except ValueError as error:
         raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
-    ours = model.token_logits(states[[branch[-1] for branch in branches]])
-    off = (ours - theirs).norm() / theirs.norm()
+    logits = model.token_logits(states[[branch[-1] for branch in branches]])
+    off = (logits - theirs).norm() / theirs.norm()
     check(off < 1e-4, f"{name}: our forward pass is {off:.2%} off")
-    check((ours[1:] != ours[:-1]).any(1).all(), f"{name}: it reads no prompt")
+    check((logits[1:] != logits[:-1]).any(1).all(), f"{name}: it reads no prompt")
 
 
 def find_device():
@@ -1247,9 +1253,8 @@ def load_model(config, users=()):
 # reads and what it should say there: `at` (P) the places; `target` the labels (P, L) or the ids of
 # all answers (P); `weight` (P) in the loss. CLS reads one place of a row, the end of its prompt (in
 # an encoder-decoder the decoder's start token stands for it). LM reads that and every token of the
-# answer but the last: the state at a token predicts the next. The other fields are what the
-# backbone wants.
-
+# answer but the last: the state at a token predicts the next. The other fields are for the backbone
+# (section 7).
 
 def targets_of(rows, head):
     """dict(target, weight) of some rows, in their order."""
@@ -1263,7 +1268,7 @@ def targets_of(rows, head):
 
 
 def path_of(row, head):
-    """The ids of a row in a prompt tree: LM predicts the last token of an answer and reads none."""
+    """What the ids of a row are in a tree. The last one of an LM's answer is only predicted."""
     return row.prompt + row.answer[:-1] if head == "lm" else row.prompt
 
 
@@ -1321,19 +1326,24 @@ def shuffled_steps(rows, size, rng):
 
 
 def micro_batches(model, rows, max_nodes):
-    """Lists of rows, neighbours, that have at most max_nodes nodes, or a single row."""
+    """Lists of rows, neighbours, that have at most max_nodes nodes, or a single row. Padding counts
+    in an encoder-decoder, where every row is as long as the longest of its list."""
     chunks = []
     nodes = 0
+    longest = 0
     last = ()
     for row in rows:
         path = path_of(row, model.head)
-        shared = ()
-        if model.share and not model.seq2seq:
-            shared = os.path.commonprefix([path, last])  # it takes any sequences
-        nodes += len(path) - len(shared)  # at most so many are new
+        longest = max(longest, len(path))
+        if model.seq2seq and chunks:
+            nodes = longest * (len(chunks[-1]) + 1)
+        else:
+            shared = os.path.commonprefix([path, last]) if model.share else ()  # of any sequences
+            nodes += len(path) - len(shared)  # at most so many are new
         if not chunks or nodes > max_nodes:
             chunks.append([])
-            nodes = len(path)  # in a new chunk nothing is shared
+            longest = len(path)
+            nodes = len(path)  # in a new list nothing is shared
         chunks[-1].append(row)
         last = path
     return chunks
@@ -1380,7 +1390,8 @@ def chosen_labels(scores, single):
 
 
 def score(config, annotations, result):
-    """dict of the scores of what a run predicted for some annotations."""
+    """dict of the scores of what a run predicted for some annotations. result: dict(predicted
+    (R, L), scores (R, L) where there are any, counts of answers in words)."""
     gold = gold_labels(annotations)
     found = f1_scores(gold, result["predicted"])
     found["labels_without_test_row"] = int((~gold.any(0)).sum())
@@ -1472,9 +1483,9 @@ def train_step(model, batches, optimizer, lr, config):
     total = sum(batch["weight"].sum() for batch in batches)
     loss = torch.zeros((), device=model.device)
     for batch in batches:
-        share = summed_loss(model(batch), batch, model.head, config["single"]) / total
-        share.backward()
-        loss += share.detach()
+        part = summed_loss(model(batch), batch, model.head, config["single"]) / total
+        part.backward()
+        loss += part.detach()
     nn.utils.clip_grad_norm_(model.trainable().values(), config["clip"])
     update(optimizer, lr)
     return loss
@@ -1595,7 +1606,7 @@ def train(model, rows, config, base_sha, folder):
             bar.update()
             state["step"] = step
             state["seconds"] += time.perf_counter() - start
-            epoch_ends = step == len(plan) or plan[step][0] > epoch
+            epoch_ends = step == len(plan) or plan[step][0] > epoch  # that of the next step
             if epoch_ends:
                 val_loss, _ = read_labels(model, rows["val"], config, "validate")
                 record(log, step=step, epoch=epoch, val_loss=val_loss)
@@ -1678,8 +1689,8 @@ def final_words(reply, in_thought=False):
     unfinished = in_thought and not thought_ended
     if unfinished or "<think>" in answer:
         return ""
-    answer, next_section, _ = answer.partition(SECTION)
-    return "" if reply["cut"] and not next_section else answer
+    answer, next_section, _ = f"\n{answer}".partition(SECTION)  # it may be all that was written
+    return "" if reply["cut"] and not next_section else answer.strip()
 
 
 def read_answers(replies, config, in_thought=False):
@@ -1932,6 +1943,8 @@ def make_config(args, data):
         config["ids"] = "number"
     if method.head in ("lm", "ask"):
         check_answers(data)
+    check(config["tune"] != "full" or config["dtype"] != "bfloat16",
+          "--tune full trains in float32")
     config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
@@ -1973,6 +1986,16 @@ def alone_in(folder):
         yield
 
 
+def other_settings(folder, config):
+    """list of what a configuration says otherwise than run.json in a folder, in words."""
+    there = read_json(f"{folder}/run.json")
+    odd = []
+    for key in there | config:
+        if there.get(key) != config.get(key):
+            odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
+    return odd
+
+
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
@@ -1982,11 +2005,7 @@ def settle(folder, config, fresh):
             elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
                 os.remove(file)
     if {"metrics.json", STATE} & set(os.listdir(folder)):
-        there = read_json(f"{folder}/run.json")
-        odd = []
-        for key in there | config:
-            if there.get(key) != config.get(key):
-                odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
+        odd = other_settings(folder, config)
         check(not odd, f"{folder} holds another run ({', '.join(odd[:3])}): --fresh, or --out DIR "
                        "to keep it")
     write_file(f"{folder}/run.json", config)
@@ -2080,8 +2099,7 @@ def finish(folder, metrics, parts, result, start):
         seconds=round(time.perf_counter() - start, 1))
     write_predictions(f"{folder}/predictions.csv", metrics, parts["test"], result)
     write_file(f"{folder}/metrics.json", metrics)
-    if os.path.exists(f"{folder}/{STATE}"):
-        os.remove(f"{folder}/{STATE}")
+    pathlib.Path(folder, STATE).unlink(missing_ok=True)
     print_summary(metrics, folder)
 
 
@@ -2105,6 +2123,7 @@ def run(args):
     with alone_in(folder):
         settle(folder, config, args.fresh)
         if os.path.exists(f"{folder}/metrics.json"):
+            pathlib.Path(folder, STATE).unlink(missing_ok=True)  # if it was stopped right here
             print(f"{folder} is finished; --fresh runs it again")
             print_summary(read_json(f"{folder}/metrics.json"), folder)
             return
@@ -2117,8 +2136,10 @@ def run(args):
             torch.manual_seed(config["seed"])
             model, tokenizer, base_sha = load_model(config, users)
             facts = dict(base_sha=base_sha, **describe(model))
-            rows, counts = encode_parts(model, tokenizer, config, users, parts, parts["train"])
-            if config["head"] != "ask":
+            trained = config["head"] != "ask"
+            read = parts if trained else dict(test=parts["test"])
+            rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
+            if trained:
                 facts |= train(model, rows, config, base_sha, folder)
                 save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
             result = predict(model, tokenizer, rows["test"], config)
@@ -2129,7 +2150,7 @@ def run(args):
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
-    "seconds": "s in all", "rows_per_second": "annotations a second in training",
+    "seconds": "s since its last start", "rows_per_second": "annotations a second in training",
     "peak_memory_mb": "MB at most", "chat": "", "texts_cut": "texts are cut to --max-text tokens",
     "too_few_examples": "prompts have fewer examples than the method asks for",
     "cut": "answers ended at the limit", "unreadable": "answers without a known label",
@@ -2232,9 +2253,9 @@ def make_parser():
     return parser
 
 
-def guarded(parser, work, argv=None):
+def guarded(parser, work, argv=None, short_of_memory="", stopped=""):
     """Calls work(args) with a command line's args; returns the exit status. What a user can mend is
-    said in one line. An error of ours keeps its traceback."""
+    said in one line, with some advice. An error of ours keeps its traceback."""
     status = 2
     try:
         work(parser.parse_args(argv))
@@ -2244,13 +2265,13 @@ def guarded(parser, work, argv=None):
     except (MemoryError, RuntimeError) as e:
         if not re.search("MemoryError|(out of|allocate) memory", repr(e)):
             raise
-        why = "out of memory: try --max-nodes 256, --max-text 128 or --no-dense"
+        why = f"out of memory{short_of_memory}"
     except OSError as e:
-        if not e.filename:
+        if not e.filename and e.errno != errno.ENOSPC:
             raise
-        why = f"{e.filename}: {e.strerror}"
+        why = f"{e.filename or 'a file'}: {e.strerror}"
     except KeyboardInterrupt:
-        why = "stopped; a run goes on by the same command"
+        why = f"stopped{stopped}"
         status = 130
     line = "".join(c if c.isprintable() else " " for c in f"{parser.prog}: {why}")
     print(line[:2000], file=sys.stderr)
@@ -2259,7 +2280,9 @@ def guarded(parser, work, argv=None):
 
 def main(argv=None):
     """Runs one command; returns the exit status."""
-    return guarded(make_parser(), run, argv)
+    return guarded(make_parser(), run, argv, stopped="; the same command goes on",
+                   short_of_memory=": try --max-nodes 256, --max-text 128 or --no-dense, and "
+                                   "--fresh if the run had begun")
 
 
 if __name__ == "__main__":

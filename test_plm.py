@@ -43,6 +43,7 @@ import plm
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.append(str(HERE / "data"))
 import evidence  # noqa: E402
+import readers  # noqa: E402
 
 CPU = torch.device("cpu")
 MOODS = ["calm", "angry"]
@@ -765,13 +766,11 @@ def test_attention_by_blocks_is_attention_over_the_whole_mask(monkeypatch, kv_he
     key, value = torch.randn(2, 1, kv_heads, 8, 6)
     blocks = plm.tree_blocks(sees)
     assert [len(seen) for seen in blocks] == [3, 5, 6]
-    by_blocks, _ = plm.tree_attention(None, query, key, value, mask, 0.3, blocks)
-    whole, _ = plm.tree_attention(None, query, key, value, mask, 0.3)
+    found, _ = plm.tree_attention(None, query, key, value, mask, 0.3, blocks)
     repeated = [x.repeat_interleave(4 // kv_heads, dim=1) for x in (key, value)]
     theirs = torch.nn.functional.scaled_dot_product_attention(
         query, *repeated, attn_mask=mask, scale=0.3).transpose(1, 2)
-    assert torch.allclose(whole, theirs, atol=1e-6)
-    assert torch.allclose(by_blocks, theirs, atol=1e-6)
+    assert torch.allclose(found, theirs, atol=1e-6)
 
 
 def test_without_sharing_every_path_has_its_own_nodes():
@@ -863,6 +862,12 @@ def architecture(request, tmp_path_factory):
     return random_model(tmp_path_factory.mktemp(request.param), request.param)
 
 
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Attention by blocks so small that a test's tree has several of them."""
+    monkeypatch.setattr(plm, "BLOCK", 16)
+
+
 def quantized_lm(path):
     lm, tokenizer = plm.load_pretrained(path)
     return plm.freeze(lm, CPU)
@@ -932,7 +937,8 @@ def test_the_linear_layers_of_the_backbone_are_quantized_and_no_head_is(architec
 
 @torch.no_grad()
 @pytest.mark.parametrize("share", [True, False])
-def test_logits_are_those_of_transformers_of_each_prompt_alone(architecture, share):
+def test_logits_are_those_of_transformers_of_each_prompt_alone(
+        small_blocks, architecture, share):
     path, lm = architecture
     model = plain_model(path)
     model.share = share
@@ -944,7 +950,8 @@ def test_logits_are_those_of_transformers_of_each_prompt_alone(architecture, sha
 
 @torch.no_grad()
 @pytest.mark.parametrize("share", [True, False])
-def test_states_are_those_of_transformers_of_each_prompt_alone(architecture, share):
+def test_states_are_those_of_transformers_of_each_prompt_alone(
+        small_blocks, architecture, share):
     path, lm = architecture
     model = plain_model(path, "cls")
     model.share = share
@@ -959,7 +966,7 @@ def until_end(ids):
 
 
 @torch.no_grad()
-def test_greedy_answers_are_those_of_generate_one_by_one(architecture):
+def test_greedy_answers_are_those_of_generate_one_by_one(small_blocks, architecture):
     path, lm = architecture
     model = plain_model(path)
     reference = rounded_reference(model, lm)
@@ -989,6 +996,8 @@ def our_step(model, rows, size):
 
 def their_step(model, rows):
     """(loss, dict name -> gradient) with transformers' own forward pass of each prompt alone."""
+    ours = model.lm.config._attn_implementation
+    model.lm.set_attn_implementation("eager")
     losses = []
     for row in rows:
         if model.head == "cls":
@@ -1000,12 +1009,14 @@ def their_step(model, rows):
             losses.append(F.cross_entropy(logits, torch.tensor(row.answer), reduction="none"))
     loss = torch.cat(losses).mean()
     gradients = torch.autograd.grad(loss, list(model.trainable().values()))
+    model.lm.set_attn_implementation(ours)
     return loss, dict(zip(model.trainable(), gradients))
 
 
 @pytest.mark.parametrize("architecture", TRAINED, indirect=True)
 @pytest.mark.parametrize("head", ["cls", "lm"])
-def test_a_step_is_the_same_shared_unshared_in_pieces_and_by_transformers(architecture, head):
+def test_a_step_is_the_same_shared_unshared_in_pieces_and_by_transformers(
+        small_blocks, architecture, head):
     path, _ = architecture
     model = lora_model(path, head)
     rows = random_rows()
@@ -1031,7 +1042,7 @@ def test_a_step_changes_what_is_trained_and_nothing_else(architecture):
     after = model.state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     if model.seq2seq:  # a step of a decoder's only token leaves its attention's rates as they are
-        assert changed <= set(model.trainable())
+        assert {"score.weight", "user_embedding"} <= changed <= set(model.trainable())
     else:
         assert changed == set(model.trainable())
 
@@ -1306,6 +1317,18 @@ def test_micro_batches_are_bounded_by_their_nodes(head, share):
         assert 0 < len(nodes) <= 100
     assert [len(chunk) for chunk in plm.micro_batches(model, rows, 1)] == [1] * len(rows)
     assert plm.micro_batches(model, rows, 10 ** 9) == [rows]
+
+
+def test_padding_counts_where_rows_are_padded():
+    model = SimpleNamespace(share=True, seq2seq=True, head="cls")
+    rows = [row._replace(prompt=row.prompt * (1 + i % 5)) for i, row in enumerate(random_rows(20))]
+    chunks = plm.micro_batches(model, rows, 200)
+    assert sum(chunks, []) == rows
+    sizes = [len(chunk) * max(len(row.prompt) for row in chunk) for chunk in chunks]
+    assert max(sizes) <= 200
+    for chunk, following in zip(chunks, chunks[1:]):  # no list ends without need
+        more = [*chunk, following[0]]
+        assert len(more) * max(len(row.prompt) for row in more) > 200
 
 
 def test_padding_goes_by_lengths_and_not_by_the_padding_token():
@@ -1598,10 +1621,11 @@ def test_answers_that_are_trained_on_are_read_back(labels, single):
     ("calm", False, False, "calm"),
     ("calm, ang", True, False, ""),                         # who knows how it went on
     ("calm\n### Text: and", True, False, "calm"),             # it was at its end long before
-    ("<think>angry? No.</think> calm", False, False, " calm"),
+    ("### Labels: calm, angry\n### Text: and", True, False, ""),  # it went on with the prompt
+    ("<think>angry? No.</think> calm", False, False, "calm"),
     ("<think>angry or calm", False, False, ""),
     ("<think>a</think>calm<think>b", False, False, ""),
-    ("angry? No.</think> calm", False, True, " calm"),        # the template opened the thought
+    ("angry? No.</think> calm", False, True, "calm"),         # the template opened the thought
     ("angry? No", False, True, "")])
 def test_the_final_words_of_a_reply(answer, cut, in_thought, said):
     assert plm.final_words(dict(answer=answer, cut=cut), in_thought) == said
@@ -2387,7 +2411,9 @@ def test_a_finished_run_is_shown_and_not_run_again(capsys, short_run):
     assert go(line) == 0
     summary = capsys.readouterr().out.split("\n\n")[-1]
     written = os.stat(folder / "metrics.json").st_mtime_ns
+    (folder / plm.STATE).touch()  # as if it had been stopped behind metrics.json
     assert go(line) == 0
+    assert not (folder / plm.STATE).exists()
     out = capsys.readouterr().out
     assert "is finished" in out and out.endswith(summary)
     assert os.stat(folder / "metrics.json").st_mtime_ns == written
@@ -2468,7 +2494,7 @@ def test_ctrl_c_is_status_130_and_the_run_goes_on_to_the_same_bytes(
     stop_at(monkeypatch, 5)
     capsys.readouterr()
     assert go(f"{run} --out {tmp_path}/stopped") == 130
-    assert capsys.readouterr().err.endswith("plm.py: stopped; a run goes on by the same command\n")
+    assert capsys.readouterr().err.endswith("plm.py: stopped; the same command goes on\n")
     monkeypatch.undo()
     stopped = finished(tmp_path / "stopped", run)
     assert "resuming at step 4" in capsys.readouterr().out
@@ -2579,6 +2605,14 @@ def test_too_little_memory_is_said_with_what_helps(monkeypatch, capsys):
     assert "out of memory: try --max-nodes 256" in refused(capsys, "cls")
 
 
+def test_a_full_disk_is_said_in_a_line(monkeypatch, capsys):
+    def run(args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(plm, "run", run)
+    assert "No space left on device" in refused(capsys, "cls")
+
+
 def test_an_error_of_ours_is_no_error_of_the_users(monkeypatch):
     def run(args):
         raise RuntimeError("shapes (3, 4) and (5, 6) do not fit")
@@ -2683,9 +2717,9 @@ def gpu_batches(device, mode, model, config):
         patch.setattr(torch.Tensor, "pin_memory", pin_memory)
         for batch in made:
             for name, x in batch.items():
-                batch[name] = mode.from_tensor(x) if torch.is_tensor(x) else x
+                batch[name] = mode.from_tensor(x)
             batches.append(plm.to_device(batch, device))
-    assert len(pinned) == len(made) * sum(map(torch.is_tensor, made[0].values()))
+    assert len(pinned) == len(made) * len(made[0])
     return batches
 
 
@@ -2761,5 +2795,10 @@ def test_every_command_is_a_target_and_readme_names_no_other():
 
 def test_what_readme_names_of_the_code_is_there():
     readme = (HERE / "README.md").read_text("utf-8")
-    for name in re.findall(r"`([a-z_]+(?:_batch|_step|_answers|_tree|_mask|_forward))`", readme):
-        assert hasattr(plm, name), name
+    chapter = readme.partition("## Reading plm.py")[2].partition("## ")[0]
+    names = re.findall(r"`([A-Za-z_][\w.]*)`", chapter)
+    names = [name.removeprefix("LoRALinear.") for name in names if "/" not in name]
+    assert len(names) > 15
+    for name in names:
+        there = [hasattr(place, name) for place in (plm, plm.PersonalizedLM, readers)]
+        assert any(there) or name.endswith((".py", ".json")), name

@@ -39,6 +39,10 @@ LENGTHS = (32, 128, 384)
 
 class PaddedLM(plm.PersonalizedLM):
     """As its base class, but each prompt for itself, by transformers' own forward pass."""
+    def __init__(self, lm, head, n_labels):
+        super().__init__(lm, head, n_labels)
+        lm.set_attn_implementation("sdpa")
+
     def hidden(self, batch):
         """(P, D) the states that the head reads."""
         mixed = self.lm.dtype == torch.bfloat16
@@ -89,7 +93,6 @@ def load_peer(config, dtype):
     import peft
     device = plm.find_device()
     lm, tokenizer = plm.load_pretrained(config["model"])
-    lm.set_attn_implementation("sdpa")
     plm.fit_tokenizer(config["model"], lm, tokenizer)
     lm = lm.float().requires_grad_(False).eval()
     names = to_nf4(lm, dtype, device)
@@ -154,9 +157,9 @@ def tokens_in(batch):
 
 
 def operations(model, rows):
-    """(what a step needs at least on distinct tokens, what attention computes with a full mask): 4
-    operations a frozen weight and token, none being for a gradient of the weight, and for
-    attention 12 D a layer for every token that a token sees."""
+    """(what a step needs at least on distinct tokens, what attention computes): 4 operations a
+    frozen weight and token, none being for a gradient of the weight, and for attention 12 D a layer
+    for every token that a token sees. What is computed are whole blocks of the mask on a CPU."""
     share = model.share
     model.share = True
     batch = plm.tree_batch(model, rows, model.head)
@@ -169,7 +172,11 @@ def operations(model, rows):
     if model.head == "lm":
         multiplied += model.lm.get_output_embeddings().weight.numel() * len(batch["at"])
     seen = int(batch["sees"].sum())
-    return 4 * multiplied + attention * seen, attention * tokens ** 2
+    computed = tokens ** 2
+    if model.device.type == "cpu":
+        blocks = zip(batch["sees"].split(plm.BLOCK), plm.tree_blocks(batch["sees"]))
+        computed = sum(len(rows) * len(columns) for rows, columns in blocks)
+    return 4 * multiplied + attention * seen, attention * computed
 
 
 def plain_speed(model):

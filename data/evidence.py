@@ -408,6 +408,8 @@ def read_back(folder, config, annotations):
     asked = [(plm.text_id(a.text), a.user) for a in annotations]
     plm.check(rows == asked, f"{path} has other rows than the test: plm.py --fresh writes it anew")
     if scores is None:
+        plm.check(config["head"] in ("lm", "ask"),
+                  f"{path} has no scores: plm.py --fresh writes it anew")
         return dict(predicted=predicted)
     if not config["single"]:  # "none" may be no label, or the label of that name
         predicted &= scores >= 0
@@ -441,11 +443,7 @@ def print_evidence(m, folder):
 
 def check_same_run(folder, config):
     """BadInput if the run in a folder is another one than a configuration says."""
-    there = plm.read_json(f"{folder}/run.json")
-    odd = []
-    for key in there | config:
-        if there.get(key) != config.get(key):
-            odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
+    odd = plm.other_settings(folder, config)
     plm.check(not odd, f"{folder} holds another run ({', '.join(odd[:3])}): the flags have to be "
                        "those that plm.py got")
 

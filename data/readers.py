@@ -33,23 +33,24 @@ from plm import check  # noqa: E402
 # have the same scores to the last bit. A new sentence takes the way of every annotation: its prompt
 # is written, encoded and read. A reader whom training knows is named in the prompt as in training.
 # Anybody else is read by the token of nobody in particular; with --ids number, by their own number.
-# The labels of what is asked are unknown, and zeros take their place.
+# The labels of what is asked are unknown. The first takes their place, and no score depends on it.
 #
 # A rule that data/evidence.py tuned on validation may choose the labels (--tuned). The scores that
 # are shown or written are the model's own all the same.
 
 def asked_rows(args, config, users):
     """list of Annotation, one for each reading that is asked for."""
-    nothing = (0,) * len(config["labels"])
+    first = (1,) + (0,) * (len(config["labels"]) - 1)  # an answer that begins as all answers do
     if args.text:
         readers = args.users or users[:5] or ["(anybody)"]
-        return [plm.Annotation(args.text, user, nothing) for user in readers]
+        return [plm.Annotation(args.text, user, first) for user in readers]
+    check(not args.users, "--users goes with --text; a CSV names its users")
     needed = ["text", "user"] if config["personalized"] else ["text"]
     try:
         rows = plm.read_csv(args.csv, *needed)
     except plm.BadInput as e:
         raise plm.BadInput(f"{args.csv}: {e}") from None
-    return [plm.Annotation(row["text"], row.get("user", ""), nothing) for row in rows]
+    return [plm.Annotation(row["text"], row.get("user", ""), first) for row in rows]
 
 
 def print_strangers(asked, users):
@@ -125,8 +126,8 @@ def predict_run(args):
 # all of them.
 
 STEPS = 15   # of AdamW, each on all rows of a person
-PEOPLE = 40  # learned at once: their caches hold all texts of theirs
-KEPT = 2560  # nodes of one batch, nearly all of them in its cache
+ROWS = 600   # learned at once, or those of one person: all their caches are kept meanwhile
+KEPT = 2560  # nodes of one batch; those before the readers are in its cache and carry no gradient
 
 
 def add_users(model, n):
@@ -171,17 +172,17 @@ def read_behind(model, batch, cache):
     return model.read(states.index_select(0, batch["at"]))
 
 
-def chunks_to_learn(model, rows):
+def chunks_to_learn(model, rows, config):
     """Lists of rows for one batch each; those of a text stand side by side, to share nodes."""
     rows = sum(plm.by_text(rows), [])
-    max_nodes = model.max_nodes if model.seq2seq else KEPT
-    return plm.micro_batches(model, rows, max_nodes)
+    cached = config["prompt"] == "tree" and not model.seq2seq
+    return plm.micro_batches(model, rows, KEPT if cached else model.max_nodes)
 
 
 def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
-    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows)]
+    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows, config)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:
@@ -192,16 +193,25 @@ def learn(model, rows, config, bar):
         bar.update()
 
 
+def groups_of_people(rows):
+    """Lists of rows: all those of some people, at most ROWS unless one person has more."""
+    groups = [[]]
+    for own in plm.grouped(rows, [row.annotation.user for row in rows]).values():
+        if groups[-1] and len(groups[-1]) + len(own) > ROWS:
+            groups.append([])
+        groups[-1] += own
+    return groups
+
+
 def adapt(model, rows, config):
     """Trains the tokens of the users whom the rows name; all else stays as it is."""
     model.train(False)
     model.requires_grad_(False)
     model.user_embedding.requires_grad_(True)
-    people = list(plm.grouped(rows, [row.annotation.user for row in rows]).values())
-    groups = [people[i:i + PEOPLE] for i in range(0, len(people), PEOPLE)]
+    groups = groups_of_people(rows)
     with plm.progress(None, "adapt", "steps", len(groups) * STEPS) as bar:
         for group in groups:
-            learn(model, sum(group, []), config, bar)
+            learn(model, group, config, bar)
 
 
 # 3. The rows of new people ------------------------------------------------------------------------
@@ -285,14 +295,14 @@ def adapt_run(args):
         plm.settle(folder, config, args.fresh)
         add_users(model, len(new))
         trained = model.trainable()  # as long as all of it is: adapt freezes the rest
-        rows, _ = plm.encode_parts(model, tokenizer, config, users + new, used, [])
+        rows, counts = plm.encode_parts(model, tokenizer, config, users + new, used, [])
         adapt(model, rows["train"], config)
         print_learned(parts, used, new, users, time.perf_counter() - start)
         plm.save_tensors(f"{folder}/adapter.safetensors", trained, "users", users + new)
         result = plm.predict(model, tokenizer, rows["test"], config)
         scores = plm.score(config, used["test"], result)
         scores |= evidence.from_predictions(config, used["test"], result)
-        facts = {}
+        facts = dict(counts)
         for key in ("base_sha", "computed_in", "rule"):  # the rule that known users were tuned by
             if key in base:
                 facts[key] = base[key]

@@ -385,12 +385,14 @@ def test_predictions_that_somebody_changed_are_refused(tmp_path, capsys, run, ol
 
 
 def test_a_comma_in_a_label_stays_in_it(tmp_path):
-    config = configured(["sad, blue", "calm", "calm, too"])
+    config = configured(["sad, blue", "calm", "calm, too"]) | dict(head="lm")
     rows = [plm.Annotation("t", user, (1, 0, 0)) for user in "abc"]
     predicted = np.array([(1, 0, 0), (1, 1, 0), (0, 0, 1)])
     plm.write_predictions(f"{tmp_path}/predictions.csv", config, rows, dict(predicted=predicted))
     found = evidence.read_back(tmp_path, config, rows)
     assert found["predicted"].tolist() == predicted.tolist()
+    with pytest.raises(plm.BadInput, match="has no scores"):  # which a head always writes
+        evidence.read_back(tmp_path, config | dict(head="cls"), rows)
 
 
 def test_flags_of_another_run_are_named_without_advice_to_start_over(capsys, run):

@@ -3,6 +3,7 @@ import functools
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
@@ -76,6 +77,21 @@ def test_predict_gives_the_runs_own_scores_to_the_bit(
     assert go(f"predict {folder} --csv {path}") == 0
     for key in own:
         assert np.array_equal(own[key], results[0][key]), key
+
+
+def test_the_scores_of_an_lm_do_not_depend_on_the_labels_that_are_unknown(
+        tmp_path, monkeypatch):
+    rows = [(text, user, "is_calm" if int(calm) else "is_angry")
+            for text, user, calm, _ in some_rows()]
+    path = write_csv(tmp_path / "words.csv", rows, "text user tone")
+    own = spied(monkeypatch)
+    folder = finished(tmp_path, f"lm_p --data {path} --max-steps 4 --lr 0.01")
+    _, model, _, _ = plm.load_run(folder)
+    assert model.label_tokens[0] > 0  # the labels begin alike, so scores stand behind a token
+    new = csv_of(tmp_path / "new.csv", plm.load_data(path).parts["test"])
+    assert go(f"predict {folder} --csv {new}") == 0
+    for key in own[0]:
+        assert np.array_equal(own[0][key], own[1][key]), key
 
 
 def test_predict_shows_what_each_reader_chooses(capsys, small_csv, trained):
@@ -270,13 +286,27 @@ def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, 
     rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=asked), [])
     model.max_nodes = 50  # so that there are several batches
     monkeypatch.setattr(readers, "KEPT", 50)
-    chunks = readers.chunks_to_learn(model, rows["test"])
+    chunks = readers.chunks_to_learn(model, rows["test"], config)
     assert len(chunks) > 1
     for chunk in chunks:
         batch, cache = readers.reader_batch(model, chunk)
         for _ in range(2):  # reading leaves the cache as it is
             found = readers.read_behind(model, batch, cache)
             assert torch.allclose(found, model(plm.make_batch(model, chunk)), atol=1e-4)
+
+
+def test_people_are_learned_in_groups_that_bound_what_is_kept(monkeypatch):
+    monkeypatch.setattr(readers, "ROWS", 10)
+    rows = []
+    for user, n in dict(a=4, b=6, c=1, d=12, e=3).items():
+        rows += [plm.Row((1,), 0, (), (2,), (1,), plm.Annotation("t", user, (1,)))] * n
+    random.Random(0).shuffle(rows)
+    groups = [[row.annotation.user for row in group] for group in readers.groups_of_people(rows)]
+    assert sorted(sum(groups, [])) == sorted(row.annotation.user for row in rows)
+    for group in groups:
+        assert len(group) <= 10 or len(set(group)) == 1
+    for user in "abcde":
+        assert sum(user in group for group in groups) == 1
 
 
 def test_adapting_learns_a_person(tmp_path, new_csv, trained):
