@@ -944,9 +944,8 @@ def tree_attention(module, query, key, value, attention_mask, scaling, blocks, *
     """((1, T, heads, width), None): attention as transformers calls it, query (1, heads, T, width),
     block by block; blocks: those of the mask, as of tree_blocks."""
     queries = (query[0] * scaling).split(BLOCK, 1)
-    masks = attention_mask[0, 0].split(BLOCK)
     found = []
-    for query, mask, seen in zip(queries, masks, blocks):
+    for query, mask, seen in zip(queries, attention_mask[0, 0].split(BLOCK), blocks):
         found.append(attend(query, key[0].index_select(1, seen), value[0].index_select(1, seen),
                             mask.index_select(1, seen)))
     return torch.cat(found, 1).transpose(0, 1)[None], None
