@@ -17,9 +17,9 @@ PY = $(VENV)/bin/python
 FLAGS = --model $(MODEL) --data $(DATA) --seed $(SEED) $(ARGS)
 STUDY = --model $(MODEL) --data $(DATA) --seeds $(SEEDS) $(ARGS)
 
-# How long a thread that has nothing to do spins before it sleeps: half a millisecond. OpenMP's own
-# thirty times of that gain nothing, and keep a core from whatever else wants to run. With much less
-# a training step spends its time waking threads.
+# How often a thread that has nothing to do looks for work before it sleeps. OpenMP's own number, 30
+# times this, gains nothing and keeps a core from whatever else wants to run. With 3,000 a run that
+# has the machine to itself loses a fifth of its speed (data/SPEED.md).
 export GOMP_SPINCOUNT = 10000
 
 .DEFAULT_GOAL := help

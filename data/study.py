@@ -9,6 +9,7 @@ The studies are the table below; data/STUDIES.md has what came out of them. A st
 by the same command. --print makes the study's CSVs and prints its commands instead, one a line. No
 line needs another, each run has a folder of its own, and what is finished is not run again:
 
+    export OMP_NUM_THREADS=1                                      on a CPU: a core each
     tr '\\n' '\\0' < commands.txt | xargs -0 -n 1 -P 4 sh -c       four at a time
     parallel -j 4 < commands.txt                                  the same by GNU parallel
     sed -n "${SLURM_ARRAY_TASK_ID}p" commands.txt | sh            a job of a Slurm array

@@ -331,7 +331,7 @@ def small_rows():
     ]
 
 
-def test_operations_are_counted_as_on_paper(small_model):
+def test_operations_are_counted_as_on_paper(monkeypatch, small_model):
     rows = small_rows()
     shared = 3
     first_text = 2 + 3 + 4  # with the branches of its two readers
@@ -350,6 +350,8 @@ def test_operations_are_counted_as_on_paper(small_model):
     needed, computed = bench.operations(small_model, rows)
     assert needed == 4 * (linear + head) + attention * seen
     assert computed == attention * tokens ** 2  # there is one block
+    monkeypatch.setattr(plm, "BLOCK", 1)
+    assert bench.operations(small_model, rows) == (needed, attention * seen)
 
 
 def test_the_peers_batch_reads_the_same_places(small_model):
