@@ -36,54 +36,43 @@ $(VENV)/ready: requirements.txt  # the virtual environment, made once
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# The rows of the paper's table: plm.py makes a run, data/evidence.py says how far to believe it.
+# The rows of the paper's table: data/evidence.py has plm.py make the run, and says how far to
+# believe its score.
 
 cls: $(VENV)/ready  ## CLS: fine-tune with a classification head
-	$(PY) plm.py cls $(FLAGS)
 	$(PY) data/evidence.py cls $(FLAGS)
 
 cls_p: $(VENV)/ready  ## CLS-P: ... and the user ID in the prompt
-	$(PY) plm.py cls_p $(FLAGS)
 	$(PY) data/evidence.py cls_p $(FLAGS)
 
 lm: $(VENV)/ready  ## LM: fine-tune to write the labels
-	$(PY) plm.py lm $(FLAGS)
 	$(PY) data/evidence.py lm $(FLAGS)
 
 lm_p: $(VENV)/ready  ## LM-P: ... and the user ID in the prompt
-	$(PY) plm.py lm_p $(FLAGS)
 	$(PY) data/evidence.py lm_p $(FLAGS)
 
 q_0s: $(VENV)/ready  ## Q-0S: ask the untrained model
-	$(PY) plm.py q_0s $(FLAGS)
 	$(PY) data/evidence.py q_0s $(FLAGS)
 
 q_0s_p: $(VENV)/ready  ## Q-0S-P: ... and the user ID in the prompt
-	$(PY) plm.py q_0s_p $(FLAGS)
 	$(PY) data/evidence.py q_0s_p $(FLAGS)
 
 q_1s: $(VENV)/ready  ## Q-1S: ask, with one example
-	$(PY) plm.py q_1s $(FLAGS)
 	$(PY) data/evidence.py q_1s $(FLAGS)
 
 q_1s_p: $(VENV)/ready  ## Q-1S-P: ... of the same user
-	$(PY) plm.py q_1s_p $(FLAGS)
 	$(PY) data/evidence.py q_1s_p $(FLAGS)
 
 q_2s: $(VENV)/ready  ## Q-2S: ask, with two examples
-	$(PY) plm.py q_2s $(FLAGS)
 	$(PY) data/evidence.py q_2s $(FLAGS)
 
 q_2s_p: $(VENV)/ready  ## Q-2S-P: ... of the same user
-	$(PY) plm.py q_2s_p $(FLAGS)
 	$(PY) data/evidence.py q_2s_p $(FLAGS)
 
 rates: $(VENV)/ready  ## baseline: how often everybody chooses each label
-	$(PY) plm.py rates $(FLAGS)
 	$(PY) data/evidence.py rates $(FLAGS)
 
 rates_p: $(VENV)/ready  ## baseline: how often this user chooses each label
-	$(PY) plm.py rates_p $(FLAGS)
 	$(PY) data/evidence.py rates_p $(FLAGS)
 
 # Data, and what to do with a finished run.

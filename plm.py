@@ -1985,16 +1985,6 @@ def alone_in(folder):
         yield
 
 
-def other_settings(folder, config):
-    """list of what a configuration says otherwise than run.json in a folder, in words."""
-    there = read_json(f"{folder}/run.json")
-    odd = []
-    for key in there | config:
-        if there.get(key) != config.get(key):
-            odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
-    return odd
-
-
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
@@ -2004,7 +1994,11 @@ def settle(folder, config, fresh):
             elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
                 os.remove(file)
     if {"metrics.json", STATE} & set(os.listdir(folder)):
-        odd = other_settings(folder, config)
+        there = read_json(f"{folder}/run.json")
+        odd = []
+        for key in there | config:
+            if there.get(key) != config.get(key):
+                odd.append(f"{key} {there.get(key)} there, {config.get(key)} here")
         check(not odd, f"{folder} holds another run ({', '.join(odd[:3])}): --fresh, or --out DIR "
                        "to keep it")
     write_file(f"{folder}/run.json", config)
@@ -2111,7 +2105,8 @@ def run_chat(config, data, folder):
 
 
 def run(args):
-    """One row of the paper's table for one model and dataset, from the CSV to metrics.json."""
+    """One row of the paper's table for one model and dataset, from the CSV to metrics.json. Returns
+    (the run's folder, Dataset)."""
     start = time.perf_counter()
     data = load_data(args.data, args.split_col, args.max_eval)
     print_data(data)
@@ -2125,7 +2120,7 @@ def run(args):
             pathlib.Path(folder, STATE).unlink(missing_ok=True)  # if it was stopped right here
             print(f"{folder} is finished; --fresh runs it again")
             print_summary(read_json(f"{folder}/metrics.json"), folder)
-            return
+            return folder, data
         if config["head"] == "rates":
             result = predict_rates(data, config, parts["test"])
             facts = {}
@@ -2146,6 +2141,7 @@ def run(args):
         scores = score(config, parts["test"], result)
         metrics = config | facts | scores | dict(notes=data.notes)
         finish(folder, metrics, parts, result, start)
+    return folder, data
 
 
 SUMMARY = {  # key of the metrics -> its unit, or what it says
@@ -2277,11 +2273,15 @@ def guarded(parser, work, argv=None, short_of_memory="", stopped=""):
     return status
 
 
+ADVICE = dict(
+    stopped="; the same command goes on",
+    short_of_memory=": try --max-nodes 256, --max-text 128 or --no-dense, and --fresh if the run "
+                    "had begun")
+
+
 def main(argv=None):
     """Runs one command; returns the exit status."""
-    return guarded(make_parser(), run, argv, stopped="; the same command goes on",
-                   short_of_memory=": try --max-nodes 256, --max-text 128 or --no-dense, and "
-                                   "--fresh if the run had begun")
+    return guarded(make_parser(), run, argv, **ADVICE)
 
 
 if __name__ == "__main__":

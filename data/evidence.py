@@ -4,9 +4,9 @@
 
 plm.py trains, predicts, and ends with the paper's score. One number convinces nobody: it may be
 luck, it may be the work of the decision rule, and a table may reach it without reading a word. So
-this file puts to a finished run the questions of a reader who doubts. The answers join the score in
-the run's metrics.json, where the table and the report find them; given again, the command only
-prints them (--fresh works them out anew).
+this file has plm.py make the run, unless it is there, and puts to it the questions of a reader who
+doubts. The answers join the score in the run's metrics.json, where the table and the report find
+them; given again, the command only prints them (--fresh makes all of it anew).
 
 What was predicted answers the first four questions, so they are asked of every method:
     1  Is it luck?                         f1_macro_ci
@@ -441,36 +441,25 @@ def print_evidence(m, folder):
     print(f"  files: {folder}{os.sep}")
 
 
-def check_same_run(folder, config):
-    """BadInput if the run in a folder is another one than a configuration says."""
-    odd = plm.other_settings(folder, config)
-    plm.check(not odd, f"{folder} holds another run ({', '.join(odd[:3])}): the flags have to be "
-                       "those that plm.py got")
-
-
 def add_evidence(args):
-    """Adds to the metrics.json of the run of a command what it lacks, and prints it."""
-    data = plm.load_data(args.data, args.split_col, args.max_eval)
-    config = plm.make_config(args, data)
-    folder = plm.folder_of(config, args.out)
+    """The run of a command, made if it is not there, and its evidence: what metrics.json lacks of
+    it is added, and all is printed."""
+    folder, data = plm.run(args)
     path = f"{folder}/metrics.json"
-    plm.check(os.path.exists(path), f"{folder}: no finished run; plm.py with the same flags makes "
-                                    "one")
     with plm.alone_in(folder):
-        check_same_run(folder, config)
         metrics = plm.read_json(path)
-        if args.fresh or "f1_macro_ci" not in metrics:
+        if "f1_macro_ci" not in metrics:
             metrics |= evidence_of(folder, metrics, data)
             plm.write_file(path, metrics)
     print_evidence(metrics, folder)
 
 
 def main(argv=None):
-    """Works out the evidence for one run; returns the exit status."""
+    """One run and its evidence; returns the exit status."""
     parser = plm.make_parser()
     parser.prog = "evidence.py"
     parser.description = __doc__.partition("\n")[0]
-    return plm.guarded(parser, add_evidence, argv)
+    return plm.guarded(parser, add_evidence, argv, **plm.ADVICE)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from typing import NamedTuple
 
 HERE = os.path.relpath(os.path.dirname(os.path.abspath(__file__)))
 PYTHON = sys.executable
-PLM = os.path.normpath(os.path.join(HERE, "..", "plm.py"))
 EVIDENCE = os.path.join(HERE, "evidence.py")
 READERS = os.path.join(HERE, "readers.py")
 BASELINES = ("rates", "rates_p")
@@ -134,7 +133,7 @@ def run_command(study, args, method, model, seed, value, flags):
     data = [args.data, *split_flag(args)]
     if study.vary:
         data = [csv_path(study, args, study.vary.format(value))]
-    command = [PYTHON, PLM, method, "--model", model, "--data", *data, "--seed", seed,
+    command = [PYTHON, EVIDENCE, method, "--model", model, "--data", *data, "--seed", seed,
                *flags.split(), *args.more, "--out", out]
     return command, out
 
@@ -164,8 +163,7 @@ def jobs(study, args):
         if method in BASELINES and model != args.model[0]:
             continue  # no model reads anything there
         command, out = run_command(study, args, method, model, seed, value, flags)
-        evidence = [PYTHON, EVIDENCE, *command[2:]]
-        job = [command, evidence]
+        job = [command]
         if args.study == "unseen" and method == "cls_p" and value == "0":
             job += adapt_commands(study, args, model, seed)
         found.append(job)
