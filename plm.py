@@ -270,7 +270,7 @@ def in_file(path):
 
 def read_csv(path, *needed):
     """list of dicts, one a row, of a CSV in UTF-8 that has the needed columns."""
-    csv.field_size_limit(1_000_000_000)  # a cell may hold more than the csv module's 128 KB
+    csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, restval="", strict=True)
@@ -360,8 +360,9 @@ def split_annotations(found, by_hash):
 
 def some_texts(annotations, n):
     """About n annotations, all those of the texts that a hash chooses, whatever --seed."""
-    first = set(sorted(text_id(a.text) for a in annotations)[:n])
-    return [a for a in annotations if text_id(a.text) in first]
+    ids = sorted(text_id(a.text) for a in annotations)
+    last = ids[:n][-1]
+    return [a for a in annotations if text_id(a.text) <= last]
 
 
 def file_sha(path):
@@ -411,18 +412,18 @@ def print_data(data):
 
 # 3. Prompts and answers ---------------------------------------------------------------------------
 # Our prompt asks about the text first and names the reader last: all readers of a text share what
-# stands before them, and section 6 computes it once. A reader is named by a token of the reader's
-# own, whose embedding is trained [7], here <17> of user 17. One more token stands for nobody in
-# particular, and strangers are read by it. CLS-P's prompt ends at this token, where the head reads
-# the classes. LM-P's has a colon behind it, and there the answer begins:
+# stands before them, and section 6 computes it once. CLS-P's ends at the reader, where the head
+# reads the classes. LM-P's has a colon behind the reader, and there the answer begins. (Q-P's has
+# the line "### Response:" there, and a prompt that names no reader ends with that line, too.)
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
 #     ### Labels: funny, hostile, sad
-#     ### Text: well done, genius<17>:         and the LM goes on: " funny, hostile"
+#     ### Text: well done, genius
+#     ### User ID: 17:                        and the LM goes on: " funny, hostile"
 #
-# The paper names the reader by the CSV's own ID (--ids number) and before the text (--prompt
-# paper). Readers share no text then, and it costs three to four times the tokens:
+# The paper's order (--prompt paper) has the reader before the text. Readers share no text then, and
+# it costs three to four times the tokens:
 #
 #     Which of the labels would this user choose for the text? Answer with labels from the list,
 #     separated by commas.
@@ -431,8 +432,9 @@ def print_data(data):
 #     ### Text: well done, genius
 #     ### Response:
 #
-# The line "### Response:" also ends every prompt of ours that names no reader, or asks a model that
-# was not trained.
+# `ids` says how a user is named: "number", as in the paper, by the CSV's own ID; "token" by a token
+# of the user's own, whose embedding is trained [7]. One more token stands for nobody in particular,
+# and strangers are read by it.
 
 QUESTION = {  # is the user told?
     False: "Which of the labels fit the text?",
@@ -472,9 +474,7 @@ def answer_text(labels, chosen):
 def prompt_pieces(config, text, user, examples=()):
     """list of (kind, string): the prompt in pieces, each tokenized by itself. Kind "first" begins
     it, "text" may be cut if it is long, "reader" may be a token, "words" are ours."""
-    reader = [("reader", f" {user}")]
-    if config["ids"] == "number":
-        reader.insert(0, USER_ID)
+    reader = [USER_ID, ("reader", f" {user}")]
     told = config["personalized"]
     pieces = [("first", instruction(config))]
     if told and config["prompt"] == "paper":
@@ -482,7 +482,7 @@ def prompt_pieces(config, text, user, examples=()):
     for example in examples:
         answer = answer_text(config["labels"], example.labels)
         pieces += [TEXT, ("text", f" {example.text}"), RESPONSE, ("words", answer)]
-    pieces += [TEXT, ("text", f" {text.rstrip()}")]
+    pieces += [TEXT, ("text", f" {text}")]
     if told and config["prompt"] == "tree":
         return pieces + reader + BEHIND_READER[config["head"]]
     return pieces + [RESPONSE]
@@ -838,24 +838,24 @@ def add_lora(model, r, alpha, dropout):
 # a beginning that two prompts have in common comes out the same in both, and it is enough to
 # compute it once. Written one below the other, the prompts of a batch are a tree:
 #
-#     Which of ... Text: -+- well done, genius -+- <17>
-#                         |                     +- <44>
-#                         +- nice dog -+- <17>
-#                                      +- <96>
+#     Which of ... Text: -+- well done, genius ... User ID: -+- 17
+#                         |                                  +- 44
+#                         +- nice dog ... User ID: -+- 17
+#                                                   +- 96
 #
 # Every token of it is a node. We lay all nodes into one flat sequence without padding, each behind
 # its parent, and call the transformer once. Its tokens know of each other in two ways only, and we
-# pass both to the call. The first are positions: that of a node is its depth in the tree, so <17>
-# and <44> above have the same position. The second is the mask of attention: a node sees itself and
-# what its parent sees, that is, its own branch back to the root, as in a prompt of its own:
+# pass both to the call. The first are positions: that of a node is its depth in the tree, so 17 and
+# 44 above have the same position. The second is the mask of attention: a node sees itself and what
+# its parent sees, that is, its own branch back to the root, as in a prompt of its own:
 #
 #     node  token  parent  position    sees 0 1 2 3 4 5
 #        0  Text:      -          0         x
 #        1  well       0          1         x x
-#        2  <17>       1          2         x x x
-#        3  <44>       1          2         x x   x
+#        2  17         1          2         x x x
+#        3  44         1          2         x x   x
 #        4  nice       0          1         x       x
-#        5  <17>       4          2         x       x x
+#        5  17         4          2         x       x x
 #
 # Dropout aside, the states, the loss and the gradients are those of separate prompts: this is no
 # approximation [6]. A text with nine readers costs little more than one with a single reader.
@@ -911,7 +911,7 @@ BLOCK = 96  # rows of the mask for which attention is computed at once, on a CPU
 
 def tree_blocks(sees):
     """list: for each block of a mask (rows, columns) the columns that any of its rows sees."""
-    return [rows.any(0).nonzero().flatten() for rows in sees.split(BLOCK)]
+    return [rows.any(0).nonzero()[:, 0] for rows in sees.split(BLOCK)]
 
 
 def tree_inputs(paths, share=True):
@@ -1158,7 +1158,7 @@ def check_forward(model):
     if model.seq2seq:  # its own encoder and decoder are called as they are
         check(lm.config.model_type in ("t5", "mt5"), f"{name}: no T5")
         return
-    prompts = [[3, 4, 5, 6], [3, 4, 7, 5], [7, 3, 6, 4]]  # any tokens
+    prompts = [[3, 4, 5, 6], [3, 4, 7, 5], [3, 4, 7, 6], [7, 3, 6, 4]]  # any tokens
     attention = lm.config._attn_implementation
     lm.set_attn_implementation("eager")
     theirs = lm(torch.tensor(prompts, device=model.device), use_cache=False).logits[:, -1]
@@ -1301,7 +1301,7 @@ def pair_batch(model, rows, head):
     input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
-                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero().flatten())
+                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0])
 
 
 def make_batch(model, rows):

@@ -280,11 +280,13 @@ SHOWN_2 = f"""{ASK_SHOWN}
 ### Text: well
 ### Response:"""
 PROMPTS = dict(cls=PLAIN, lm=PLAIN, q_0s=PLAIN, q_1s=SHOWN, q_2s=SHOWN_2)
-PROMPTS_OURS = PROMPTS | dict(
+PROMPTS_TREE = PROMPTS | dict(
     cls_p=f"""{ASK_P}
-### Text: well<u2>""",
+### Text: well
+### User ID: u2""",
     lm_p=f"""{ASK_P}
-### Text: well<u2>:""",
+### Text: well
+### User ID: u2:""",
     q_0s_p=f"""{ASK_P}
 ### Text: well
 ### User ID: u2
@@ -323,22 +325,17 @@ PROMPTS_PAPER = PROMPTS | dict(
 ### Response: A, C
 ### Text: well
 ### Response:""")
-GOLDEN = [("ours", name, prompt) for name, prompt in PROMPTS_OURS.items()]
+GOLDEN = [("tree", name, prompt) for name, prompt in PROMPTS_TREE.items()]
 GOLDEN += [("paper", name, prompt) for name, prompt in PROMPTS_PAPER.items()]
 
 
 def whole_prompt(config, text, user, examples=()):
-    """The prompt as one string; a user's own token is written <17>."""
-    prompt = ""
-    for kind, string in plm.prompt_pieces(config, text, user, examples):
-        is_token = kind == "reader" and config["ids"] == "token"
-        prompt += f"<{user}>" if is_token else string
-    return prompt
+    return "".join(string for kind, string in plm.prompt_pieces(config, text, user, examples))
 
 
-@pytest.mark.parametrize("recipe, name, golden", GOLDEN)
-def test_prompts_word_for_word(recipe, name, golden):
-    config = configured(f"{name} --recipe {recipe}", dataset("ABC"))
+@pytest.mark.parametrize("style, name, golden", GOLDEN)
+def test_prompts_word_for_word(style, name, golden):
+    config = configured(f"{name} --prompt {style}", dataset("ABC"))
     shown = [plm.Annotation("hi", "u2", (1, 0, 0)), plm.Annotation("go away", "u2", (1, 0, 1))]
     examples = shown[:plm.METHODS[name].shots]
     assert whole_prompt(config, "well", "u2", examples) == golden
@@ -346,7 +343,7 @@ def test_prompts_word_for_word(recipe, name, golden):
 
 def test_every_method_that_has_a_model_has_a_golden_prompt():
     asked = {name for name, method in plm.METHODS.items() if method.head != "rates"}
-    assert asked == set(PROMPTS_OURS) == set(PROMPTS_PAPER)
+    assert asked == set(PROMPTS_TREE) == set(PROMPTS_PAPER)
 
 
 @pytest.mark.parametrize("single, none, how", [

@@ -40,8 +40,8 @@ CONTEXT = 512
 TREE = 4  # rows of a batch in one tree: the mask of a larger one costs more than it shares
 DATA = plm.load_data("sample")
 PLAIN = dict(labels=DATA.labels, single=False, none=False, shots=0, personalized=False, head="lm",
-             prompt="tree", ids="token")  # what a run of `lm` has in its configuration for the prompt
-PERSONALIZED = PLAIN | dict(personalized=True, head="ask", ids="number")
+             prompt="tree")  # what a run of `lm` has in its configuration for the prompt
+PERSONALIZED = PLAIN | dict(personalized=True, head="ask")
 MARKER = "\n### Response:"  # what the plain prompt ends with
 USER = "\n### User ID:"  # as in the personalized prompt, where the user follows
 

@@ -117,10 +117,10 @@ def predict_run(args):
 # the text, so all states before a reader stay what they are while the token is trained. They are
 # computed once and kept in a cache; a step computes the few nodes from the reader on:
 #
-#     Which of ... Text: -+- well done, genius -+- <n0>
-#                         |                     +- <n1>
-#                         +- nice dog ----------+- <n1>
-#     |----------- computed once ------------|  |----| in every step
+#     Which of ... Text: -+- well done, genius ... User ID: -+- n0
+#                         |                                  +- n1
+#                         +- nice dog ... User ID: ----------+- n1
+#     |----------------- computed once ---------------------|  |--| in every step
 #
 # An encoder reads both ways: its states of a text change with the reader, and every step computes
 # all of them.
