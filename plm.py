@@ -360,9 +360,8 @@ def split_annotations(found, by_hash):
 
 def some_texts(annotations, n):
     """About n annotations, all those of the texts that a hash chooses, whatever --seed."""
-    ids = sorted(text_id(a.text) for a in annotations)
-    last = ids[:n][-1]
-    return [a for a in annotations if text_id(a.text) <= last]
+    first = set(sorted(text_id(a.text) for a in annotations)[:n])
+    return [a for a in annotations if text_id(a.text) in first]
 
 
 def file_sha(path):
@@ -911,7 +910,7 @@ BLOCK = 96  # rows of the mask for which attention is computed at once, on a CPU
 
 def tree_blocks(sees):
     """list: for each block of a mask (rows, columns) the columns that any of its rows sees."""
-    return [rows.any(0).nonzero()[:, 0] for rows in sees.split(BLOCK)]
+    return [rows.any(0).nonzero().flatten() for rows in sees.split(BLOCK)]
 
 
 def tree_inputs(paths, share=True):
@@ -1301,7 +1300,7 @@ def pair_batch(model, rows, head):
     input_ids, mask = padded([prompt for prompt, _ in place_of])
     decoder_input_ids, there = padded(answers)
     return dict(input_ids=input_ids, mask=mask, decoder_input_ids=decoder_input_ids,
-                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero()[:, 0])
+                prompt_of=torch.tensor(prompt_of), at=there.flatten().nonzero().flatten())
 
 
 def make_batch(model, rows):

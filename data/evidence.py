@@ -404,12 +404,12 @@ def read_back(folder, config, annotations):
         _, predicted, rows = read_predictions(folder, config["labels"])
         scores = read_scores(path, config["labels"])
     except (NoRun, plm.BadInput, KeyError, ValueError):  # somebody wrote in it
-        raise plm.BadInput(f"{path} is damaged: plm.py --fresh writes it anew") from None
+        raise plm.BadInput(f"{path} is damaged: --fresh makes the run anew") from None
     asked = [(plm.text_id(a.text), a.user) for a in annotations]
-    plm.check(rows == asked, f"{path} has other rows than the test: plm.py --fresh writes it anew")
+    plm.check(rows == asked, f"{path} has other rows than the test: --fresh makes the run anew")
     if scores is None:
         plm.check(config["head"] in ("lm", "ask"),
-                  f"{path} has no scores: plm.py --fresh writes it anew")
+                  f"{path} has no scores: --fresh makes the run anew")
         return dict(predicted=predicted)
     if not config["single"]:  # "none" may be no label, or the label of that name
         predicted &= scores >= 0
@@ -421,7 +421,7 @@ def evidence_of(folder, metrics, data):
     test = data.parts["test"]
     result = read_back(folder, metrics, test)
     plm.check(f1_macro(plm.gold_labels(test), result["predicted"]) == metrics["f1_macro"],
-              f"{folder}/predictions.csv does not give the run's F1: plm.py --fresh writes it anew")
+              f"{folder}/predictions.csv does not give the run's F1: --fresh makes the run anew")
     found = from_predictions(metrics, test, result)
     if metrics["head"] == "rates":
         found |= from_rates(metrics, data)
@@ -442,8 +442,7 @@ def print_evidence(m, folder):
 
 
 def add_evidence(args):
-    """The run of a command, made if it is not there, and its evidence: what metrics.json lacks of
-    it is added, and all is printed."""
+    """Prints the run of a command and its evidence; what of the two is not there yet is made."""
     folder, data = plm.run(args)
     path = f"{folder}/metrics.json"
     with plm.alone_in(folder):
@@ -458,7 +457,7 @@ def main(argv=None):
     """One run and its evidence; returns the exit status."""
     parser = plm.make_parser()
     parser.prog = "evidence.py"
-    parser.description = __doc__.partition("\n")[0]
+    parser.description = "A run of plm.py, made if it is not there, and the evidence beside it."
     return plm.guarded(parser, add_evidence, argv, **plm.ADVICE)
 
 

@@ -97,7 +97,8 @@ def read_predictions(folder, labels):
         reader = csv.DictReader(f, restval="")
         missing = {"text_id", "user", "gold", "predicted"} - set(reader.fieldnames or ())
         if missing:
-            raise NoRun(f"{path} lacks {', '.join(sorted(missing))}: plm.py --fresh writes it anew")
+            raise NoRun(f"{path} lacks {', '.join(sorted(missing))}: data/evidence.py "
+                        "--fresh makes the run anew")
         for row in reader:
             rows.append((row["text_id"], row["user"]))
             gold.append(labels_in(row["gold"], labels))
@@ -151,7 +152,7 @@ def collect(outs):
                 column += f" {os.path.basename(os.path.normpath(out))}"
             tables[title_of(m)][column, m["method"]][m.get("split"), m["seed"]] = (folder, m)
     if not tables:
-        raise NoRun(f"{', '.join(outs)}: no finished run; make one with: python plm.py cls_p")
+        raise NoRun(f"{', '.join(outs)}: no finished run; make one with: make cls_p")
     in_rows = {}
     for title in sorted(tables, key=in_order):
         cells = tables[title].items()

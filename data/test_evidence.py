@@ -343,10 +343,11 @@ def test_none_may_be_nothing_or_a_label_of_that_name(tmp_path):
 
 def test_the_command_makes_the_run_as_plm_py_does(tmp_path, run):
     assert plm.main(run("cls_p").split()) == 0
-    (path,) = (tmp_path / "out").glob("*/*/*/*/predictions.csv")
-    predictions = path.read_text("utf-8")
-    with_evidence(run("cls_p --fresh"))
-    assert path.read_text("utf-8") == predictions
+    assert evidence.main(run("cls_p").replace("/out", "/ours").split()) == 0
+    for name in ("predictions.csv", "adapter.safetensors"):
+        (theirs,) = (tmp_path / "out").glob(f"*/*/*/*/{name}")
+        (ours,) = (tmp_path / "ours").glob(f"*/*/*/*/{name}")
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def test_given_again_the_command_prints_and_works_nothing_out(capsys, monkeypatch, run):
@@ -358,8 +359,11 @@ def test_given_again_the_command_prints_and_works_nothing_out(capsys, monkeypatc
     assert "f1_macro_ci" in shown
 
 
-def test_fresh_makes_the_run_and_its_evidence_anew(run):
+def test_fresh_makes_the_run_and_its_evidence_anew(tmp_path, run):
     m = with_evidence(run("rates"))
+    (path,) = (tmp_path / "out").glob("*/*/*/*/metrics.json")
+    plm.write_file(str(path), m | dict(written_by="somebody"))
+    assert "written_by" in with_evidence(run("rates"))
     anew = with_evidence(run("rates --fresh"))
     same = m.keys() - {"seconds", "peak_memory_mb"}
     assert anew.keys() == m.keys()

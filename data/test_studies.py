@@ -277,7 +277,7 @@ def test_print_makes_the_csvs_and_prints_a_command_a_line(tmp_path, capfd):
 
 def stand_in(tmp_path, script):
     """A process that runs a study whose every command is a script of ours."""
-    path = tmp_path / "plm.py"
+    path = tmp_path / "evidence.py"
     path.write_text(script)
     code = f"import study, sys; study.EVIDENCE = {str(path)!r}; sys.exit(study.main(['exp1']))"
     return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, start_new_session=True,
