@@ -81,7 +81,7 @@ data: $(VENV)/ready  ## DATA=goemotions (known by name), or FILE=a.csv NAME=my: 
 	$(PY) data/prepare.py $(if $(FILE),--file $(FILE) $(if $(NAME),--name $(NAME)),$(DATA)) $(ARGS)
 
 predict: $(VENV)/ready  ## RUN=out/... TEXT="..." USERS=a,b (or CSV=a.csv): some people read it
-	$(PY) data/readers.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text "$$TEXT" --users "$$USERS") $(ARGS)
+	$(PY) data/readers.py predict $(RUN) $(if $(CSV),--csv $(CSV),--text="$$TEXT" --users="$$USERS") $(ARGS)
 
 adapt: $(VENV)/ready  ## RUN=out/... CSV=new.csv OUT=out: a run gets to know new people
 	$(PY) data/readers.py adapt $(RUN) --csv $(CSV) $(if $(OUT),--out $(OUT)) $(ARGS)

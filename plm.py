@@ -270,7 +270,7 @@ def in_file(path):
 
 def read_csv(path, *needed):
     """list of dicts, one a row, of a CSV in UTF-8 that has the needed columns."""
-    csv.field_size_limit(1 << 30)  # a cell may hold more than the csv module's 128 KB
+    csv.field_size_limit(1_000_000_000)  # a cell may hold more than the csv module's 128 KB
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f, restval="", strict=True)
@@ -1987,7 +1987,8 @@ def alone_in(folder):
 def settle(folder, config, fresh):
     """Writes run.json; BadInput if the folder holds what another configuration worked out."""
     if fresh:
-        for file in list(os.scandir(folder)):
+        # metrics.json first: without it a run is not finished, wherever this is stopped.
+        for file in sorted(os.scandir(folder), key=lambda file: file.name != "metrics.json"):
             if file.is_dir():
                 shutil.rmtree(file)
             elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for

@@ -2437,6 +2437,21 @@ def test_the_folder_of_other_data_of_the_same_name_is_not_overwritten(tmp_path, 
     assert "data_sha" in refused(capsys, line)
 
 
+def test_a_fresh_start_that_is_stopped_leaves_no_finished_run(monkeypatch, tmp_path, small_csv):
+    line = f"rates --data {small_csv} --out {tmp_path}"
+    folder = finished(tmp_path, f"rates --data {small_csv}")
+    remove = os.remove
+
+    def stopped(file):
+        remove(file)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "remove", stopped)
+    assert go(f"{line} --fresh") == 130
+    assert (folder / "predictions.csv").exists()
+    assert not (folder / "metrics.json").exists()
+
+
 def test_fresh_removes_an_old_export_and_keeps_answers_that_were_paid_for(short_run):
     line, folder = short_run
     assert go(line) == 0

@@ -394,7 +394,10 @@ def read_scores(path, labels):
     scores = []
     for line in lines:
         scores.append([float(line[f"score:{label}"]) for label in labels])
-    return np.array(scores)
+    scores = np.array(scores)
+    if not np.isfinite(scores).all():
+        raise ValueError("no number")
+    return scores
 
 
 def read_back(folder, config, annotations):
@@ -420,7 +423,8 @@ def evidence_of(folder, metrics, data):
     """dict of all the evidence for a finished run."""
     test = data.parts["test"]
     result = read_back(folder, metrics, test)
-    plm.check(f1_macro(plm.gold_labels(test), result["predicted"]) == metrics["f1_macro"],
+    f1 = f1_macro(plm.gold_labels(test), result["predicted"])
+    plm.check(math.isclose(f1, metrics["f1_macro"], abs_tol=1e-9),
               f"{folder}/predictions.csv does not give the run's F1: --fresh makes the run anew")
     found = from_predictions(metrics, test, result)
     if metrics["head"] == "rates":

@@ -458,7 +458,7 @@ def test_ctrl_c_is_status_130(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given, command", [
-    ("predict RUN=r TEXT=hm USERS=a,b", "predict r --text \"$TEXT\" --users \"$USERS\""),
+    ("predict RUN=r TEXT=hm USERS=a,b", "predict r --text=\"$TEXT\" --users=\"$USERS\""),
     ("predict RUN=r CSV=x.csv ARGS=--tuned", "predict r --csv x.csv --tuned"),
     ("adapt RUN=r CSV=x.csv OUT=o", "adapt r --csv x.csv --out o")])
 def test_make_gives_its_variables_to_the_commands(given, command):
