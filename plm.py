@@ -107,8 +107,8 @@ def read_json(path):
         return {}
     with open(path, encoding="utf-8") as f:
         try:
-            return json.load(f)
-        except ValueError:
+            return dict(json.load(f))
+        except (ValueError, TypeError):  # no JSON, or no dict
             raise BadInput(f"{path} is damaged; --fresh starts the run over") from None
 
 
@@ -2116,10 +2116,11 @@ def run(args):
     folder = folder_of(config, args.out)
     with alone_in(folder):
         settle(folder, config, args.fresh)
-        if os.path.exists(f"{folder}/metrics.json"):
+        finished = read_json(f"{folder}/metrics.json")
+        if finished:
             pathlib.Path(folder, STATE).unlink(missing_ok=True)  # if it was stopped right here
             print(f"{folder} is finished; --fresh runs it again")
-            print_summary(read_json(f"{folder}/metrics.json"), folder)
+            print_summary(finished, folder)
             return folder, data
         if config["head"] == "rates":
             result = predict_rates(data, config, parts["test"])

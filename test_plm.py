@@ -2582,6 +2582,16 @@ def test_a_run_is_not_read_with_another_base_model(tmp_path, small_csv):
         plm.load_run(folder)
 
 
+@pytest.mark.parametrize("content, status", [("{}", 0), ("[]", 0), ("null", 2), ("{", 2)])
+def test_metrics_that_are_none_are_no_finished_run(capsys, tmp_path, small_csv, content, status):
+    run = f"rates --data {small_csv}"
+    folder = finished(tmp_path, run)
+    (folder / "metrics.json").write_text(content)
+    assert go(f"{run} --out {tmp_path}") == status
+    assert ("metrics.json is damaged" in capsys.readouterr().err) == (status == 2)
+    assert status == 2 or "f1_macro" in metrics_of(folder)
+
+
 def test_what_is_missing_or_damaged_of_a_run_is_named(tmp_path, elsewhere):
     with pytest.raises(plm.BadInput, match="nosuch: no finished run"):
         plm.load_run(f"{tmp_path}/nosuch")
