@@ -2274,7 +2274,7 @@ def guarded(parser, work, argv=None, short_of_memory="", stopped=""):
     return status
 
 
-ADVICE = dict(
+ADVICE = dict(  # what to do about a run that ended early, for guarded
     stopped="; the same command goes on",
     short_of_memory=": try --max-nodes 256, --max-text 128 or --no-dense, and --fresh if the run "
                     "had begun")

@@ -395,8 +395,7 @@ def read_scores(path, labels):
     for line in lines:
         scores.append([float(line[f"score:{label}"]) for label in labels])
     scores = np.array(scores)
-    if not np.isfinite(scores).all():
-        raise ValueError("no number")
+    plm.check(np.isfinite(scores).all(), "a score is no number")
     return scores
 
 

@@ -265,6 +265,12 @@ def with_evidence(line):
     return plm.read_json(f"{folder}/metrics.json")
 
 
+def file_of(out, name):
+    """The file of that name of the only run in a folder of runs."""
+    (path,) = pathlib.Path(out).glob(f"*/*/*/*/{name}")
+    return path
+
+
 def refused(capsys, line):
     """The one line that a refused command leaves."""
     capsys.readouterr()
@@ -308,8 +314,7 @@ NOBODY = {"f1_macro_nobody", "f1_macro_shuffled"}
     ("cls_p --recipe paper", RULE | {"f1_macro_shuffled"})])
 def test_each_method_is_asked_what_it_can_answer(run, line, keys):
     assert plm.main(run(line).split()) == 0
-    out = pathlib.Path(run(line).split()[-1])
-    (path,) = out.glob("*/*/*/seed42/metrics.json")
+    path = file_of(run(line).split()[-1], "metrics.json")
     before = plm.read_json(path)
     assert evidence.main(run(line).split()) == 0
     after = plm.read_json(path)
@@ -346,9 +351,8 @@ def test_the_command_makes_the_run_as_plm_py_does(tmp_path, run):
     assert plm.main(run("cls_p").split()) == 0
     assert evidence.main(run("cls_p").replace("/out", "/ours").split()) == 0
     for name in ("predictions.csv", "adapter.safetensors"):
-        (theirs,) = (tmp_path / "out").glob(f"*/*/*/*/{name}")
-        (ours,) = (tmp_path / "ours").glob(f"*/*/*/*/{name}")
-        assert ours.read_bytes() == theirs.read_bytes()
+        ours = file_of(tmp_path / "ours", name)
+        assert ours.read_bytes() == file_of(tmp_path / "out", name).read_bytes()
 
 
 def test_given_again_the_command_prints_and_works_nothing_out(capsys, monkeypatch, run):
@@ -362,7 +366,7 @@ def test_given_again_the_command_prints_and_works_nothing_out(capsys, monkeypatc
 
 def test_fresh_makes_the_run_and_its_evidence_anew(tmp_path, run):
     m = with_evidence(run("rates"))
-    (path,) = (tmp_path / "out").glob("*/*/*/*/metrics.json")
+    path = file_of(tmp_path / "out", "metrics.json")
     plm.write_file(str(path), m | dict(written_by="somebody"))
     assert "written_by" in with_evidence(run("rates"))
     anew = with_evidence(run("rates --fresh"))
@@ -374,7 +378,7 @@ def test_fresh_makes_the_run_and_its_evidence_anew(tmp_path, run):
 def test_evidence_of_other_flags_or_other_rows_is_refused(tmp_path, capsys, run):
     assert plm.main(run("cls").split()) == 0
     assert "lr 0.003 there, 0.1 here" in refused(capsys, run("cls --lr 0.1"))
-    (path,) = (tmp_path / "out").glob("*/*/*/*/predictions.csv")
+    path = file_of(tmp_path / "out", "predictions.csv")
     lines = path.read_text("utf-8").splitlines()
     path.write_text("\n".join(lines[:-1]), "utf-8")
     assert "predictions.csv has other rows than the test" in refused(capsys, run("cls"))
@@ -387,7 +391,7 @@ def test_evidence_of_other_flags_or_other_rows_is_refused(tmp_path, capsys, run)
     (",calm,", ",angry,", "does not give the run's F1")])
 def test_predictions_that_somebody_changed_are_refused(tmp_path, capsys, run, old, new, says):
     assert plm.main(run("rates_p").split()) == 0
-    (path,) = (tmp_path / "out").glob("*/*/*/*/predictions.csv")
+    path = file_of(tmp_path / "out", "predictions.csv")
     path.write_text(re.sub(old, new, path.read_text("utf-8")), "utf-8")
     before = plm.read_json(path.parent / "metrics.json")
     assert says in refused(capsys, run("rates_p"))
