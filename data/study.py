@@ -16,10 +16,11 @@ line needs another, each run has a folder of its own, and what is finished is no
 """
 import argparse
 import itertools
+import multiprocessing
 import os
+import runpy
 import shlex
 import signal
-import subprocess
 import sys
 from typing import NamedTuple
 
@@ -183,14 +184,38 @@ def last_commands(study, args, outs):
     return commands
 
 
-def run(command, stdout=None):
+# A command is a Python script, and runs in a copy of this process, so that torch is loaded once and
+# not for every run. On macOS a copy of a process that has loaded Apple's libraries may crash, so
+# there each command begins from nothing.
+COPIES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+
+
+def load_torch():
+    """Loads, once for all runs, what each of them needs."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile needs no traceback
+    sys.path.insert(0, os.path.dirname(os.path.abspath(HERE)))
+    import plm  # noqa: F401
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def run_script(command, quiet):
+    """What the copy does: the script of a command, with what it prints on stderr if quiet."""
+    sys.argv = command[1:]
+    if quiet:
+        sys.stdout = sys.stderr
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def run(command, quiet=False):
     """Runs a command to its end; a SystemExit if it fails."""
-    process = subprocess.Popen(command, stdout=stdout)
+    process = COPIES.Process(target=run_script, args=(command, quiet))
+    process.start()
     try:
-        status = process.wait()
+        process.join()
     except KeyboardInterrupt:  # it was heard there, too
-        process.wait()
+        process.join()
         raise
+    status = process.exitcode
     if status in (130, -signal.SIGINT):
         raise KeyboardInterrupt
     if status:
@@ -236,11 +261,12 @@ def main(argv=None):
     todo, outs = jobs(study, args)
     try:
         for command in csv_commands(study, args):
-            run(command, stdout=sys.stderr)
+            run(command, quiet=True)
         if args.print:
             for job in todo:
                 print(" && ".join(shlex.join(command) for command in job))
             return 0
+        load_torch()
         for number, job in enumerate(todo, 1):
             for command in job:
                 print(f"\n[{number} of {len(todo)}] {shlex.join(command)}", flush=True)

@@ -248,7 +248,7 @@ def test_unseen_ends_with_a_table_of_all_three_ways(tmp_path, monkeypatch, capsy
     mains = {"readers.py": readers.main, "vary.py": vary.main, "table.py": table.main,
              "evidence.py": evidence.main}
 
-    def here(command, stdout=None):
+    def here(command, quiet=False):
         assert mains[os.path.basename(command[1])](command[2:]) == 0
 
     monkeypatch.setattr(study, "run", here)
