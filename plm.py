@@ -929,25 +929,26 @@ def to_device(inputs, device):
 
 
 def attend(query, key, value, mask):
-    """(heads, n, width) what n tokens attend to among m. query (heads, n, width) is scaled; key and
-    value (kv_heads, m, width) may have fewer heads, each for some of the query's in a row; mask
-    (n, m) is added to the scores."""
-    heads, n, width = query.shape
-    kv_heads, m, _ = key.shape
-    scores = query.reshape(kv_heads, -1, width) @ key.transpose(1, 2)
-    weights = F.softmax(scores.view(heads, n, m) + mask, -1)
-    return (weights.view(kv_heads, -1, m) @ value).view(heads, n, width)
+    """(B, heads, n, width) what n tokens attend to among m. query (B, heads, n, width) is scaled;
+    key and value (B, kv_heads, m, width) may have fewer heads, each for some of the query's in a
+    row; mask (B or 1, 1, n, m) is added to the scores."""
+    B, heads, n, width = query.shape
+    scores = query.reshape(B, key.shape[1], -1, width) @ key.transpose(2, 3)
+    weights = F.softmax(scores.view(B, heads, n, -1) + mask, -1)
+    return (weights.view_as(scores) @ value).view_as(query)
 
 
-def tree_attention(module, query, key, value, attention_mask, scaling, blocks, **_):
-    """((1, T, heads, width), None): attention as transformers calls it, query (1, heads, T, width),
-    block by block; blocks: those of the mask, as of tree_blocks."""
-    queries = (query[0] * scaling).split(BLOCK, 1)
+def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
+    """((B, n, heads, width), None): attention as transformers calls it, query (B, heads, n, width),
+    block by block if there are blocks, as of tree_blocks."""
+    query = query * scaling
+    if blocks is None:
+        return attend(query, key, value, attention_mask).transpose(1, 2), None
     found = []
-    for query, mask, seen in zip(queries, attention_mask[0, 0].split(BLOCK), blocks):
-        found.append(attend(query, key[0].index_select(1, seen), value[0].index_select(1, seen),
-                            mask.index_select(1, seen)))
-    return torch.cat(found, 1).transpose(0, 1)[None], None
+    for rows, mask, seen in zip(query.split(BLOCK, 2), attention_mask.split(BLOCK, 2), blocks):
+        found.append(attend(rows, key.index_select(2, seen), value.index_select(2, seen),
+                            mask.index_select(3, seen)))
+    return torch.cat(found, 2).transpose(1, 2), None
 
 
 transformers.AttentionInterface.register("tree", tree_attention)

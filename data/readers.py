@@ -127,7 +127,7 @@ def predict_run(args):
 
 STEPS = 15   # of AdamW, each on all rows of a person
 ROWS = 600   # learned at once, or those of one person: all their caches are kept meanwhile
-KEPT = 2560  # nodes of one batch; those before the readers are in its cache and carry no gradient
+KEPT = 5120  # nodes before the readers of one batch, at most
 
 
 def add_users(model, n):
@@ -136,24 +136,37 @@ def add_users(model, n):
     model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
 
 
-def reader_batch(model, rows):
-    """(batch of some rows, cache of the nodes that stand before their readers)."""
+def cache_before(model, rows):
+    """(DynamicCache, there (B, C)) of what stands before the reader in each of B rows, padded to C
+    tokens; there: 1 where there is a token. It is read as a tree, and dealt out to the rows."""
+    inputs, branches = plm.tree_inputs([row.prompt[:row.reader_at] for row in rows], model.share)
+    tree = transformers.DynamicCache()
+    with torch.no_grad():
+        model.decode(**plm.to_device(inputs, model.device), cache=tree)
+    nodes, there = plm.padded(branches)
+    nodes = nodes.to(model.device)
+    cache = transformers.DynamicCache()
+    for i, layer in enumerate(tree.layers):  # its tensors are (1, kv_heads, nodes, width)
+        cache.update(layer.keys[0][:, nodes].transpose(0, 1),
+                     layer.values[0][:, nodes].transpose(0, 1), i)
+    return cache, there
+
+
+def batch_behind(model, rows):
+    """The batch of some rows, from their readers on, and the cache of what stands before these."""
     if model.seq2seq:
         return plm.make_batch(model, rows), None
-    before = [row.prompt[:row.reader_at] for row in rows]
-    first, _ = plm.tree_inputs(before, model.share)
-    cache = transformers.DynamicCache()
-    with torch.no_grad():
-        model.decode(**plm.to_device(first, model.device), cache=cache)
-    paths = [plm.path_of(row, model.head) for row in rows]
-    whole, branches = plm.tree_inputs(before + paths, model.share)  # begins with the first tree
-    kept = len(first["input_ids"])
+    cache, before = cache_before(model, rows)
+    input_ids, there = plm.padded([plm.path_of(row, model.head)[row.reader_at:] for row in rows])
+    B, Q = input_ids.shape
+    own = torch.ones(Q, Q, dtype=torch.bool).tril().expand(B, Q, Q)
+    sees = torch.cat([before.bool()[:, None].expand(-1, Q, -1), own], 2)  # (B, Q, C + Q)
     at = []
-    for row, branch in zip(rows, branches[len(rows):]):
-        at += [node - kept for node in branch[len(row.prompt) - 1:]]
-    batch = plm.targets_of(rows, model.head) | dict(at=torch.tensor(at))
-    for name in ("input_ids", "positions", "sees"):
-        batch[name] = whole[name][kept:]
+    for i, row in enumerate(rows):
+        at += range(i * Q + len(row.prompt) - row.reader_at - 1, i * Q + int(there[i].sum()))
+    batch = plm.targets_of(rows, model.head) | dict(
+        input_ids=input_ids, positions=before.sum(1)[:, None] + torch.arange(Q), sees=sees,
+        at=torch.tensor(at))
     return plm.to_device(batch, model.device), cache
 
 
@@ -165,11 +178,14 @@ def copy_of(cache):
 
 
 def read_behind(model, batch, cache):
-    """(P, L or V) what the head reads in a batch whose first nodes are in the cache."""
+    """(P, L or V) what the head reads in a batch of batch_behind."""
     if cache is None:
         return model(batch)
-    states = model.decode(batch["input_ids"], batch["positions"], batch["sees"], copy_of(cache))
-    return model.read(states.index_select(0, batch["at"]))
+    mask = plm.additive_mask(batch["sees"], model.lm.dtype)[0].transpose(0, 1)  # (B, 1, Q, C + Q)
+    out = model.lm.base_model(
+        inputs_embeds=model.embed(batch["input_ids"]), position_ids=batch["positions"],
+        attention_mask=mask, past_key_values=copy_of(cache), use_cache=True)
+    return model.read(out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"]))
 
 
 def chunks_to_learn(model, rows, config):
@@ -182,7 +198,7 @@ def chunks_to_learn(model, rows, config):
 def learn(model, rows, config, bar):
     """Trains the user tokens of some rows. The loss is a sum and no mean, so that the gradient of a
     person is the same whoever else is learned."""
-    batches = [reader_batch(model, chunk) for chunk in chunks_to_learn(model, rows, config)]
+    batches = [batch_behind(model, chunk) for chunk in chunks_to_learn(model, rows, config)]
     optimizer = plm.make_optimizer(model, config)
     for step in range(STEPS):
         for batch, cache in batches:

@@ -289,7 +289,7 @@ def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, 
     chunks = readers.chunks_to_learn(model, rows["test"], config)
     assert len(chunks) > 1
     for chunk in chunks:
-        batch, cache = readers.reader_batch(model, chunk)
+        batch, cache = readers.batch_behind(model, chunk)
         for _ in range(2):  # reading leaves the cache as it is
             found = readers.read_behind(model, batch, cache)
             assert torch.allclose(found, model(plm.make_batch(model, chunk)), atol=1e-4)
