@@ -189,8 +189,10 @@ def read_behind(model, batch, cache):
 
 
 def chunks_to_learn(model, rows, config):
-    """Lists of rows for one batch each; those of a text stand side by side, to share nodes."""
-    rows = sum(plm.by_text(rows), [])
+    """Lists of rows for one batch each; those of a text stand side by side, to share nodes, and so
+    do texts of one length, lest much of a batch be padding."""
+    texts = sorted(plm.by_text(rows), key=lambda own: len(own[0].prompt))
+    rows = sum(texts, [])
     cached = config["prompt"] == "tree" and not model.seq2seq
     return plm.micro_batches(model, rows, KEPT if cached else model.max_nodes)
 
