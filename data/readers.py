@@ -115,12 +115,14 @@ def predict_run(args):
 #
 # In a decoder that is cheap. A token sees only what stands before it, and the reader stands behind
 # the text, so all states before a reader stay what they are while the token is trained. They are
-# computed once and kept in a cache; a step computes the few nodes from the reader on:
+# computed once, as the tree that plm.py makes of them, and dealt out: every row has a cache of its
+# own beginning, padded to the longest of its batch. A step computes the few tokens from the reader
+# on:
 #
-#     Which of ... Text: -+- well done, genius ... User ID: -+- n0
-#                         |                                  +- n1
-#                         +- nice dog ... User ID: ----------+- n1
-#     |----------------- computed once ---------------------|  |--| in every step
+#     Which of ... Text: well done, genius ... User ID: | n0
+#     Which of ... Text: well done, genius ... User ID: | n1
+#     Which of ... Text: nice dog ... User ID: ........ | n1
+#     computed once, and kept                           | in every step
 #
 # An encoder reads both ways: its states of a text change with the reader, and every step computes
 # all of them.
