@@ -115,21 +115,20 @@ def predict_run(args):
 #
 # In a decoder that is cheap. A token sees only what stands before it, and the reader stands behind
 # the text, so all states before a reader stay what they are while the token is trained. They are
-# computed once, as the tree that plm.py makes of them, and dealt out: every row has a cache of its
-# own beginning, padded to the longest of its batch. A step computes the few tokens from the reader
-# on:
+# computed once, as the tree that plm.py makes of them, and kept for every text, padded to the
+# longest of its batch. A step computes the nodes from the readers on, a small tree behind each text:
 #
-#     Which of ... Text: well done, genius ... User ID: | n0
-#     Which of ... Text: well done, genius ... User ID: | n1
-#     Which of ... Text: nice dog ... User ID: ........ | n1
+#     Which of ... Text: well done, genius ... User ID: | -+- n0
+#                                                       |  +- n1
+#     Which of ... Text: nice dog ... User ID: (padding)| --- n1
 #     computed once, and kept                           | in every step
 #
 # An encoder reads both ways: its states of a text change with the reader, and every step computes
 # all of them.
 
-STEPS = 15   # of AdamW, each on all rows of a person
-ROWS = 600   # learned at once, or those of one person: all their caches are kept meanwhile
-KEPT = 5120  # nodes before the readers of one batch, at most
+STEPS = 15     # of AdamW, each on all rows of a person
+KEPT = 50_000  # tokens before readers that are kept at once, or all those of one person
+NODES = 5120   # of the tree by which those of one batch are read, at most
 
 
 def add_users(model, n):
@@ -138,38 +137,49 @@ def add_users(model, n):
     model.user_embedding = nn.Parameter(torch.cat([known, model.nobody.repeat(n, 1)]))
 
 
-def cache_before(model, rows):
-    """(DynamicCache, there (B, C)) of what stands before the reader in each of B rows, padded to C
-    tokens; there: 1 where there is a token. It is read as a tree, and dealt out to the rows."""
-    inputs, branches = plm.tree_inputs([row.prompt[:row.reader_at] for row in rows], model.share)
+def cache_of(model, beginnings):
+    """DynamicCache of B beginnings of prompts, padded to the longest. They are read as one tree."""
+    inputs, branches = plm.tree_inputs(beginnings)
     tree = transformers.DynamicCache()
     with torch.no_grad():
         model.decode(**plm.to_device(inputs, model.device), cache=tree)
-    nodes, there = plm.padded(branches)
+    nodes, _ = plm.padded(branches)
     nodes = nodes.to(model.device)
     cache = transformers.DynamicCache()
     for i, layer in enumerate(tree.layers):  # its tensors are (1, kv_heads, nodes, width)
         cache.update(layer.keys[0][:, nodes].transpose(0, 1),
                      layer.values[0][:, nodes].transpose(0, 1), i)
-    return cache, there
+    return cache
 
 
 def batch_behind(model, rows):
-    """The batch of some rows, from their readers on, and the cache of what stands before these."""
+    """(batch of some rows from their readers on, cache of what stands before these): a tree for
+    each beginning, padded to Q nodes. Of an encoder-decoder, whole rows and None."""
     if model.seq2seq:
         return plm.make_batch(model, rows), None
-    cache, before = cache_before(model, rows)
-    input_ids, there = plm.padded([plm.path_of(row, model.head)[row.reader_at:] for row in rows])
-    B, Q = input_ids.shape
-    own = torch.ones(Q, Q, dtype=torch.bool).tril().expand(B, Q, Q)
-    sees = torch.cat([before.bool()[:, None].expand(-1, Q, -1), own], 2)  # (B, Q, C + Q)
+    groups = plm.grouped(rows, [row.prompt[:row.reader_at] for row in rows])
+    trees = []
+    for beginning, own in groups.items():
+        behind = [plm.path_of(row, model.head)[len(beginning):] for row in own]
+        trees.append(plm.tree_inputs(behind))
+    C = max(len(beginning) for beginning in groups)
+    Q = max(len(inputs["input_ids"]) for inputs, _ in trees)
+    batch = dict(input_ids=torch.zeros(len(groups), Q, dtype=torch.long),
+                 positions=torch.zeros(len(groups), Q, dtype=torch.long),
+                 mask=torch.full((len(groups), 1, Q, C + Q), -torch.inf, dtype=model.lm.dtype))
     at = []
-    for i, row in enumerate(rows):
-        at += range(i * Q + len(row.prompt) - row.reader_at - 1, i * Q + int(there[i].sum()))
-    batch = plm.targets_of(rows, model.head) | dict(
-        input_ids=input_ids, positions=before.sum(1)[:, None] + torch.arange(Q), sees=sees,
-        at=torch.tensor(at))
-    return plm.to_device(batch, model.device), cache
+    for i, (beginning, own) in enumerate(groups.items()):
+        inputs, branches = trees[i]
+        before = len(beginning)
+        n = len(inputs["input_ids"])
+        batch["input_ids"][i, :n] = inputs["input_ids"]
+        batch["positions"][i, :n] = before + inputs["positions"]
+        batch["mask"][i, 0, :, :before] = 0  # padding sees it too: who sees nothing has no softmax
+        batch["mask"][i, 0, :n, C:C + n].masked_fill_(inputs["sees"], 0)
+        for row, branch in zip(own, branches):
+            at += [i * Q + node for node in branch[len(row.prompt) - before - 1:]]
+    batch |= plm.targets_of(sum(groups.values(), []), model.head) | dict(at=torch.tensor(at))
+    return plm.to_device(batch, model.device), cache_of(model, groups)
 
 
 def copy_of(cache):
@@ -183,10 +193,9 @@ def read_behind(model, batch, cache):
     """(P, L or V) what the head reads in a batch of batch_behind."""
     if cache is None:
         return model(batch)
-    mask = plm.additive_mask(batch["sees"], model.lm.dtype)[0].transpose(0, 1)  # (B, 1, Q, C + Q)
     out = model.lm.base_model(
         inputs_embeds=model.embed(batch["input_ids"]), position_ids=batch["positions"],
-        attention_mask=mask, past_key_values=copy_of(cache), use_cache=True)
+        attention_mask=batch["mask"], past_key_values=copy_of(cache), use_cache=True)
     return model.read(out.last_hidden_state.flatten(0, 1).index_select(0, batch["at"]))
 
 
@@ -196,7 +205,7 @@ def chunks_to_learn(model, rows, config):
     texts = sorted(plm.by_text(rows), key=lambda own: len(own[0].prompt))
     rows = sum(texts, [])
     cached = config["prompt"] == "tree" and not model.seq2seq
-    return plm.micro_batches(model, rows, KEPT if cached else model.max_nodes)
+    return plm.micro_batches(model, rows, NODES if cached else model.max_nodes)
 
 
 def learn(model, rows, config, bar):
@@ -214,11 +223,16 @@ def learn(model, rows, config, bar):
 
 
 def groups_of_people(rows):
-    """Lists of rows: all those of some people, at most ROWS unless one person has more."""
+    """Lists of rows: all those of some people, of at most KEPT tokens before their readers, or all
+    those of one person."""
     groups = [[]]
+    tokens = 0
     for own in plm.grouped(rows, [row.annotation.user for row in rows]).values():
-        if groups[-1] and len(groups[-1]) + len(own) > ROWS:
+        theirs = sum(row.reader_at for row in own)
+        tokens += theirs
+        if groups[-1] and tokens > KEPT:
             groups.append([])
+            tokens = theirs
         groups[-1] += own
     return groups
 

@@ -184,15 +184,19 @@ def last_commands(study, args, outs):
     return commands
 
 
-# A command is a Python script, and runs in a copy of this process, so that torch is loaded once and
-# not for every run. On macOS a copy of a process that has loaded Apple's libraries may crash, so
-# there each command begins from nothing.
+# The script of a command runs in a copy of this process, so that torch is loaded once and not for
+# every run. On macOS a copy of a process that has loaded Apple's libraries may crash, so there each
+# script begins from nothing.
 COPIES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 
 def load_torch():
-    """Loads, once for all runs, what each of them needs."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C meanwhile needs no traceback
+    """Loads what a copy of this process would load. Ctrl-C meanwhile ends it without a word."""
+    if COPIES.get_start_method() != "fork":
+        return
+    # If a library asks for a GPU, it shall not claim it here: the copies could not use it any more.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     sys.path.insert(0, os.path.dirname(os.path.abspath(HERE)))
     import plm  # noqa: F401
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -200,6 +204,8 @@ def load_torch():
 
 def run_script(command, quiet):
     """What the copy does: the script of a command, with what it prints on stderr if quiet."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)   # until the script says what Ctrl-C does
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python begins: a lost connection is an error
     sys.argv = command[1:]
     if quiet:
         sys.stdout = sys.stderr
@@ -260,13 +266,14 @@ def main(argv=None):
     study = STUDIES[args.study]
     todo, outs = jobs(study, args)
     try:
+        if study.vary or not args.print:
+            load_torch()
         for command in csv_commands(study, args):
             run(command, quiet=True)
         if args.print:
             for job in todo:
                 print(" && ".join(shlex.join(command) for command in job))
             return 0
-        load_torch()
         for number, job in enumerate(todo, 1):
             for command in job:
                 print(f"\n[{number} of {len(todo)}] {shlex.join(command)}", flush=True)

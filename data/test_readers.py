@@ -277,15 +277,17 @@ def test_a_person_is_learned_whoever_else_is_new(tmp_path, new_csv, trained):
     assert torch.allclose(own[3], together[4], atol=1e-4)
 
 
-@pytest.mark.parametrize("line", ADAPTED)
+@pytest.mark.parametrize("line", [*ADAPTED, "lm_p --prompt paper", "cls_p --no-share"])
 def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, line):
     folder, _ = trained(line)
     config, model, tokenizer, users = plm.load_run(folder)
     texts = ["hm", "well done, my dear genius", "oh no", "well done, my dear friend", "oh"]
-    asked = [plm.Annotation(text, user, (1, 0)) for text in texts for user in users[:2]]
+    asked = []
+    for i, text in enumerate(texts):  # by one to five people
+        asked += [plm.Annotation(text, user, (1, 0)) for user in users[:i + 1]]
     rows, _ = plm.encode_parts(model, tokenizer, config, users, dict(test=asked), [])
     model.max_nodes = 50  # so that there are several batches
-    monkeypatch.setattr(readers, "KEPT", 50)
+    monkeypatch.setattr(readers, "NODES", 50)
     chunks = readers.chunks_to_learn(model, rows["test"], config)
     assert len(chunks) > 1
     for chunk in chunks:
@@ -296,10 +298,10 @@ def test_what_is_kept_before_the_reader_changes_no_number(monkeypatch, trained, 
 
 
 def test_people_are_learned_in_groups_that_bound_what_is_kept(monkeypatch):
-    monkeypatch.setattr(readers, "ROWS", 10)
+    monkeypatch.setattr(readers, "KEPT", 20)
     rows = []
     for user, n in dict(a=4, b=6, c=1, d=12, e=3).items():
-        rows += [plm.Row((1,), 0, (), (2,), (1,), plm.Annotation("t", user, (1,)))] * n
+        rows += [plm.Row((1, 2, 3), 2, (), (2,), (1,), plm.Annotation("t", user, (1,)))] * n
     random.Random(0).shuffle(rows)
     groups = [[row.annotation.user for row in group] for group in readers.groups_of_people(rows)]
     assert sorted(sum(groups, [])) == sorted(row.annotation.user for row in rows)

@@ -279,7 +279,13 @@ def stand_in(tmp_path, script):
     """A process that runs a study whose every command is a script of ours."""
     path = tmp_path / "evidence.py"
     path.write_text(script)
-    code = f"import study, sys; study.EVIDENCE = {str(path)!r}; sys.exit(study.main(['exp1']))"
+    code = f"""
+import signal, study, sys
+study.EVIDENCE = {str(path)!r}
+study.load_torch = lambda: None
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as study.py's command line has it
+sys.exit(study.main(["exp1"]))
+"""
     return subprocess.Popen([sys.executable, "-c", code], cwd=HERE, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -287,7 +293,8 @@ def stand_in(tmp_path, script):
 def test_ctrl_c_ends_a_study_in_one_line(tmp_path):
     flag = tmp_path / "started"
     process = stand_in(tmp_path, f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     open({str(flag)!r}, "w").close()
     time.sleep(60)
@@ -304,6 +311,20 @@ except KeyboardInterrupt:
     assert process.returncode == 130
     assert err == "study.py: stopped; the study goes on by the same command\n"
     assert "[2 of 2]" not in out
+
+
+def test_a_lost_connection_is_an_error_to_a_run_and_no_end(tmp_path):
+    process = stand_in(tmp_path, """
+import socket, sys
+ours, theirs = socket.socketpair()
+theirs.close()
+try:
+    ours.send(b"x")
+except BrokenPipeError:
+    sys.exit(7)
+""")
+    process.communicate(timeout=30)
+    assert process.returncode == 7
 
 
 def test_a_failed_command_ends_a_study_and_is_named(tmp_path):
