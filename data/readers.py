@@ -200,9 +200,9 @@ def read_behind(model, batch, cache):
 
 
 def chunks_to_learn(model, rows, config):
-    """Lists of rows for one batch each; those of a text stand side by side, to share nodes, and so
-    do texts of one length, lest much of a batch be padding."""
-    texts = sorted(plm.by_text(rows), key=lambda own: len(own[0].prompt))
+    """Lists of rows for one batch each. Those of a text stand side by side, and next to texts of as
+    many rows and then of their length, lest much of a batch be padding."""
+    texts = sorted(plm.by_text(rows), key=lambda own: (len(own), len(own[0].prompt)))
     rows = sum(texts, [])
     cached = config["prompt"] == "tree" and not model.seq2seq
     return plm.micro_batches(model, rows, NODES if cached else model.max_nodes)
