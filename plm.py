@@ -940,7 +940,7 @@ def attend(query, key, value, mask):
 
 def tree_attention(module, query, key, value, attention_mask, scaling, blocks=None, **_):
     """((B, n, heads, width), None): attention as transformers calls it, query (B, heads, n, width),
-    block by block if there are blocks, as of tree_blocks."""
+    block by block if there are blocks, as of tree_blocks (data/readers.py has none)."""
     query = query * scaling
     if blocks is None:
         return attend(query, key, value, attention_mask).transpose(1, 2), None
