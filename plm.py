@@ -929,9 +929,9 @@ def to_device(inputs, device):
 
 
 def attend(query, key, value, mask):
-    """(B, heads, n, width) what n tokens attend to among m. query (B, heads, n, width) is scaled;
-    key and value (B, kv_heads, m, width) may have fewer heads, each for some of the query's in a
-    row; mask (B or 1, 1, n, m) is added to the scores."""
+    """(B, heads, n, width) what n tokens of each of B texts (a tree counts as one) attend to among
+    m. query (B, heads, n, width) is scaled; key and value (B, kv_heads, m, width) may have fewer
+    heads, each for some of the query's in a row; mask (B, 1, n, m) is added to the scores."""
     B, heads, n, width = query.shape
     scores = query.reshape(B, key.shape[1], -1, width) @ key.transpose(2, 3)
     weights = F.softmax(scores.view(B, heads, n, -1) + mask, -1)

@@ -116,7 +116,8 @@ def predict_run(args):
 # In a decoder that is cheap. A token sees only what stands before it, and the reader stands behind
 # the text, so all states before a reader stay what they are while the token is trained. They are
 # computed once, as the tree that plm.py makes of them, and kept for every text, padded to the
-# longest of its batch. A step computes the nodes from the readers on, a small tree behind each text:
+# longest of its batch. A step computes the nodes from the readers on, a small tree behind each
+# text:
 #
 #     Which of ... Text: well done, genius ... User ID: | -+- n0
 #                                                       |  +- n1
@@ -153,8 +154,9 @@ def cache_of(model, beginnings):
 
 
 def batch_behind(model, rows):
-    """(batch of some rows from their readers on, cache of what stands before these): a tree for
-    each beginning, padded to Q nodes. Of an encoder-decoder, whole rows and None."""
+    """(batch of some rows from their readers on, cache of what stands before these): behind each
+    beginning of at most C tokens a tree of at most Q nodes. Of an encoder-decoder, whole rows and
+    None."""
     if model.seq2seq:
         return plm.make_batch(model, rows), None
     groups = plm.grouped(rows, [row.prompt[:row.reader_at] for row in rows])
@@ -204,8 +206,8 @@ def chunks_to_learn(model, rows, config):
     many rows and then of their length, lest much of a batch be padding."""
     texts = sorted(plm.by_text(rows), key=lambda own: (len(own), len(own[0].prompt)))
     rows = sum(texts, [])
-    cached = config["prompt"] == "tree" and not model.seq2seq
-    return plm.micro_batches(model, rows, NODES if cached else model.max_nodes)
+    mostly_kept = config["prompt"] == "tree" and not model.seq2seq
+    return plm.micro_batches(model, rows, NODES if mostly_kept else model.max_nodes)
 
 
 def learn(model, rows, config, bar):
