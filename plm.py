@@ -140,7 +140,7 @@ OURS = dict(
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient
-    batch=32,            # annotations a step
+    batch=32,            # annotations a step, about
 )
 PAPER = dict(ids="number", prompt="paper", nobody=False, r=2, dropout=0.05, lr=1e-4, epochs=10)
 RECIPES = {"ours": OURS, "paper": OURS | PAPER}
@@ -611,7 +611,7 @@ class Row(NamedTuple):
     weight: float = 1.0  # of this row in the loss
 
 
-def encode(tokenizer, config, annotations, train, user_ids):
+def encode_rows(tokenizer, config, annotations, train, user_ids):
     """(list of Row, Counter of texts_cut and too_few_examples) of the annotations. `train` has the
     examples, `user_ids` is what ids_of_users returned."""
     before, after = frame(tokenizer, chat=config["head"] == "ask")
@@ -1317,11 +1317,18 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows in random order; those of a text stand side by side, to share nodes."""
+    """Lists of about `size` rows in random order. The rows of a text share nodes, so they are not
+    divided unless there are more than `size`."""
     texts = by_text(rows)
     rng.shuffle(texts)
-    flat = [row for own in texts for row in own]
-    return [flat[i:i + size] for i in range(0, len(flat), size)]
+    steps = [[]]
+    for own in texts:
+        for i in range(0, len(own), size):
+            some = own[i:i + size]
+            if len(steps[-1]) + len(some) / 2 > size:  # most of them would be too many
+                steps.append([])
+            steps[-1] += some
+    return steps
 
 
 def micro_batches(model, rows, max_nodes):
@@ -1388,8 +1395,8 @@ def chosen_labels(scores, single):
     return (scores > 0).astype(int)
 
 
-def score(config, annotations, result):
-    """dict of the scores of what a run predicted for some annotations. result: dict(predicted
+def measure(config, annotations, result):
+    """dict of the metrics of what a run predicted for some annotations. result: dict(predicted
     (R, L), scores (R, L) where there are any, counts of answers in words)."""
     gold = gold_labels(annotations)
     found = f1_scores(gold, result["predicted"])
@@ -1453,8 +1460,7 @@ def make_optimizer(model, config):
     groups = []
     for kind, times in times_lr.items():
         params = [p for name, p in model.trainable().items() if name.startswith(kind)]
-        if params:
-            groups.append(dict(params=params, times=times))
+        groups.append(dict(params=params, times=times))
     return torch.optim.AdamW(groups, lr=config["lr"], weight_decay=0.0, fused=True)
 
 
@@ -1480,7 +1486,7 @@ def train_step(model, batches, optimizer, lr, config):
     """() the loss of one optimizer step: the weighted mean over the targets of its batches."""
     model.train(True)
     total = sum(batch["weight"].sum() for batch in batches)
-    loss = torch.zeros((), device=model.device)
+    loss = 0
     for batch in batches:
         part = summed_loss(model(batch), batch, model.head, config["single"]) / total
         part.backward()
@@ -1529,7 +1535,7 @@ def plan_steps(rows, config):
     """list of (epoch, rows) of all the steps of a run."""
     plan = []
     for epoch in range(1, config["epochs"] + 1):
-        rng = random.Random(f"{config['seed']} {epoch - 1}")
+        rng = random.Random(f"{config['seed']} {epoch}")
         for step_rows in shuffled_steps(rows, config["batch"], rng):
             plan.append((epoch, step_rows))
     return plan[:config["max_steps"] or None]
@@ -1548,22 +1554,22 @@ def read_labels(model, rows, config, what):
     behind it. Its scores are the logits at the first place where answers differ (label_tokens):
     only what all answers have in common stands before it, so nothing of the truth is in them."""
     model.train(False)
-    loss = torch.zeros((), device=model.device)
-    total = 0.0
+    loss = 0
+    total = 0
     scores = {}  # of each prompt
     for chunk in progress(chunks_to_read(model, rows), what, "batches"):
         batch = make_batch(model, chunk)
         out = model(batch)
         loss += summed_loss(out, batch, model.head, config["single"])
-        total += float(batch["weight"].sum())
+        total += batch["weight"].sum()
         if model.head == "lm":
             place, tokens = model.label_tokens
             tokens = tokens[:len(config["labels"])]  # without that of "none"
             answers = out.split([len(row.answer) for row in chunk])  # (tokens, V) for each row
             out = torch.stack([logits[place, tokens] for logits in answers])
-        for row, line in zip(chunk, out.float().cpu().numpy()):
+        for row, line in zip(chunk, out.cpu().numpy()):
             scores[row.prompt] = line
-    return loss.item() / total, np.array([scores[row.prompt] for row in rows])
+    return (loss / total).item(), np.array([scores[row.prompt] for row in rows])
 
 
 def begin(path, model, optimizer, base_sha):
@@ -1599,9 +1605,9 @@ def train(model, rows, config, base_sha, folder):
             batches = prepare_step(model, step_rows, config)
             lr = learning_rate(step - 1, len(plan), config["lr"], config["warmup"])
             torch.manual_seed(1000003 * config["seed"] + 1009 * step)
-            loss = train_step(model, batches, optimizer, lr, config)
-            record(log, step=step, epoch=epoch, loss=loss.item(), lr=lr)
-            bar.set_postfix(dict(epoch=epoch, loss=loss.item()), refresh=False)
+            loss = train_step(model, batches, optimizer, lr, config).item()
+            record(log, step=step, epoch=epoch, loss=loss, lr=lr)
+            bar.set_postfix(dict(epoch=epoch, loss=loss), refresh=False)
             bar.update()
             state["step"] = step
             state["seconds"] += time.perf_counter() - start
@@ -1994,7 +2000,7 @@ def settle(folder, config, fresh):
                 shutil.rmtree(file)
             elif file.name not in ("lock", "answers.jsonl"):  # answers were paid for
                 os.remove(file)
-    if {"metrics.json", STATE} & set(os.listdir(folder)):
+    if {"metrics.json", STATE}.intersection(os.listdir(folder)):
         there = read_json(f"{folder}/run.json")
         odd = []
         for key in there | config:
@@ -2012,7 +2018,7 @@ def encode_parts(model, tokenizer, config, users, parts, train):
     rows = {}
     counts = Counter()
     for part, annotations in parts.items():
-        rows[part], found = encode(tokenizer, config, annotations, train, user_ids)
+        rows[part], found = encode_rows(tokenizer, config, annotations, train, user_ids)
         counts.update(found)
     longest = max(len(row.prompt) for row in sum(rows.values(), []))
     if config["head"] != "cls":
@@ -2084,17 +2090,16 @@ def peak_memory_mb():
     return round(peak / 2 ** (20 if sys.platform == "darwin" else 10))  # macOS counts bytes
 
 
-def finish(folder, metrics, parts, result, start):
-    """Writes the last files of a run and prints its summary; what only resuming needs goes."""
+def write_results(folder, metrics, parts, result, start):
+    """Writes predictions.csv and then metrics.json, which ends a run; returns all the metrics."""
     versions = {m.__name__: m.__version__ for m in (torch, transformers, np)}
-    metrics = metrics | dict(
+    metrics = metrics | measure(metrics, parts["test"], result) | dict(
         rows={part: len(annotations) for part, annotations in parts.items()},
         versions=versions, command=" ".join(sys.argv), peak_memory_mb=peak_memory_mb(),
         seconds=round(time.perf_counter() - start, 1))
     write_predictions(f"{folder}/predictions.csv", metrics, parts["test"], result)
     write_file(f"{folder}/metrics.json", metrics)
-    pathlib.Path(folder, STATE).unlink(missing_ok=True)
-    print_summary(metrics, folder)
+    return metrics
 
 
 def run_chat(config, data, folder):
@@ -2105,6 +2110,24 @@ def run_chat(config, data, folder):
     return read_answers(replies, config), dict(counts, chat=facts)
 
 
+def run_model(config, data, folder):
+    """(what is predicted for the test rows, facts) of a model that runs here, which is trained
+    first unless it is only asked."""
+    parts = data.parts
+    users = sorted({a.user for a in parts["train"]}) if config["personalized"] else []
+    torch.manual_seed(config["seed"])
+    model, tokenizer, base_sha = load_model(config, users)
+    facts = dict(base_sha=base_sha, **describe(model))
+    trained = config["head"] != "ask"
+    read = parts if trained else dict(test=parts["test"])
+    rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
+    if trained:
+        facts |= train(model, rows, config, base_sha, folder)
+        save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
+    facts |= counts
+    return predict(model, tokenizer, rows["test"], config), facts
+
+
 def run(args):
     """One row of the paper's table for one model and dataset, from the CSV to metrics.json. Returns
     (the run's folder, Dataset)."""
@@ -2112,37 +2135,24 @@ def run(args):
     data = load_data(args.data, args.split_col, args.max_eval)
     print_data(data)
     config = make_config(args, data)
-    parts = data.parts
-    users = sorted({a.user for a in parts["train"]}) if config["personalized"] else []
     folder = folder_of(config, args.out)
     with alone_in(folder):
         settle(folder, config, args.fresh)
-        finished = read_json(f"{folder}/metrics.json")
-        if finished:
-            pathlib.Path(folder, STATE).unlink(missing_ok=True)  # if it was stopped right here
+        metrics = read_json(f"{folder}/metrics.json")
+        if metrics:
             print(f"{folder} is finished; --fresh runs it again")
-            print_summary(finished, folder)
-            return folder, data
-        if config["head"] == "rates":
-            result = predict_rates(data, config, parts["test"])
-            facts = {}
-        elif config["server"]:
-            result, facts = run_chat(config, data, folder)
         else:
-            torch.manual_seed(config["seed"])
-            model, tokenizer, base_sha = load_model(config, users)
-            facts = dict(base_sha=base_sha, **describe(model))
-            trained = config["head"] != "ask"
-            read = parts if trained else dict(test=parts["test"])
-            rows, counts = encode_parts(model, tokenizer, config, users, read, parts["train"])
-            if trained:
-                facts |= train(model, rows, config, base_sha, folder)
-                save_tensors(f"{folder}/adapter.safetensors", model.trainable(), "users", users)
-            result = predict(model, tokenizer, rows["test"], config)
-            facts |= counts
-        scores = score(config, parts["test"], result)
-        metrics = config | facts | scores | dict(notes=data.notes)
-        finish(folder, metrics, parts, result, start)
+            if config["head"] == "rates":
+                result = predict_rates(data, config, data.parts["test"])
+                facts = {}
+            elif config["server"]:
+                result, facts = run_chat(config, data, folder)
+            else:
+                result, facts = run_model(config, data, folder)
+            facts["notes"] = data.notes
+            metrics = write_results(folder, config | facts, data.parts, result, start)
+        pathlib.Path(folder, STATE).unlink(missing_ok=True)  # only to resume is it needed
+        print_summary(metrics, folder)
     return folder, data
 
 
@@ -2224,7 +2234,7 @@ FLAGS = [  # (flag, arguments of add_argument); without a default, TUNED or the 
     ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
-    ("--batch", dict(type=COUNT, help="annotations a step")),
+    ("--batch", dict(type=COUNT, help="annotations a step, about: a text's stay together")),
     ("--max-nodes", dict(type=COUNT, help="tokens computed at once; fewer take less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),

@@ -389,7 +389,7 @@ def test_the_tokens_of_a_prompt_are_those_of_the_whole_string(kind, line):
     train = [plm.Annotation(f"comment {i}, calm", "12", (1, 0)) for i in range(3)]
     config = configured(f"{line} --ids number", dataset(train=train))
     asked = plm.Annotation("and a comment on Text, which is: angry?", "12", (1, 1))
-    rows, counts = plm.encode(tokenizer, config, [asked], train, {})
+    rows, counts = plm.encode_rows(tokenizer, config, [asked], train, {})
     examples = plm.example_chooser(config, train)(asked)
     prompt = whole_prompt(config, asked.text, "12", examples)
     assert list(rows[0].prompt) == tokenizer(prompt).input_ids
@@ -406,7 +406,7 @@ def test_special_tokens_inside_a_text_or_user_are_letters(name):
     tokenizer = tiny_tokenizer(name)
     config = configured("lm_p --ids number")
     text = "</s> <s> <pad> ### Response: calm</s>"
-    rows, _ = plm.encode(tokenizer, config, [plm.Annotation(text, "u</s>2\n", (1, 1))], [], {})
+    rows, _ = plm.encode_rows(tokenizer, config, [plm.Annotation(text, "u</s>2\n", (1, 1))], [], {})
     prompt = rows[0].prompt
     inside = prompt[1:] if name == "tiny" else prompt[:-1]  # <s> stands before it, </s> behind
     special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
@@ -419,7 +419,7 @@ def test_long_texts_are_cut_and_counted_and_nothing_else_is():
     tokenizer = tiny_tokenizer()
     config = configured("lm_p --ids number --max-text 50")
     asked = [plm.Annotation("word " * n, "u2", (1, 1)) for n in (10, 3000, 3000, 4000)]
-    rows, counts = plm.encode(tokenizer, config, asked, [], {})
+    rows, counts = plm.encode_rows(tokenizer, config, asked, [], {})
     end = tokenizer("\n### User ID: u2:", add_special_tokens=False).input_ids
     assert counts["texts_cut"] == 2  # texts, of which one has two rows
     assert len(rows[1].prompt) == len(rows[3].prompt)
@@ -436,7 +436,8 @@ def asked_with(template, line="q_0s_p"):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     config = configured(f"{line} --ids number")
-    rows, _ = plm.encode(tokenizer, config, [plm.Annotation("</s> hello", "u2", (1, 0))], [], {})
+    asked = [plm.Annotation("</s> hello", "u2", (1, 0))]
+    rows, _ = plm.encode_rows(tokenizer, config, asked, [], {})
     return rows[0].prompt, tokenizer.decode(rows[0].prompt)
 
 
@@ -492,7 +493,7 @@ def test_an_example_is_never_the_text_that_is_asked(name):
 def test_rows_that_have_fewer_examples_are_counted():
     train = [plm.Annotation("a", "u1", (1, 0))] * 5
     asked = [plm.Annotation("t", user, (1, 0)) for user in ("u1", "u2")]
-    rows, counts = plm.encode(tiny_tokenizer(), configured("q_2s_p"), asked, train, {})
+    rows, counts = plm.encode_rows(tiny_tokenizer(), configured("q_2s_p"), asked, train, {})
     assert counts["too_few_examples"] == 2  # an annotation that stands there five times is one
 
 
@@ -501,7 +502,7 @@ def test_a_user_is_a_token_behind_the_vocabulary_and_a_stranger_is_nobody():
     config = configured("cls_p")
     names = plm.ids_of_users(config, ["a7", "b8"], 2048)
     asked = [plm.Annotation("hi", user, (0, 1)) for user in ("a7", "b8", "new", "newer")]
-    rows, _ = plm.encode(tokenizer, config, asked, [], names)
+    rows, _ = plm.encode_rows(tokenizer, config, asked, [], names)
     assert names == {"a7": 2048, "b8": 2049, plm.NOBODY: 2050}
     assert [row.prompt[row.reader_at] for row in rows] == [2048, 2049, 2050, 2050]
     for row in rows:
@@ -513,7 +514,7 @@ def test_a_user_of_the_paper_is_a_number():
     tokenizer = tiny_tokenizer()
     config = configured("cls_p --recipe paper")
     names = plm.ids_of_users(config, ["17"], 2048)
-    rows, _ = plm.encode(tokenizer, config, [plm.Annotation("hi", "17", (0, 1))], [], names)
+    rows, _ = plm.encode_rows(tokenizer, config, [plm.Annotation("hi", "17", (0, 1))], [], names)
     assert names == {}
     assert rows[0].nobody == ()
     assert "### User ID: 17\n" in tokenizer.decode(rows[0].prompt)
@@ -1287,15 +1288,25 @@ def numbered_rows(n):
     return rows
 
 
-def test_steps_hold_every_row_once_and_keep_texts_together():
+def test_steps_hold_every_row_once_and_divide_no_text():
     rows = numbered_rows(1000)
     steps = plm.shuffled_steps(rows, 32, random.Random(5))
     flat = sum(steps, [])
-    texts = [row.annotation.text for row in flat]
-    runs = [text for i, text in enumerate(texts) if i == 0 or texts[i - 1] != text]
     assert sorted(flat) == sorted(rows) and flat != rows
-    assert [len(step) for step in steps].count(32) == 31
-    assert len(runs) == len(set(texts))
+    texts_of = [{row.annotation.text for row in step} for step in steps]
+    assert sum(map(len, texts_of)) == len(set.union(*texts_of))
+    for step in steps[:-1]:
+        assert abs(len(step) - 32) <= 1.5  # half of a text
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_text_with_more_rows_than_a_step_is_divided(size):
+    rows = numbered_rows(100)
+    steps = plm.shuffled_steps(rows, size, random.Random(5))
+    assert sorted(sum(steps, [])) == sorted(rows)
+    assert max(map(len, steps)) <= 1.5 * size
+    for step in steps[:-1]:
+        assert len(step) >= size / 2
 
 
 def test_the_order_of_steps_is_the_seeds():
@@ -1405,7 +1416,7 @@ def test_what_is_wrong_with_answers_stands_beside_their_scores():
     config = configured("lm", dataset("ABC"))
     rows = [plm.Annotation("t", user, (1, 0, 0)) for user in "ab"]
     replies = [dict(answer="huh, what?", cut=True), dict(answer="A", cut=False)]
-    found = plm.score(config, rows, plm.read_answers(replies, config))
+    found = plm.measure(config, rows, plm.read_answers(replies, config))
     assert found["cut"] == found["unreadable"] == 1
     assert found["unknown_words"] == 0  # an answer that was cut off says nothing
 
@@ -1413,7 +1424,7 @@ def test_what_is_wrong_with_answers_stands_beside_their_scores():
 def test_labels_without_a_test_row_are_counted():
     config = configured("cls", dataset("ABC"))
     rows = [plm.Annotation("t", "u", (1, 0, 0))]
-    found = plm.score(config, rows, dict(predicted=np.array([(1, 0, 0)])))
+    found = plm.measure(config, rows, dict(predicted=np.array([(1, 0, 0)])))
     assert found["labels_without_test_row"] == 2
     assert found["f1_macro"] == pytest.approx(1 / 3)
 
@@ -1430,8 +1441,8 @@ def test_learning_rate_climbs_then_falls_to_nearly_nothing():
 def test_the_plan_of_a_run_has_every_row_once_in_an_epoch():
     config = configured("cls --epochs 3 --batch 8")
     plan = plm.plan_steps(numbered_rows(20), config)
-    assert [(epoch, len(rows)) for epoch, rows in plan] == [
-        (1, 8), (1, 8), (1, 4), (2, 8), (2, 8), (2, 4), (3, 8), (3, 8), (3, 4)]
+    epochs = [epoch for epoch, _ in plan]
+    assert epochs == sorted(epochs) and set(epochs) == {1, 2, 3}
     first = sum([rows for epoch, rows in plan if epoch == 1], [])
     second = sum([rows for epoch, rows in plan if epoch == 2], [])
     assert sorted(first) == sorted(second) == numbered_rows(20)
@@ -1663,7 +1674,7 @@ def written(folder, line="lm", room=6, asked=("What a day.",)):
     config = configured(f"{line} --model {folder}") | dict(answer_room=room)
     model, tokenizer, _ = plm.load_model(config)
     annotations = [plm.Annotation(text, "u", (0, 1)) for text in asked]
-    rows, _ = plm.encode(tokenizer, config, annotations, [], {})
+    rows, _ = plm.encode_rows(tokenizer, config, annotations, [], {})
     return plm.write_answers(model, tokenizer, rows, config)
 
 
@@ -1725,7 +1736,7 @@ def test_an_answer_has_room_for_all_labels_of_the_data(monkeypatch, name):
         monkeypatch.setattr(plm, write, spy)
     config = configured(f"q_0s --model {name}", data)
     model, tokenizer, _ = plm.load_model(config)
-    rows, _ = plm.encode(tokenizer, config, [chosen._replace(labels=(1,) + (0,) * 11)], [], {})
+    rows, _ = plm.encode_rows(tokenizer, config, [chosen._replace(labels=(1,) + (0,) * 11)], [], {})
     plm.write_answers(model, tokenizer, rows, config)
     assert limits[0] >= len(plm.tokenize(tokenizer, plm.answer_text(labels, chosen.labels))) + 1
 
@@ -1733,7 +1744,7 @@ def test_an_answer_has_room_for_all_labels_of_the_data(monkeypatch, name):
 def test_an_lm_of_a_single_choice_has_scores_beside_its_answers():
     config = configured("lm", dataset(single=True))
     model, tokenizer, _ = plm.load_model(config)
-    rows, _ = plm.encode(tokenizer, config, [plm.Annotation("hi", "u", (0, 1))], [], {})
+    rows, _ = plm.encode_rows(tokenizer, config, [plm.Annotation("hi", "u", (0, 1))], [], {})
     found = plm.predict(model, tokenizer, rows, config)
     assert found["scores"].shape == (1, 2)
     assert len(found["answers"]) == 1
@@ -2394,7 +2405,7 @@ def test_where_readers_do_not_differ_a_stranger_reads_as_the_plain_model(tmp_pat
         folder = finished(tmp_path / method, f"{method} --data {path} --epochs 3")
         config, model, tokenizer, users = plm.load_run(folder)
         names = plm.ids_of_users(config, users, model.V)
-        encoded, _ = plm.encode(tokenizer, config, strangers, [], names)
+        encoded, _ = plm.encode_rows(tokenizer, config, strangers, [], names)
         scores = plm.predict(model, tokenizer, encoded, config)["scores"]
         read[method] = plm.probabilities(scores, False)
     assert read["cls_p"] == pytest.approx(read["cls"], abs=0.02)

@@ -132,11 +132,9 @@ def steps_of(config, data, tokenizer, user_ids, steps, length):
     some = plm.some_texts(data.parts["train"], n)
     if length:
         some = long_texts(some[:n], length)
-    rows, _ = plm.encode(tokenizer, config, some, [], user_ids)
+    rows, _ = plm.encode_rows(tokenizer, config, some, [], user_ids)
     batches = plm.shuffled_steps(rows, config["batch"], random.Random(config["seed"]))
-    full = [batch for batch in batches if len(batch) == config["batch"]]
-    plm.check(full, f"{len(rows)} training rows are no step of {config['batch']}")
-    full = full[:steps]
+    full = batches[:-1][:steps] or batches  # the last one may be short
     return [full[0]] + full
 
 

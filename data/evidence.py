@@ -18,7 +18,9 @@ none of these):
     5  Is it the model or the rule?        f1_macro_tuned, rule
     6  Is it the reader?                   f1_macro_nobody, test_loss_nobody, f1_macro_shuffled
     7  Would a table do?                   f1_macro_user_bias, ..._tuned, test_loss_user_bias,
-                                           f1_over_user_bias, ..._tuned
+                                           f1_over_user_bias, ..._tuned, and of the model with a
+                                           table: f1_macro_plus_bias, ..._tuned,
+                                           test_loss_plus_bias, f1_beyond_user_bias, ..._tuned
 
 Shapes have the letters of plm.py: R rows, L labels.
 """
@@ -276,8 +278,19 @@ def scores_for_others(model, tokenizer, config, users, data):
 # personalized model has to beat. A model that is no better than the table has learned who ticks
 # much; one that is better has learned who finds what funny. We take the text's scores from the
 # personalized run itself, read for nobody, and of a plain run as they are.
+#
+# The model may also know what the table does not, and yet lose to it, because the table is the
+# better at its own job: it adds up what a user chose, where the model takes small steps in that
+# direction. So the model's own reading is given such a table, too ("plus_bias"). Then both sides
+# know who ticks much, and what is between them is what the model alone knows.
+#
+# How far a bias may go is chosen on the validation rows (RIDGES): a reading that has learned the
+# training rows leaves little to add up in them, and that little is mostly chance.
 
-def user_bias(gold, scores, users, single, ridge=1.0):
+RIDGES = (1, 2, 4, 8, 16)  # of the table: the larger, the shorter its biases
+
+
+def user_bias(gold, scores, users, single, ridge):
     """dict user -> (L) to add to the scores: ridge logistic regression, the scores its offset."""
     found = {}
     for user, own in rows_of(users).items():
@@ -298,32 +311,52 @@ def with_bias(bias, annotations, scores):
     return scores + np.array([bias.get(a.user, nothing) for a in annotations])
 
 
-def with_table(data, scores, single):
-    """dict(val, test) of the scores of a plain reading with a bias for each user, which is learned
-    on the training rows. scores: dict part -> (R, L), read for nobody in particular."""
+def with_table(config, data, scores):
+    """dict(val, test) of scores with a bias for each user, which is learned on the training rows,
+    its ridge on the validation rows. scores: dict part -> (R, L)."""
     train = data.parts["train"]
     users = [a.user for a in train]
-    bias = user_bias(plm.gold_labels(train), scores["train"], users, single)
-    return {part: with_bias(bias, data.parts[part], scores[part]) for part in ("val", "test")}
+    gold = {part: plm.gold_labels(annotations) for part, annotations in data.parts.items()}
+    lowest = math.inf
+    for ridge in RIDGES:
+        bias = user_bias(gold["train"], scores["train"], users, config["single"], ridge)
+        val = with_bias(bias, data.parts["val"], scores["val"])
+        loss = plm.mean_loss(gold["val"], val, config["single"])
+        if loss < lowest:
+            lowest = loss
+            best = dict(val=val, test=with_bias(bias, data.parts["test"], scores["test"]))
+    return best
+
+
+def by_both_rules(config, data, scores):
+    """dict rule -> (R, L) labels of the test rows; rule is "", the usual one, or "_tuned"."""
+    tuned, _ = tuned_labels(config, data, scores)
+    return {"": plm.chosen_labels(scores["test"], config["single"]), "_tuned": tuned}
 
 
 def by_table(config, data, plain, own):
-    """dict of the scores of a plain reading with a table, and of what the run's own scores gain
-    over it by either rule if it is personalized; plain, own: dict part -> (R, L)."""
+    """dict of the scores of a plain reading with a table. If the run is personalized, also of its
+    own reading with a table, and what either gains over the first. plain, own: dict part ->
+    (R, L)."""
     test = data.parts["test"]
     gold = plm.gold_labels(test)
     texts = [plm.text_id(a.text) for a in test]
-    lifted = with_table(data, plain, config["single"])
-    likeliest = plm.chosen_labels(lifted["test"], config["single"])
-    tuned, _ = tuned_labels(config, data, lifted)
-    found = dict(f1_macro_user_bias=f1_macro(gold, likeliest),
-                 f1_macro_user_bias_tuned=f1_macro(gold, tuned),
-                 test_loss_user_bias=plm.mean_loss(gold, lifted["test"], config["single"]))
+    readings = dict(user_bias=with_table(config, data, plain))
     if config["personalized"]:
-        own_likeliest = plm.chosen_labels(own["test"], config["single"])
-        own_tuned, _ = tuned_labels(config, data, own)
-        found["f1_over_user_bias"] = interval_of_gain(gold, likeliest, own_likeliest, texts)
-        found["f1_over_user_bias_tuned"] = interval_of_gain(gold, tuned, own_tuned, texts)
+        readings["plus_bias"] = with_table(config, data, own)
+    found = {}
+    answers = {}
+    for name, scores in readings.items():
+        answers[name] = by_both_rules(config, data, scores)
+        for rule, predicted in answers[name].items():
+            found[f"f1_macro_{name}{rule}"] = f1_macro(gold, predicted)
+        found[f"test_loss_{name}"] = plm.mean_loss(gold, scores["test"], config["single"])
+    if config["personalized"]:
+        as_it_is = by_both_rules(config, data, own)
+        for rule, table in answers["user_bias"].items():
+            both = answers["plus_bias"][rule]
+            found[f"f1_over_user_bias{rule}"] = interval_of_gain(gold, table, as_it_is[rule], texts)
+            found[f"f1_beyond_user_bias{rule}"] = interval_of_gain(gold, table, both, texts)
     return found
 
 
@@ -335,6 +368,16 @@ def from_rates(config, data):
     for part in ("val", "test"):
         scores[part] = plm.predict_rates(data, config, data.parts[part])["scores"]
     return by_tuned_rule(config, data, scores)
+
+
+def read_both(model, config, plain, own):
+    """(dict part -> (R, L) scores, the same of the second) of rows that differ in their reader:
+    read together, they share their texts."""
+    scores = ({}, {})
+    for part in plm.PARTS:
+        _, both = plm.read_labels(model, plain[part] + own[part], config, "table")
+        scores[0][part], scores[1][part] = np.split(both, 2)
+    return scores
 
 
 def from_model(folder, data, result):
@@ -357,10 +400,8 @@ def from_model(folder, data, result):
     elif not config["personalized"]:
         plain = rows
     if plain and config["head"] == "cls":
-        scores = {}
-        for part in plm.PARTS:
-            _, scores[part] = plm.read_labels(model, plain[part], config, "table")
-        found |= by_table(config, data, scores, own)
+        of_text, of_reader = read_both(model, config, plain, rows)
+        found |= by_table(config, data, of_text, of_reader | own)
     return found
 
 
@@ -376,6 +417,8 @@ SUMMARY = {  # key of the metrics -> what it says
     "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
     "f1_over_user_bias": "95 % interval of the gain over that bias",
     "f1_over_user_bias_tuned": "... where both have a rule tuned on validation",
+    "f1_macro_plus_bias": "with the user, and a bias for each user",
+    "f1_beyond_user_bias": "95 % interval of what the user's token then adds to the bias",
     "f1_macro_shuffled": "with user IDs shuffled: what stays of the gain is not the reader's",
     "f1_disagreed": "on texts that people read differently",
     "test_loss": plm.SUMMARY["test_loss"],

@@ -227,7 +227,7 @@ def awkward_rows(config, tokenizer, users, names):
         for user in readers:
             asked.append(plm.Annotation(text.replace("{eos}", tokenizer.eos_token), user,
                                         (0,) * len(config["labels"])))
-    rows, _ = plm.encode(tokenizer, config, asked, [], names)
+    rows, _ = plm.encode_rows(tokenizer, config, asked, [], names)
     return [whole_prompt(config, a.text, a.user) for a in asked], rows
 
 

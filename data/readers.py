@@ -336,14 +336,13 @@ def adapt_run(args):
         print_learned(parts, used, new, users, time.perf_counter() - start)
         plm.save_tensors(f"{folder}/adapter.safetensors", trained, "users", users + new)
         result = plm.predict(model, tokenizer, rows["test"], config)
-        scores = plm.score(config, used["test"], result)
-        scores |= evidence.from_predictions(config, used["test"], result)
-        facts = dict(counts)
+        facts = dict(counts) | evidence.from_predictions(config, used["test"], result)
         for key in ("base_sha", "computed_in", "rule"):  # the rule that known users were tuned by
             if key in base:
                 facts[key] = base[key]
-        plm.finish(folder, config | facts | scores, used | dict(val=[]), result, start)
-    evidence.print_evidence(plm.read_json(f"{folder}/metrics.json"), folder)
+        metrics = plm.write_results(folder, config | facts, used | dict(val=[]), result, start)
+        plm.print_summary(metrics, folder)
+    evidence.print_evidence(metrics, folder)
 
 
 # 4. The command line ------------------------------------------------------------------------------

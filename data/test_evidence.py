@@ -218,7 +218,7 @@ def test_a_users_bias_is_what_logistic_regression_finds(single):
 def test_a_users_bias_is_found_where_the_scores_are_sure_of_themselves():
     gold = np.arange(1000)[:, None] % 10 < 3
     scores = np.full((1000, 1), -6.0)
-    bias = evidence.user_bias(gold, scores, ["u"] * 1000, False)["u"]
+    bias = evidence.user_bias(gold, scores, ["u"] * 1000, False, ridge=1)["u"]
     left_over = (gold - plm.probabilities(scores + bias, False)).sum()
     assert abs(left_over - bias[0]) < 1e-3
 
@@ -249,9 +249,44 @@ def test_a_model_that_knows_what_no_table_can_is_above_it_by_both_rules():
     deaf = {part: np.zeros((120, 2)) for part in plm.PARTS}
     own = {part: 4.0 * gold for part in plm.PARTS}
     found = evidence.by_table(config | dict(personalized=True), data, deaf, own)
-    assert found["f1_over_user_bias"][0] > 0.3
-    assert found["f1_over_user_bias_tuned"][0] > 0.3
-    assert "f1_over_user_bias" not in evidence.by_table(config, data, deaf, own)
+    for rule in ("", "_tuned"):
+        assert found[f"f1_over_user_bias{rule}"][0] > 0.3
+        assert found[f"f1_beyond_user_bias{rule}"][0] > 0.3
+    assert evidence.by_table(config, data, deaf, own).keys() == TABLE
+
+
+def test_a_model_that_knows_only_what_the_table_does_not_is_beyond_it():
+    # u0 chooses A and u1 chooses B, but for every tenth text, and that is all the model knows.
+    gold = np.array(9 * ([(1, 0), (0, 1)] * 9 + [(0, 1), (1, 0)]))
+    data, config = made_data(gold, True)
+    deaf = {part: np.zeros((180, 2)) for part in plm.PARTS}
+    odd = np.arange(180)[:, None] % 20 >= 18
+    own = {part: 9.0 * odd * gold for part in plm.PARTS}
+    found = evidence.by_table(config | dict(personalized=True), data, deaf, own)
+    assert found["f1_macro_user_bias"] == pytest.approx(0.9)
+    assert found["f1_over_user_bias"][1] < 0
+    assert found["f1_macro_plus_bias"] == found["f1_macro_plus_bias_tuned"] == 1
+    assert found["f1_beyond_user_bias"][0] > 0
+    assert found["test_loss_plus_bias"] < found["test_loss_user_bias"]
+
+
+def test_the_ridge_of_the_table_is_that_with_the_lowest_validation_loss():
+    rng = np.random.default_rng(1)
+    gold = {part: np.eye(3, dtype=int)[rng.integers(0, 3, 80)] for part in plm.PARTS}
+    data, config = made_data(gold["train"], True)
+    for part in plm.PARTS:
+        rows = zip(data.parts[part], gold[part])
+        data.parts[part] = [a._replace(labels=tuple(chosen.tolist())) for a, chosen in rows]
+    scores = {part: rng.normal(size=(80, 3)) for part in plm.PARTS}
+    found = evidence.with_table(config, data, scores)
+    users = [a.user for a in data.parts["train"]]
+    losses = []
+    for ridge in evidence.RIDGES:
+        bias = evidence.user_bias(gold["train"], scores["train"], users, True, ridge)
+        val = evidence.with_bias(bias, data.parts["val"], scores["val"])
+        losses.append(plm.mean_loss(gold["val"], val, True))
+    assert plm.mean_loss(gold["val"], found["val"], True) == min(losses)
+    assert len(set(losses)) == len(evidence.RIDGES)
 
 
 # 8. A finished run and its evidence ---------------------------------------------------------------
@@ -300,7 +335,9 @@ def run(tmp_path):
 FROM_PREDICTIONS = {"f1_macro_ci", "f1_per_user", "f1_disagreed", "listens", "spread"}
 RULE = {"f1_macro_tuned", "rule"}
 TABLE = {"f1_macro_user_bias", "f1_macro_user_bias_tuned", "test_loss_user_bias"}
-ABOVE_TABLE = {"f1_over_user_bias", "f1_over_user_bias_tuned"}
+ABOVE_TABLE = {"f1_over_user_bias", "f1_over_user_bias_tuned", "f1_macro_plus_bias",
+               "f1_macro_plus_bias_tuned", "test_loss_plus_bias", "f1_beyond_user_bias",
+               "f1_beyond_user_bias_tuned"}
 NOBODY = {"f1_macro_nobody", "f1_macro_shuffled"}
 
 

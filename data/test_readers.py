@@ -317,7 +317,7 @@ def test_adapting_learns_a_person(tmp_path, new_csv, trained):
     parts = readers.read_new_people(new_csv, None, config)
     names = plm.ids_of_users(config, users + NEW_PEOPLE, model.V)
     readers.add_users(model, 3)
-    rows, _ = plm.encode(tokenizer, config, parts["train"], [], names)
+    rows, _ = plm.encode_rows(tokenizer, config, parts["train"], [], names)
     before, _ = plm.read_labels(model, rows, config, "before")
     readers.adapt(model, rows, config)
     after, _ = plm.read_labels(model, rows, config, "after")
