@@ -1166,8 +1166,8 @@ def check_forward(model):
     inputs, branches = tree_inputs(prompts)
     try:
         states = model.decode(**to_device(inputs, model.device))
-    except ValueError as error:
-        raise BadInput(f"{name}: it takes no mask of ours ({error})") from error
+    except ValueError as e:
+        raise BadInput(f"{name}: it takes no mask of ours ({e})") from None
     logits = model.token_logits(states[[branch[-1] for branch in branches]])
     off = (logits - theirs).norm() / theirs.norm()
     check(off < 1e-4, f"{name}: our forward pass is {off:.2%} off")
@@ -1180,7 +1180,7 @@ def find_device():
         return torch.device("cpu")
     # cuDNN's attention plans every new shape anew, and shapes change every step here.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cuda")
 
 
 def compute_dtype(device, width, asked=None):
@@ -1317,17 +1317,19 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of about `size` rows in random order. The rows of a text share nodes, so they are not
-    divided unless there are more than `size`."""
+    """Lists of `size` rows on average, in random order. The rows of a text share nodes, so they are
+    not divided unless there are more than `size`: they go to the step of their middle."""
     texts = by_text(rows)
     rng.shuffle(texts)
-    steps = [[]]
+    steps = []
+    before = 0
     for own in texts:
         for i in range(0, len(own), size):
             some = own[i:i + size]
-            if len(steps[-1]) + len(some) / 2 > size:  # most of them would be too many
+            if before + len(some) / 2 >= size * len(steps):
                 steps.append([])
             steps[-1] += some
+            before += len(some)
     return steps
 
 
@@ -2151,7 +2153,7 @@ def run(args):
                 result, facts = run_model(config, data, folder)
             facts["notes"] = data.notes
             metrics = write_results(folder, config | facts, data.parts, result, start)
-        pathlib.Path(folder, STATE).unlink(missing_ok=True)  # only to resume is it needed
+        pathlib.Path(folder, STATE).unlink(missing_ok=True)  # a finished run is not resumed
         print_summary(metrics, folder)
     return folder, data
 
@@ -2182,7 +2184,7 @@ def print_summary(m, folder):
     print_metrics(m, SUMMARY)
     for label, f1 in zip(m["labels"], m["per_label"]):
         print(f"    {f1:.4f}  {label:12}  {'#' * round(40 * f1)}")
-    print(f"  files: {folder}{os.sep}")
+    print(f"  files: {folder}/")
 
 
 def load_run(folder):

@@ -484,7 +484,7 @@ def print_evidence(m, folder):
         print("  COLLAPSED: every row gets the same scores; lower --lr or train longer")
     elif m["personalized"] and heard["model"] < 0.02 < heard["people"]:
         print("  DEAF: the scores hardly differ between the readers of a text")
-    print(f"  files: {folder}{os.sep}")
+    print(f"  files: {folder}/")
 
 
 def add_evidence(args):
