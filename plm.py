@@ -140,7 +140,7 @@ OURS = dict(
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient
-    batch=32,            # annotations a step, about
+    batch=32,            # annotations a step, on average
 )
 PAPER = dict(ids="number", prompt="paper", nobody=False, r=2, dropout=0.05, lr=1e-4, epochs=10)
 RECIPES = {"ours": OURS, "paper": OURS | PAPER}
@@ -2236,7 +2236,7 @@ FLAGS = [  # (flag, arguments of add_argument); without a default, TUNED or the 
     ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
-    ("--batch", dict(type=COUNT, help="annotations a step, about: a text's stay together")),
+    ("--batch", dict(type=COUNT, help="annotations a step, on average")),
     ("--max-nodes", dict(type=COUNT, help="tokens computed at once; fewer take less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
