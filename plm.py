@@ -140,7 +140,7 @@ OURS = dict(
     epochs=3,            # the epoch with the lowest validation loss is kept [1]
     warmup=0.05,         # share of all steps in which the rate rises
     clip=1.0,            # largest norm of the gradient
-    batch=32,            # annotations a step, on average
+    batch=32,            # annotations a step
 )
 PAPER = dict(ids="number", prompt="paper", nobody=False, r=2, dropout=0.05, lr=1e-4, epochs=10)
 RECIPES = {"ours": OURS, "paper": OURS | PAPER}
@@ -1317,20 +1317,11 @@ def by_text(rows):
 
 
 def shuffled_steps(rows, size, rng):
-    """Lists of `size` rows on average, in random order. The rows of a text share nodes, so they are
-    not divided unless there are more than `size`: they go to the step of their middle."""
+    """Lists of `size` rows in random order; those of a text stand side by side, to share nodes."""
     texts = by_text(rows)
     rng.shuffle(texts)
-    steps = []
-    before = 0
-    for own in texts:
-        for i in range(0, len(own), size):
-            some = own[i:i + size]
-            if before + len(some) / 2 >= size * len(steps):
-                steps.append([])
-            steps[-1] += some
-            before += len(some)
-    return steps
+    flat = [row for own in texts for row in own]
+    return [flat[i:i + size] for i in range(0, len(flat), size)]
 
 
 def micro_batches(model, rows, max_nodes):
@@ -1537,7 +1528,7 @@ def plan_steps(rows, config):
     """list of (epoch, rows) of all the steps of a run."""
     plan = []
     for epoch in range(1, config["epochs"] + 1):
-        rng = random.Random(f"{config['seed']} {epoch}")
+        rng = random.Random(f"{config['seed']} {epoch - 1}")
         for step_rows in shuffled_steps(rows, config["batch"], rng):
             plan.append((epoch, step_rows))
     return plan[:config["max_steps"] or None]
@@ -1950,8 +1941,10 @@ def make_config(args, data):
         config["ids"] = "number"
     if method.head in ("lm", "ask"):
         check_answers(data)
-    check(config["tune"] != "full" or config["dtype"] != "bfloat16",
-          "--tune full trains in float32")
+    if config["tune"] == "full":
+        check(config["dtype"] != "bfloat16", "--tune full trains in float32")
+        check({args.r, args.dropout, args.quant} == {None},
+              "--tune full has no LoRA and no NF4: leave out --r, --dropout and --no-quant")
     config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"
@@ -2236,7 +2229,7 @@ FLAGS = [  # (flag, arguments of add_argument); without a default, TUNED or the 
     ("--no-quant", dict(dest="quant", action="store_const", const=False, help="weights as stored")),
     ("--r", dict(type=number(int, 1, 4096), help="rank of LoRA")),
     ("--dropout", dict(type=number(float, 0, 0.9), help="dropout of LoRA")),
-    ("--batch", dict(type=COUNT, help="annotations a step, on average")),
+    ("--batch", dict(type=COUNT, help="annotations a step")),
     ("--max-nodes", dict(type=COUNT, help="tokens computed at once; fewer take less memory")),
     ("--max-steps", dict(type=COUNT, default=0, help="train so many steps at most")),
     ("--max-eval", dict(type=COUNT, default=0, help="score about so many rows")),
