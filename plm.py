@@ -1453,7 +1453,8 @@ def make_optimizer(model, config):
     groups = []
     for kind, times in times_lr.items():
         params = [p for name, p in model.trainable().items() if name.startswith(kind)]
-        groups.append(dict(params=params, times=times))
+        if params:
+            groups.append(dict(params=params, times=times))
     return torch.optim.AdamW(groups, lr=config["lr"], weight_decay=0.0, fused=True)
 
 
@@ -1943,8 +1944,8 @@ def make_config(args, data):
         check_answers(data)
     if config["tune"] == "full":
         check(config["dtype"] != "bfloat16", "--tune full trains in float32")
-        check({args.r, args.dropout, args.quant} == {None},
-              "--tune full has no LoRA and no NF4: leave out --r, --dropout and --no-quant")
+        check({args.r, args.dropout, args.quant} == {None} and not args.no_dense, "--tune full has "
+              "no LoRA and no NF4: leave out --r, --dropout, --no-quant and --no-dense")
     config["nobody"] &= method.personalized and config["ids"] == "token"
     if method.head == "rates":
         config["model"] = "baseline"

@@ -134,7 +134,9 @@ def steps_of(config, data, tokenizer, user_ids, steps, length):
         some = long_texts(some[:n], length)
     rows, _ = plm.encode_rows(tokenizer, config, some, [], user_ids)
     batches = plm.shuffled_steps(rows, config["batch"], random.Random(config["seed"]))
-    full = batches[:-1][:steps] or batches  # the last one may be short
+    full = [batch for batch in batches if len(batch) == config["batch"]]
+    plm.check(full, f"{len(rows)} training rows are no step of {config['batch']}")
+    full = full[:steps]
     return [full[0]] + full
 
 

@@ -275,19 +275,19 @@ def scores_for_others(model, tokenizer, config, users, data):
 #     score of a label = score of the text + bias of the user
 #
 # which is found on the training rows by logistic regression. That is a table, and it is what a
-# personalized model has to beat. A model that is no better than the table has learned who ticks
-# much; one that is better has learned who finds what funny. We take the text's scores from the
-# personalized run itself, read for nobody, and of a plain run as they are.
+# personalized model has to beat ("user_bias"). We take the text's scores from the personalized run
+# itself, read for nobody, and of a plain run as they are.
 #
-# The model may also know what the table does not, and yet lose to it, because the table is the
-# better at its own job: it adds up what a user chose, where the model takes small steps in that
-# direction. So the model's own reading is given such a table, too ("plus_bias"). Then both sides
-# know who ticks much, and what is between them is what the model alone knows.
+# A model that beats the table has learned who finds what funny. One that does not may have learned
+# it all the same, and only be worse than the table at who ticks much, which a table simply counts.
+# So the model's own reading gets a table, too ("plus_bias"). Then both sides have one, and what the
+# second gains over the first estimates what the model knows besides.
 #
-# How far a bias may go is chosen on the validation rows (RIDGES): a reading that has learned the
-# training rows leaves little to add up in them, and that little is mostly chance.
+# How short the biases are kept is chosen on the validation rows (RIDGES). The model has already
+# learned the training rows: what its own reading still misses in them is mostly chance, and wants a
+# larger ridge than nobody's reading.
 
-RIDGES = (1, 2, 4, 8, 16)  # of the table: the larger, the shorter its biases
+RIDGES = (0.5, 1, 2, 4, 8, 16)  # of the table: the larger, the shorter its biases
 
 
 def user_bias(gold, scores, users, single, ridge):
@@ -300,7 +300,10 @@ def user_bias(gold, scores, users, single, ridge):
             p = plm.probabilities(scores[own] + bias, single)
             slope = (gold[own] - p).sum(0) - ridge * bias
             curvature = (p * (1 - p)).sum(0) + ridge
-            bias += np.clip(0.7 * slope / curvature, -1, 1)
+            step = np.clip(0.7 * slope / curvature, -1, 1)
+            bias += step
+            if np.abs(step).max() < 1e-6:
+                break
         found[user] = bias
     return found
 
@@ -329,15 +332,16 @@ def with_table(config, data, scores):
 
 
 def by_both_rules(config, data, scores):
-    """dict rule -> (R, L) labels of the test rows; rule is "", the usual one, or "_tuned"."""
+    """dict rule -> (R, L) labels of the test rows by two rules: "", the likeliest label or all that
+    are more probable than not, and "_tuned"."""
     tuned, _ = tuned_labels(config, data, scores)
     return {"": plm.chosen_labels(scores["test"], config["single"]), "_tuned": tuned}
 
 
 def by_table(config, data, plain, own):
     """dict of the scores of a plain reading with a table. If the run is personalized, also of its
-    own reading with a table, and what either gains over the first. plain, own: dict part ->
-    (R, L)."""
+    own reading with a table, and what its own reading gains over the first, without a table (over)
+    and with one (beyond). plain, own: dict part -> (R, L)."""
     test = data.parts["test"]
     gold = plm.gold_labels(test)
     texts = [plm.text_id(a.text) for a in test]
@@ -370,13 +374,11 @@ def from_rates(config, data):
     return by_tuned_rule(config, data, scores)
 
 
-def read_both(model, config, plain, own):
-    """(dict part -> (R, L) scores, the same of the second) of rows that differ in their reader:
-    read together, they share their texts."""
-    scores = ({}, {})
+def read_parts(model, config, rows):
+    """dict part -> (R, L) the scores of encoded rows. rows: dict part -> list of Row."""
+    scores = {}
     for part in plm.PARTS:
-        _, both = plm.read_labels(model, plain[part] + own[part], config, "table")
-        scores[0][part], scores[1][part] = np.split(both, 2)
+        _, scores[part] = plm.read_labels(model, rows[part], config, "table")
     return scores
 
 
@@ -392,16 +394,18 @@ def from_model(folder, data, result):
         found |= by_tuned_rule(config, data, own)
     if config["personalized"]:
         found |= scores_for_others(model, tokenizer, config, users, data)
-    plain = {}  # the rows as somebody reads them who is not told the user
     if config["nobody"]:
         gold = plm.gold_labels(data.parts["test"])
         found |= scores_for_nobody(model, tokenizer, config, rows["test"], gold)
-        plain = {part: plm.for_nobody(rows[part]) for part in plm.PARTS}
-    elif not config["personalized"]:
-        plain = rows
-    if plain and config["head"] == "cls":
-        of_text, of_reader = read_both(model, config, plain, rows)
-        found |= by_table(config, data, of_text, of_reader | own)
+    if config["head"] == "cls" and config["nobody"]:
+        pairs = {part: plm.for_nobody(rows[part]) + rows[part] for part in plm.PARTS}
+        read = read_parts(model, config, pairs)  # together, for they share their texts
+        plain = {part: np.split(scores, 2)[0] for part, scores in read.items()}
+        own["train"] = np.split(read["train"], 2)[1]
+        found |= by_table(config, data, plain, own)
+    elif config["head"] == "cls" and not config["personalized"]:
+        plain = read_parts(model, config, rows)
+        found |= by_table(config, data, plain, plain)
     return found
 
 
@@ -417,13 +421,16 @@ SUMMARY = {  # key of the metrics -> what it says
     "f1_macro_user_bias_tuned": "... with a rule tuned on validation",
     "f1_over_user_bias": "95 % interval of the gain over that bias",
     "f1_over_user_bias_tuned": "... where both have a rule tuned on validation",
-    "f1_macro_plus_bias": "with the user, and a bias for each user",
-    "f1_beyond_user_bias": "95 % interval of what the user's token then adds to the bias",
+    "f1_macro_plus_bias": "with the user, and a bias for each user on top",
+    "f1_macro_plus_bias_tuned": "... with a rule tuned on validation",
+    "f1_beyond_user_bias": "95 % interval of its gain over f1_macro_user_bias",
+    "f1_beyond_user_bias_tuned": "... where both have a rule tuned on validation",
     "f1_macro_shuffled": "with user IDs shuffled: what stays of the gain is not the reader's",
     "f1_disagreed": "on texts that people read differently",
     "test_loss": plm.SUMMARY["test_loss"],
     "test_loss_nobody": "read for nobody in particular",
     "test_loss_user_bias": "without the user, and a bias for each user",
+    "test_loss_plus_bias": "with the user, and a bias for each user on top",
     "mean_absolute_error": "points", "mean_absolute_error_median": "points, of the median",
     "listens": "share of variance between readers of one text",
 }
