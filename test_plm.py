@@ -2619,7 +2619,8 @@ def test_what_is_missing_or_damaged_of_a_run_is_named(tmp_path, elsewhere):
     ("cls --dropout x", "--dropout: invalid float value: 'x'"), ("cls --seed -1", "from 0"),
     ("cls_p --ids word", "invalid choice: 'word'"), ("q_0s --model openai:", "needs a name"),
     ("cls --model chatgpt", "can only be asked"), (f"cls --out {HERE}/plm.py", "Not a directory"),
-    ("cls --tune full --r 4", "leave out --r"), ("cls --tune full --no-quant", "and --no-quant"),
+    ("cls --tune full --r 4", "leave out --r"), ("cls --tune full --dropout 0", "--dropout"),
+    ("cls --tune full --no-quant", "--no-quant"), ("cls --tune full --no-dense", "--no-dense"),
     ("cls --tune full --dtype bfloat16", "trains in float32"),
     ("cls x", "unrecognized arguments: x"), ("", "required: command")])
 def test_bad_input_gets_one_line_and_status_2(capsys, tmp_path, line, says):
