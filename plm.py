@@ -2170,7 +2170,7 @@ def print_metrics(m, says):
     print(head.format(**m))
     for key, what in says.items():
         if m.get(key) or isinstance(m.get(key), float):  # a count of 0 says nothing
-            print(f"  {key:24} {short(m[key])}  {what}")
+            print(f"  {key:25} {short(m[key])}  {what}")
 
 
 def print_summary(m, folder):
