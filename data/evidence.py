@@ -319,12 +319,13 @@ def with_table(config, data, scores):
     its ridge on the validation rows. scores: dict part -> (R, L)."""
     train = data.parts["train"]
     users = [a.user for a in train]
-    gold = {part: plm.gold_labels(annotations) for part, annotations in data.parts.items()}
+    gold = plm.gold_labels(train)
+    gold_val = plm.gold_labels(data.parts["val"])
     lowest = math.inf
     for ridge in RIDGES:
-        bias = user_bias(gold["train"], scores["train"], users, config["single"], ridge)
+        bias = user_bias(gold, scores["train"], users, config["single"], ridge)
         val = with_bias(bias, data.parts["val"], scores["val"])
-        loss = plm.mean_loss(gold["val"], val, config["single"])
+        loss = plm.mean_loss(gold_val, val, config["single"])
         if loss < lowest:
             lowest = loss
             best = dict(val=val, test=with_bias(bias, data.parts["test"], scores["test"]))

@@ -257,7 +257,9 @@ def test_a_model_that_knows_what_no_table_can_is_above_it_by_both_rules():
 
 def test_a_model_that_knows_only_what_the_table_does_not_is_beyond_it():
     # u0 chooses A and u1 chooses B, but for every tenth text, and that is all the model knows.
-    gold = np.array(9 * ([(1, 0), (0, 1)] * 9 + [(0, 1), (1, 0)]))
+    usual = [(1, 0), (0, 1)] * 9
+    odd_ones = [(0, 1), (1, 0)]
+    gold = np.array((usual + odd_ones) * 9)
     data, config = made_data(gold, True)
     deaf = {part: np.zeros((180, 2)) for part in plm.PARTS}
     odd = np.arange(180)[:, None] % 20 >= 18
@@ -275,8 +277,10 @@ def test_the_ridge_of_the_table_is_that_with_the_lowest_validation_loss():
     gold = {part: np.eye(3, dtype=int)[rng.integers(0, 3, 80)] for part in plm.PARTS}
     data, config = made_data(gold["train"], True)
     for part in plm.PARTS:
-        rows = zip(data.parts[part], gold[part])
-        data.parts[part] = [a._replace(labels=tuple(chosen.tolist())) for a, chosen in rows]
+        rows = []
+        for a, chosen in zip(data.parts[part], gold[part]):
+            rows.append(a._replace(labels=tuple(chosen.tolist())))
+        data.parts[part] = rows
     scores = {part: rng.normal(size=(80, 3)) for part in plm.PARTS}
     found = evidence.with_table(config, data, scores)
     users = [a.user for a in data.parts["train"]]
@@ -334,10 +338,20 @@ def run(tmp_path):
 
 FROM_PREDICTIONS = {"f1_macro_ci", "f1_per_user", "f1_disagreed", "listens", "spread"}
 RULE = {"f1_macro_tuned", "rule"}
-TABLE = {"f1_macro_user_bias", "f1_macro_user_bias_tuned", "test_loss_user_bias"}
-ABOVE_TABLE = {"f1_over_user_bias", "f1_over_user_bias_tuned", "f1_macro_plus_bias",
-               "f1_macro_plus_bias_tuned", "test_loss_plus_bias", "f1_beyond_user_bias",
-               "f1_beyond_user_bias_tuned"}
+TABLE = {
+    "f1_macro_user_bias",
+    "f1_macro_user_bias_tuned",
+    "test_loss_user_bias",
+}
+ABOVE_TABLE = {
+    "f1_over_user_bias",
+    "f1_over_user_bias_tuned",
+    "f1_macro_plus_bias",
+    "f1_macro_plus_bias_tuned",
+    "test_loss_plus_bias",
+    "f1_beyond_user_bias",
+    "f1_beyond_user_bias_tuned",
+}
 NOBODY = {"f1_macro_nobody", "f1_macro_shuffled"}
 
 
