@@ -255,7 +255,8 @@ def controls_table(cells):
     return "<h3>Controls</h3>" + figure_of(
         "A bias for each user, on top of the reading for nobody, is the table that a personalized "
         "run has to beat; with a bias on top of its own reading, too, either side has one. What "
-        "stays of its gain with shuffled user IDs is not the reader's. Listens is the share of the variance that lies between readers of one text.",
+        "stays of its gain with shuffled user IDs is not the reader's. Listens is the share of the "
+        "variance that lies between readers of one text.",
         ["run, seed", *CONTROLS.values()], rows)
 
 
